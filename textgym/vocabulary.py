@@ -1,0 +1,66 @@
+"""What an environment must know of a language model that it doesn't run: its tokens and how long a row may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+class Vocabulary:
+    """A tokenizer and the sizes of the model it belongs to.
+
+    :param tokenizer: the tokenizer
+    :param config: configuration of the model
+    :param name: what messages call the model
+    :raises ValueError: if the tokenizer has tokens the model lacks, or no end-of-sequence token
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.size = int(config.get_text_config().vocab_size)
+        self.context_limit = context_limit(config)
+        if len(tokenizer) > self.size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model {name} only {self.size}: "
+                "they don't belong together; pass the tokenizer the model was trained with"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {name} has no end-of-sequence token; set tokenizer.eos_token")
+
+    @property
+    def eos_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What padding is written with; masks decide what is padding, so sharing an id with EOS does no harm."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_token_id if pad is None else int(pad)
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Special tokens other than end-of-sequence, and ids the tokenizer has no token for."""
+        special = {i for i in self.tokenizer.all_special_ids if i != self.eos_token_id}
+        return sorted(special | set(range(len(self.tokenizer), self.size)))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with what the tokenizer puts before a text (BOS) and nothing after it."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        if len(ids) > 1 and ids[-1] == self.eos_token_id:
+            ids = ids[:-1]  # a prompt is to be continued
+        return ids
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """Most tokens the slot cache serves exactly: the model's positions, or its attention window if that is smaller.
+
+    :return: the limit in tokens, None when the configuration names none
+    """
+    text: Any = config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is None or "sliding_attention" in layer_types:
+        if getattr(text, "use_sliding_window", True):
+            limits.append(getattr(text, "sliding_window", None))
+    return min((limit for limit in limits if limit is not None), default=None)
