@@ -1,0 +1,120 @@
+"""The package as it is imported and installed: ids, lazy parts, the list of subpackages, the test models."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, CONTEXT, EOS, PAD, VOCABULARY, tiny_model
+
+import textgym
+from textgym.registration import ENVIRONMENTS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"textgym": "textgym", "envs": "textgym.envs", "agents": "textgym.agents"}
+NOT_SHIPPED = {"textgym.embedded.build"}
+
+
+def python(code: str) -> str:
+    """What ``code`` prints in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_textgym_loads_neither_torch_nor_stable_baselines3():
+    heavy = "{'torch', 'transformers', 'stable_baselines3', 'matplotlib'}"
+    assert python(f"import sys, textgym; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_version_is_the_one_in_pyproject():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        assert textgym.__version__ == tomllib.load(file)["project"]["version"]
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'textgym' has no attribute 'no_such_part'"):
+        _ = textgym.no_such_part
+
+
+@pytest.mark.parametrize("part", textgym.__all__)
+def test_every_part_is_an_attribute_without_a_further_import(part):
+    assert part in dir(textgym)
+    python(f"import textgym; textgym.{part}")
+
+
+def test_reloading_registers_no_id_twice():
+    importlib.reload(textgym)  # a warning would fail the test
+    assert set(ENVIRONMENTS) <= set(gymnasium.registry)
+
+
+@pytest.mark.parametrize("env_id", sorted(ENVIRONMENTS))
+def test_entry_points_of_every_id_exist(env_id):
+    spec = gymnasium.spec(env_id)
+    for entry_point in (spec.entry_point, spec.vector_entry_point):
+        module, name = entry_point.split(":")
+        assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def setuptools_configuration() -> dict[str, Any]:
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["tool"]["setuptools"]
+
+
+def test_pyproject_lists_every_subpackage():
+    listed = set(setuptools_configuration()["packages"])
+    found = set()
+    for folder, package in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([package, *init.parent.relative_to(ROOT / folder).parts]))
+    assert listed == found - NOT_SHIPPED
+
+
+def test_pyproject_packs_every_data_file_of_the_embedded_models():
+    folder = ROOT / "textgym" / "embedded"
+    patterns = setuptools_configuration()["package-data"]["textgym.embedded"]
+    packed = {path for pattern in patterns for path in folder.glob(pattern)}
+    skipped = {"build", "__pycache__"}
+    data = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".py"}
+    assert {path for path in data if not skipped & set(path.relative_to(folder).parts)} <= packed
+
+
+def test_the_tiny_tokenizer_round_trips_and_keeps_its_special_tokens_apart(tiny_tokenizer):
+    assert len(tiny_tokenizer) == len(set(VOCABULARY)) == 64
+    special = [tiny_tokenizer.pad_token_id, tiny_tokenizer.bos_token_id]
+    special += [tiny_tokenizer.eos_token_id, tiny_tokenizer.unk_token_id]
+    assert special == [0, 1, 2, 3]
+    text = "this film is great , but the end was dull ."
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiny_models_are_reproducible_and_leave_the_random_state_alone(architecture):
+    state = torch.get_rng_state()
+    model, again, other = (tiny_model(architecture, seed) for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    input_ids = torch.randint(4, len(VOCABULARY), (2, CONTEXT))
+    with torch.no_grad():
+        logits, same, different = (m(input_ids=input_ids).logits for m in (model, again, other))
+    assert logits.shape == (2, CONTEXT, len(VOCABULARY))
+    assert torch.equal(logits, same)
+    assert not torch.allclose(logits, different, atol=0.1)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (PAD, EOS)
+
+
+def test_the_tiny_reward_model_tells_texts_apart(tiny_causal_reward_model):
+    input_ids = torch.randint(4, len(VOCABULARY), (16, 12))
+    with torch.no_grad():
+        scores = tiny_causal_reward_model(input_ids=input_ids).logits[:, 0]
+    assert 0.1 < scores.std() < 10
