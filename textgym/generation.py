@@ -1,0 +1,100 @@
+"""Sampling from a language model: one token of many rows, or whole completions through the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textgym.language_model import LanguageModel, log_distribution
+from textgym.prompts import PromptRow, as_columns
+from textgym.rewards import PrefixBatch
+
+
+def sample_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token of each row.
+
+    argmax of p / e with e ~ Exp(1) is distributed as p (the exponential race, equivalent to the Gumbel trick), and
+    much cheaper than ``torch.multinomial`` for large vocabularies.
+
+    :param log_probs: ``(B, V)`` log-probabilities
+    :param generator: source of randomness; default torch's global one
+    :return: ``(B,)`` token ids
+    """
+    race = torch.empty_like(log_probs).exponential_(generator=generator)
+    return (log_probs.exp() / race).argmax(dim=-1)
+
+
+@torch.no_grad()
+def complete(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    deterministic: bool = False,
+    forbidden: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Complete token prompts, all rows side by side.
+
+    :param prompts: B lists of token ids
+    :param max_new_tokens: most tokens to add; a row ends earlier at its end-of-sequence token, which is returned too
+    :param min_new_tokens: no end-of-sequence before that many tokens
+    :param temperature: divides the logits
+    :param deterministic: take the most likely token instead of sampling
+    :param forbidden: tokens that are never produced
+    :return: B lists of completion token ids
+    """
+    context = max(len(ids) for ids in prompts) + max_new_tokens
+    cached = model.cached(context)
+    ids = np.zeros((len(prompts), context), dtype=np.int64)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    running = np.arange(len(prompts))
+    for step in range(max_new_tokens):
+        logits = model.head(cached.last_hidden(ids[running], lengths[running], running))
+        banned = [*forbidden, model.eos_token_id] if step < min_new_tokens else list(forbidden)
+        if banned:
+            logits[:, banned] = -torch.inf
+        tokens = logits.argmax(-1) if deterministic else sample_tokens(log_distribution(logits, temperature), generator)
+        chosen = tokens.cpu().numpy()
+        ids[running, lengths[running]] = chosen
+        lengths[running] += 1
+        running = running[chosen != model.eos_token_id]
+        if not len(running):
+            break
+    return [
+        row[len(prompt) : length].tolist() for row, prompt, length in zip(ids, prompts, lengths.tolist(), strict=True)
+    ]
+
+
+def complete_rows(
+    model: LanguageModel, rows: Sequence[PromptRow], prompts: Sequence[Sequence[int]], **sampling: Any
+) -> PrefixBatch:
+    """Complete prompts and return prompts with completions in the form that rewards score.
+
+    :param rows: B prompts with their columns
+    :param prompts: their B lists of token ids
+    :param sampling: arguments of :func:`complete`
+    """
+    completions = complete(model, prompts, **sampling)
+    lengths = np.array([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    ids = np.full((len(rows), int(lengths.max())), model.pad_token_id, dtype=np.int64)
+    for row, prompt, completion in zip(ids, prompts, completions, strict=True):
+        row[: len(prompt) + len(completion)] = [*prompt, *completion]
+    return PrefixBatch(
+        input_ids=ids,
+        lengths=lengths,
+        prompt_lengths=np.array([len(prompt) for prompt in prompts]),
+        finished=np.array([completion[-1] == model.eos_token_id for completion in completions]),
+        rows=np.arange(len(rows)),
+        prompts=[row.prompt for row in rows],
+        columns=as_columns([row.columns for row in rows]),
+        tokenizer=model.tokenizer,
+    )

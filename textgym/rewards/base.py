@@ -1,0 +1,428 @@
+"""The reward protocol: the base class, functions as rewards, and what counts as a valid score.
+
+``None`` means "not applicable", as in TRL. It stays ``None`` through scaling, clipping, normalising and
+products, adds nothing to a sum, and where a number is needed in the end (:meth:`Reward.potentials`) it counts
+as 0.0. Inside this package it travels as NaN; a NaN that a reward returns is an error before it gets that
+far.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from numbers import Real
+from os import PathLike
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from textgym.rewards.errors import RewardError
+from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.waiting import wait_for
+
+if TYPE_CHECKING:
+    from textgym.rewards.arithmetic import Normalized
+
+__all__ = ["FunctionReward", "PrefixBatch", "Reward", "RewardError", "as_reward"]
+
+_EXPECTED = "expected one finite number or None for each completion"
+
+
+class Reward(ABC):
+    """Scores texts: a callable with TRL's signature that also scores prefixes and composes by arithmetic.
+
+    A subclass needs :meth:`__call__` only. One that can score prefixes faster than by being called on their
+    text overrides :meth:`potentials` and :meth:`prefix_potentials` as well.
+
+    Rewards combine with each other, with plain callables and with finite numbers by ``+``, ``-``, ``*``,
+    unary minus and, by numbers only, ``/``. Numbers act on the potential Φ itself: a constant that is added
+    cancels in the differences of Φ that are paid token by token, but counts with ``reward_every="end"``,
+    which pays Φ.
+
+    "Not applicable", None, stays None through ``*``, ``/``, :meth:`clip` and :meth:`normalized`. It adds
+    nothing to a sum, which is None only where both sides are; with a number added it is that number. In the
+    end it counts 0.0.
+    """
+
+    max_batch: int = 1024
+    """Most prefixes that :meth:`prefix_potentials` scores in one call."""
+
+    # Lets `np.float64(2) * reward` reach __rmul__ instead of being spread over an array.
+    __array_ufunc__ = None
+
+    @abstractmethod
+    def __call__(
+        self, /, *, prompts: list[str], completions: list[str], **columns: Any
+    ) -> list[float | None]:
+        """Score complete texts.
+
+        :param prompts: B prompt texts
+        :param completions: B completions
+        :param columns: ``completion_ids`` and the extra columns of the prompt rows, each a list of length B
+        :return: B scores; None where the reward does not apply
+        """
+
+    @property
+    def name(self) -> str:
+        """What errors call this reward."""
+        return type(self).__name__
+
+    def potentials(self, batch: PrefixBatch) -> np.ndarray:
+        """Φ of each prefix; None counts as 0.0.
+
+        :return: ``(B,)`` float64
+        :raises RewardError: if the reward fails or returns anything but finite numbers and None
+        """
+        return np.nan_to_num(self._evaluate(batch))
+
+    def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Φ of many prefixes of each row.
+
+        :param batch: B rows
+        :param at: for each row the completion lengths, in tokens, at which Φ is wanted; 0 is the prompt alone
+        :return: for each row float64 values of Φ in the order of ``at``
+        :raises RewardError: if the reward fails or returns anything but finite numbers and None
+        :raises ValueError: if ``at`` does not fit the batch
+        """
+        return [np.nan_to_num(values) for values in self._evaluate_prefixes(batch, at)]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a ``.normalized()`` in this reward still waits for its mean and standard deviation."""
+        return bool(self.uncalibrated())
+
+    def uncalibrated(self) -> list[Normalized]:
+        """The ``.normalized()`` parts that wait for calibration, inner ones before those around them."""
+        return []
+
+    def clip(self, low: float, high: float) -> Reward:
+        """This reward with its values limited to [low, high].
+
+        :raises ValueError: if ``low`` is not smaller than ``high`` or one of them is not finite
+        """
+        return _arithmetic().Clipped(self, low, high)
+
+    def normalized(self, mean: float | None = None, std: float | None = None) -> Normalized:
+        """``(Φ - mean) / std``.
+
+        Without numbers it is calibrated once, by the environment or :meth:`Normalized.calibrate`, on the
+        scores of complete texts sampled from the reference model, so that these have mean 0 and standard
+        deviation 1.
+
+        :raises ValueError: if only one of the two is given, one is not finite, or ``std`` is not positive
+        """
+        return _arithmetic().Normalized(self, mean, std)
+
+    def __add__(self, other: Any) -> Reward:
+        return _arithmetic().add(self, other)
+
+    def __radd__(self, other: Any) -> Reward:
+        return _arithmetic().add(other, self)
+
+    def __sub__(self, other: Any) -> Reward:
+        return _arithmetic().subtract(self, other)
+
+    def __rsub__(self, other: Any) -> Reward:
+        return _arithmetic().subtract(other, self)
+
+    def __mul__(self, other: Any) -> Reward:
+        return _arithmetic().multiply(self, other)
+
+    def __rmul__(self, other: Any) -> Reward:
+        return _arithmetic().multiply(other, self)
+
+    def __truediv__(self, other: Any) -> Reward:
+        return _arithmetic().divide(self, other)
+
+    def __rtruediv__(self, other: Any) -> Reward:
+        return _arithmetic().divide(other, self)
+
+    def __neg__(self) -> Reward:
+        return _arithmetic().multiply(-1, self)
+
+    def __pos__(self) -> Reward:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reward:
+        return self  # Gymnasium deep-copies the kwargs of a spec; models and caches must be shared
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    def _evaluate(self, batch: PrefixBatch) -> np.ndarray:
+        """Φ of each prefix ``(B,)``, with NaN for None."""
+        if len(batch) == 0:
+            return np.zeros(0)
+        columns = {"completion_ids": batch.completion_ids, **batch.columns}
+        return scores_of(self, batch.prompts, batch.completions, columns, batch.rows)
+
+    def _evaluate_prefixes(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Φ of many prefixes of each row, with NaN for None."""
+        counts = wanted_per_row(batch, at)
+        indices = np.repeat(np.arange(len(batch)), counts)  # (K,)
+        lengths = np.array([length for row in at for length in row], dtype=np.int64)  # (K,)
+        chunks = [
+            potentials_of(self, batch.at(indices[i : i + self.max_batch], lengths[i : i + self.max_batch]))
+            for i in range(0, len(indices), self.max_batch)
+        ]
+        if not counts:
+            return []
+        return np.split(np.concatenate([np.zeros(0), *chunks]), np.cumsum(counts)[:-1])
+
+
+class FunctionReward(Reward):
+    """A plain function, or any callable, with TRL's signature; ``async`` ones are waited for.
+
+    It is called with keyword arguments only: ``prompts``, ``completions``, ``completion_ids`` and every extra
+    column. A function without ``**kwargs`` gets those that its signature names. Completions are texts;
+    functions for conversations, which read ``completion[0]["content"]``, do not fit.
+
+    :param fn: the callable
+    :param name: what errors call it; by default its own name
+    :raises TypeError: if ``fn`` is a class or not callable
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
+        if inspect.isclass(fn):
+            raise TypeError(f"reward is the class {fn.__name__}; pass an instance of it: {fn.__name__}(...)")
+        if not callable(fn):
+            raise TypeError(f"a reward function must be callable, got {type(fn).__name__} {fn!r}")
+        self.fn = fn
+        self._name = name or _name_of(fn)
+        try:
+            parameters = list(inspect.signature(fn).parameters.values())
+        except (TypeError, ValueError):  # some C functions have no signature
+            self._named, self._required, self._takes_everything = set[str](), list[str](), True
+            return
+        keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._named = {p.name for p in keyword}
+        self._required = [p.name for p in keyword if p.default is p.empty]
+        self._takes_everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
+            raise TypeError(
+                f"reward function {self._name!r} has positional-only parameters; rewards are called with "
+                "keyword arguments: def reward(prompts, completions, **columns)"
+            )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def __call__(
+        self, /, *, prompts: list[str], completions: list[str], **columns: Any
+    ) -> list[float | None]:
+        """Call the function and check what it returns.
+
+        :raises RewardError: if the function raises, needs a column that is not there, or returns anything but
+            one finite number or None for each completion
+        """
+        given = {"prompts": prompts, "completions": completions, **columns}
+        missing = [name for name in self._required if name not in given]
+        if missing:
+            raise RewardError(
+                self.name,
+                f"needs {', '.join(map(repr, missing))}, which the prompts have no column for; "
+                f"available: {', '.join(given)}",
+            )
+        if not self._takes_everything:
+            given = {name: value for name, value in given.items() if name in self._named}
+        try:
+            result = self.fn(**given)
+            if inspect.isawaitable(result):
+                result = wait_for(result)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise _failure(self.name, error, completions) from error
+        return _as_list(checked_scores(self.name, result, completions))
+
+
+def as_reward(obj: Any) -> Reward:
+    """Turn what a user may pass as ``reward=`` into a :class:`Reward`.
+
+    :param obj: a :class:`Reward`; a callable with TRL's signature; a path or hub id of a causal reward model;
+        or None for the embedded reward model
+    :raises TypeError: for anything else
+    """
+    if isinstance(obj, Reward):
+        return obj
+    if obj is None or isinstance(obj, (str, PathLike)):
+        from textgym.rewards.causal import CausalRewardModel
+
+        if obj is None:
+            from textgym.embedded import REWARD_MODEL
+
+            obj = REWARD_MODEL
+        return CausalRewardModel.from_pretrained(obj)
+    if hasattr(obj, "forward") and not inspect.isclass(obj) and hasattr(obj, "config"):
+        raise TypeError(
+            f"reward is the model {type(obj).__name__}, which also needs its tokenizer: "
+            "CausalRewardModel(model, tokenizer)"
+        )
+    if callable(obj):
+        return FunctionReward(obj)
+    several = isinstance(obj, (list, tuple))
+    raise TypeError(
+        "reward must be a callable reward(prompts, completions, **columns) -> list[float | None], a textgym "
+        "Reward, a path or hub id of a causal reward model, or None for the embedded one; got "
+        + _described(obj)
+        + ("; several rewards combine by arithmetic: 0.5 * a + 0.5 * b" if several else "")
+    )
+
+
+def potentials_of(reward: Reward, batch: PrefixBatch) -> np.ndarray:
+    """Φ of each prefix ``(B,)``, checked, with NaN where the reward does not apply."""
+    if type(reward).potentials is Reward.potentials:
+        return reward._evaluate(batch)
+    return _checked_values(reward, reward.potentials(batch), batch)
+
+
+def prefix_potentials_of(reward: Reward, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Φ of many prefixes of each row, checked, with NaN where the reward does not apply."""
+    if type(reward).prefix_potentials is Reward.prefix_potentials:
+        return reward._evaluate_prefixes(batch, at)
+    counts = wanted_per_row(batch, at)
+    values = reward.prefix_potentials(batch, at)
+    if [len(row) for row in values] != counts:
+        raise RewardError(
+            reward.name,
+            f"prefix_potentials returned {[len(row) for row in values]} values, expected {counts}",
+        )
+    for i, row in enumerate(values):
+        if not np.isfinite(row).all():
+            raise RewardError(
+                reward.name,
+                f"prefix_potentials returned {row}; expected finite numbers",
+                row=int(batch.rows[i]),
+                completion=batch.completions[i],
+            )
+    return [np.asarray(row, dtype=np.float64) for row in values]
+
+
+def scores_of(
+    reward: Reward,
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, Any],
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
+    """Call a reward and check what it returns.
+
+    :param rows: ``(B,)`` what errors call the rows; default 0 to B-1
+    :return: ``(B,)`` float64, NaN where the reward does not apply
+    """
+    try:
+        result = reward(prompts=prompts, completions=completions, **columns)
+    except RewardError as error:
+        if rows is not None and error.row is not None and error.row < len(rows):
+            error.row = int(rows[error.row])  # the reward counted the rows of this call
+        raise
+    except Exception as error:
+        raise _failure(reward.name, error, completions) from error
+    return checked_scores(reward.name, result, completions, rows)
+
+
+def checked_scores(
+    name: str, result: Any, completions: Sequence[str], rows: np.ndarray | None = None
+) -> np.ndarray:
+    """The scores a reward returned, as an array.
+
+    :param result: a list, tuple, one-dimensional numpy array or torch tensor
+    :param completions: the B completions that were scored
+    :param rows: ``(B,)`` what errors call the rows; default 0 to B-1
+    :return: ``(B,)`` float64, NaN for None
+    :raises RewardError: if ``result`` is anything but one finite number or None for each completion
+    """
+    if hasattr(result, "detach"):  # a torch tensor, wherever it lives and whatever its precision
+        result = result.detach().cpu().double()
+    if hasattr(result, "__array__"):
+        result = np.asarray(result)
+        if result.ndim != 1:
+            raise RewardError(name, f"returned an array of shape {result.shape}; {_EXPECTED}")
+        result = result.tolist()
+    if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
+        raise RewardError(name, f"returned {_described(result)}, not a list; {_EXPECTED}")
+    if len(result) != len(completions):
+        raise RewardError(
+            name, f"returned {len(result)} scores for {len(completions)} completions; {_EXPECTED}"
+        )
+    scores = np.empty(len(result))
+    for i, value in enumerate(result):
+        try:
+            scores[i] = math.nan if value is None else _as_float(value)
+        except (TypeError, ValueError, OverflowError):
+            row = i if rows is None else int(rows[i])
+            raise RewardError(
+                name, f"returned {_described(value)}; {_EXPECTED}", row=row, completion=completions[i]
+            ) from None
+    return scores
+
+
+def wanted_per_row(batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[int]:
+    """How many prefixes of each row are wanted."""
+    if len(at) != len(batch):
+        raise ValueError(f"at has {len(at)} entries for a batch of {len(batch)} rows; expected one per row")
+    return [len(row) for row in at]
+
+
+def _checked_values(reward: Reward, values: Any, batch: PrefixBatch) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (len(batch),):
+        raise RewardError(reward.name, f"potentials has shape {array.shape}; expected ({len(batch)},)")
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if len(wrong):
+        i = int(wrong[0])
+        raise RewardError(
+            reward.name,
+            f"potentials returned {array[i]}; expected finite numbers",
+            row=int(batch.rows[i]),
+            completion=batch.completions[i],
+        )
+    return array
+
+
+def _failure(name: str, error: Exception, completions: Sequence[str]) -> RewardError:
+    """The error for an exception in a reward's code. Any row may be the cause; the first is shown."""
+    problem = f"raised {type(error).__name__}: {error}"
+    if not completions:
+        return RewardError(name, problem)
+    if len(completions) > 1:
+        problem += f" (in a batch of {len(completions)}, of which this is the first)"
+    return RewardError(name, problem, row=0, completion=completions[0])
+
+
+def _as_list(scores: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(score) else score for score in scores.tolist()]
+
+
+def _as_float(value: Any) -> float:
+    """A finite float, from a number or a zero-dimensional array or tensor."""
+    if not isinstance(value, Real):
+        value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(value, Real):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _described(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _arithmetic() -> ModuleType:
+    from textgym.rewards import arithmetic  # it builds on this module
+
+    return arithmetic
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    if isinstance(fn, functools.partial):
+        return _name_of(fn.func)
+    return getattr(fn, "__name__", type(fn).__name__)

@@ -1,0 +1,336 @@
+"""A causal transformer with a scalar head as a reward: every prefix of a text gets a score.
+
+It reads the policy's own tokens where its tokenizer has the same vocabulary. Then it steps along token by
+token with a slot cache (:meth:`CausalRewardModel.potentials`) or scores all prefixes of an episode in one
+teacher-forced pass (:meth:`CausalRewardModel.prefix_potentials`), with the same result. With another
+tokenizer it reads decoded text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from textgym.cached_model import CachedModel
+from textgym.rewards.base import Reward, wanted_per_row
+from textgym.rewards.errors import RewardError
+from textgym.rewards.prefixes import PrefixBatch
+from textgym.vocabulary import context_limit
+
+Activation = Literal["identity", "tanh", "sigmoid"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda score: score,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+Origin = Callable[[int], tuple[int, str]]  # the row and the completion that score i belongs to, for errors
+BATCH_TOKENS = 16_384  # most tokens, padding included, in one teacher-forced pass; bounds memory, not results
+
+
+class CausalRewardModel(Reward):
+    """Φ = activation(head(hidden state at the prefix's last token)).
+
+    :param model: a causal sequence classifier with one label and a head called ``score``, for example
+        ``LlamaForSequenceClassification(config)`` with ``num_labels=1``; it is put in evaluation mode
+    :param tokenizer: the model's tokenizer
+    :param activation: ``"identity"``, ``"tanh"`` or ``"sigmoid"``; by default the ``reward_activation`` of
+        the model's configuration, or the identity where it has none
+    :param device: where to move the model; by default it stays where it is
+    :param dtype: what to convert the weights to; by default they stay as they are
+    :param append_eos: whether the model was trained on texts that end in its end-of-sequence token. It then
+        also reads that token where a completion ended by itself; otherwise it never sees it.
+    :raises ValueError: if the model has more than one label or no head called ``score``, the activation is
+        unknown, or ``append_eos`` is set and the tokenizer has no end-of-sequence token
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        activation: Activation | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        append_eos: bool = True,
+    ) -> None:
+        if not isinstance(getattr(model, "score", None), torch.nn.Module):
+            raise ValueError(
+                f"{type(model).__name__} has no head called 'score'; a causal reward model is a causal "
+                "sequence classifier such as LlamaForSequenceClassification"
+            )
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"a reward model has one label, this model has num_labels={model.config.num_labels}"
+            )
+        activation = activation or getattr(model.config, "reward_activation", None) or "identity"
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if append_eos and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "append_eos=True needs a tokenizer with an end-of-sequence token, this one has none"
+            )
+        model.to(device=device, dtype=_as_dtype(dtype))
+        self.model = model
+        self.tokenizer = tokenizer
+        self.activation = activation
+        self.append_eos = append_eos
+        self._name = type(model).__name__
+        self._limit = context_limit(model.config)
+        self._cached: CachedModel | None = None
+        # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
+        self._vocabularies: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        activation: Activation | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "float32",
+        append_eos: bool = True,
+    ) -> CausalRewardModel:
+        """Load a reward model that was saved with ``save_pretrained``.
+
+        :param path: a directory, or the id of a model on the Hugging Face hub
+        :param tokenizer: by default the one saved with the model
+        :param device: ``"auto"`` is the GPU where there is one, otherwise the CPU
+        :raises FileNotFoundError: if ``path`` is written as a path and is not a directory
+        :raises ValueError: if the checkpoint has no trained reward head; see also the class
+        """
+        if isinstance(path, os.PathLike) or str(path).startswith((".", "~", os.sep)):
+            path = str(Path(path).expanduser())
+            if not os.path.isdir(path):
+                raise FileNotFoundError(f"there is no reward model directory {path!r}")
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=_as_dtype(dtype), output_loading_info=True
+        )
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{str(path)!r} is not a trained reward model: it has no weights for {', '.join(missing[:3])}"
+                f"{' and others' if len(missing) > 3 else ''}"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        reward = cls(
+            model,
+            AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer,
+            activation=activation,
+            device=device,
+            append_eos=append_eos,
+        )
+        reward._name = Path(path).name
+        return reward
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def __call__(
+        self, /, *, prompts: list[str], completions: list[str], **columns: Any
+    ) -> list[float | None]:
+        """Score complete texts: the end-of-sequence token is appended to each where ``append_eos`` is set.
+
+        :raises RewardError: if a text is longer than the model's context
+        """
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        complete = np.ones(len(texts), dtype=bool)
+        return list(self._score_texts(texts, complete, lambda i: (i, completions[i])).tolist())
+
+    def potentials(self, batch: PrefixBatch) -> np.ndarray:
+        """Φ of each prefix; where one has grown by a token since the last call, only that token is computed.
+
+        :return: ``(B,)`` float64
+        :raises RewardError: if a prefix is empty or longer than the model's context, or its score is not
+            finite
+        """
+
+        def origin(i: int) -> tuple[int, str]:
+            return int(batch.rows[i]), batch.completions[i]
+
+        if len(batch) == 0:
+            return np.zeros(0)
+        if not self._reads_tokens_of(batch.tokenizer):
+            return self._score_texts(batch.texts, batch.finished, origin)
+        lengths = batch.lengths - self._unread(batch.finished)
+        self._check_lengths(lengths, origin)
+        if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
+            scores = np.concatenate(self._score_positions(list(batch.input_ids), list(lengths[:, None] - 1)))
+        else:
+            self.model.eval()
+            machine = self._machine(int(lengths.max()))
+            scores = self._head(machine.last_hidden(batch.input_ids, lengths, batch.rows))
+        return self._checked(scores, origin)
+
+    def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Φ of many prefixes of each row, from one pass over it.
+
+        :param batch: B rows
+        :param at: for each row the completion lengths, in tokens, at which Φ is wanted; 0 is the prompt alone
+        :return: for each row float64 values of Φ in the order of ``at``
+        :raises RewardError: as :meth:`potentials`
+        :raises ValueError: if ``at`` does not fit the batch
+        """
+        counts = wanted_per_row(batch, at)
+        if not self._reads_tokens_of(batch.tokenizer):
+            return super().prefix_potentials(batch, at)
+        if sum(counts) == 0:
+            return [np.zeros(0) for _ in at]
+        owner = np.repeat(np.arange(len(batch)), counts)  # (K,) the row each prefix belongs to
+        wanted = np.array([length for lengths in at for length in lengths], dtype=np.int64)  # (K,)
+        available = batch.completion_lengths[owner]
+        wrong = np.flatnonzero((wanted < 0) | (wanted > available))
+        if len(wrong):
+            i = owner[wrong[0]]
+            raise ValueError(f"at[{i}] is {at[i]}, but row {i} has {available[wrong[0]]} completion tokens")
+
+        def origin(k: int) -> tuple[int, str]:
+            return int(batch.rows[owner[k]]), batch.completions[owner[k]]
+
+        lengths = batch.prompt_lengths[owner] + wanted
+        lengths -= self._unread(batch.finished)[owner] * (wanted == available)
+        self._check_lengths(lengths, origin)
+        bounds = np.cumsum(counts)[:-1]
+        scores = self._score_positions(list(batch.input_ids), np.split(lengths - 1, bounds))
+        return np.split(self._checked(np.concatenate(scores), origin), bounds)
+
+    def _reads_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether that tokenizer's ids mean the same to this model."""
+        known = self._vocabularies.get(id(tokenizer))
+        if known is None:
+            own = self.tokenizer
+            same = tokenizer is own or (
+                tokenizer.bos_token_id == own.bos_token_id
+                and tokenizer.eos_token_id == own.eos_token_id
+                and tokenizer("a")["input_ids"] == own("a")["input_ids"]  # e.g. both begin with BOS
+                and tokenizer.get_vocab() == own.get_vocab()
+            )
+            known = self._vocabularies[id(tokenizer)] = (tokenizer, same)
+        return known[1]
+
+    def _unread(self, finished: np.ndarray) -> np.ndarray:
+        """``(B,)`` tokens at the end of each row that the model doesn't read: an EOS it wasn't trained on."""
+        return np.zeros(len(finished), dtype=np.int64) if self.append_eos else finished.astype(np.int64)
+
+    def _score_texts(self, texts: list[str], finished: np.ndarray, origin: Origin) -> np.ndarray:
+        """Φ of texts, tokenized anew, ``(B,)``."""
+        if not texts:
+            return np.zeros(0)
+        eos = self.tokenizer.eos_token_id
+        ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        for row, ended in zip(ids, finished.tolist(), strict=True):
+            while row and eos is not None and row[-1] == eos:  # some tokenizers add one to everything
+                row.pop()
+            if ended and self.append_eos:
+                row.append(eos)
+        lengths = np.array([len(row) for row in ids])
+        self._check_lengths(lengths, origin)
+        scores = self._score_positions([np.array(row) for row in ids], list(lengths[:, None] - 1))
+        return self._checked(np.concatenate(scores), origin)
+
+    def _score_positions(self, ids: list[np.ndarray], positions: list[np.ndarray]) -> list[np.ndarray]:
+        """Φ at given positions of each row, in teacher-forced passes over rows of similar length.
+
+        :param ids: B rows of token ids, of any lengths
+        :param positions: for each row the positions of the tokens after which Φ is wanted
+        :return: for each row float64 values, one for each of its positions
+        """
+        self.model.eval()
+        machine = self._machine(1)
+        needed = np.array([p.max(initial=-1) + 1 for p in positions])  # (B,) tokens to read of each row
+        scores = [np.zeros(len(p)) for p in positions]
+        for part in _parts_of_similar_length(needed):
+            width = int(needed[part].max())
+            padded = np.zeros((len(part), width), dtype=np.int64)  # (b, L)
+            for i, row in enumerate(part):
+                padded[i, : needed[row]] = ids[row][: needed[row]]
+            which = np.repeat(np.arange(len(part)), [len(positions[row]) for row in part])  # (K,)
+            where = np.concatenate([positions[row] for row in part])  # (K,)
+            with torch.inference_mode():
+                hidden = machine.hidden_states(
+                    torch.as_tensor(padded, device=machine.device),
+                    torch.as_tensor(needed[part], device=machine.device),
+                )  # (b, L, H)
+                values = self._head(hidden[torch.as_tensor(which), torch.as_tensor(where)])  # (K,)
+            bounds = np.cumsum([len(positions[row]) for row in part])[:-1]
+            for row, row_values in zip(part, np.split(values, bounds), strict=True):
+                scores[row] = row_values
+        return scores
+
+    @torch.inference_mode()
+    def _head(self, hidden: Tensor) -> np.ndarray:
+        """Φ ``(N,)`` of hidden states ``(N, H)``."""
+        logits: Tensor = self.model.score(hidden)[:, 0]
+        return ACTIVATIONS[self.activation](logits.double()).cpu().numpy()
+
+    def _machine(self, longest: int) -> CachedModel:
+        """The model with a cache for rows of that length.
+
+        The cache is allocated for as long as rows have been, in powers of two, not for the model's whole
+        context.
+        """
+        if self._cached is None or self._cached.context < longest:
+            room = max(64, 1 << (longest - 1).bit_length())
+            self._cached = CachedModel(self.model, room if self._limit is None else min(room, self._limit))
+        return self._cached
+
+    def _check_lengths(self, lengths: np.ndarray, origin: Origin) -> None:
+        limit = np.inf if self._limit is None else self._limit
+        wrong = np.flatnonzero((lengths < 1) | (lengths > limit))
+        if len(wrong) == 0:
+            return
+        row, completion = origin(int(wrong[0]))
+        length = lengths[wrong[0]]
+        if length < 1:
+            problem = "there are no tokens to read; a prompt needs at least one"
+        else:
+            problem = (
+                f"prompt and completion are {length} tokens long, more than the model's context of {limit}; "
+                "use fewer prompt or completion tokens"
+            )
+        raise RewardError(self.name, problem, row=row, completion=completion)
+
+    def _checked(self, scores: np.ndarray, origin: Origin) -> np.ndarray:
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        if len(wrong):
+            row, completion = origin(int(wrong[0]))
+            problem = (
+                f"the score is {scores[wrong[0]]}; the weights may be broken, or too large for their dtype"
+            )
+            raise RewardError(self.name, problem, row=row, completion=completion)
+        return scores
+
+
+def _parts_of_similar_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of the rows that have any tokens, in groups of at most ``BATCH_TOKENS`` padded tokens."""
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    start = 0
+    while start < len(order):
+        stop = start + max(1, BATCH_TOKENS // int(lengths[order[start]]))
+        yield order[start:stop]
+        start = stop
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """``torch.float32`` for ``"float32"``."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or the name of one, e.g. 'bfloat16', got {dtype!r}")
+    return found

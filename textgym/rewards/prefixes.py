@@ -1,0 +1,123 @@
+"""The batch of prompt-plus-completion prefixes that rewards score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class PrefixBatch:
+    """Prompt-plus-completion prefixes to be scored, one per row.
+
+    :param input_ids: ``(B, L)`` int64 token ids of prompt and completion so far, right-padded
+    :param lengths: ``(B,)`` tokens of prompt and completion so far
+    :param prompt_lengths: ``(B,)`` tokens of the prompt
+    :param finished: ``(B,)`` bool, whether the completion ended by itself: its last token is end-of-sequence
+    :param rows: ``(B,)`` the environment row each prefix comes from, which is its slot in a cache; rows may
+        repeat only in what :meth:`at` returns
+    :param prompts: B prompt texts
+    :param columns: the extra columns of the prompt rows, each a list of length B
+    :param tokenizer: what turns the ids into text
+    """
+
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    finished: np.ndarray
+    rows: np.ndarray
+    prompts: list[str]
+    columns: dict[str, list[Any]] = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def completion_lengths(self) -> np.ndarray:
+        """``(B,)`` tokens of each completion so far."""
+        return self.lengths - self.prompt_lengths
+
+    @cached_property
+    def completion_ids(self) -> list[list[int]]:
+        """B lists of the completions' token ids."""
+        bounds = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
+        return [ids[start:end].tolist() for ids, (start, end) in zip(self.input_ids, bounds, strict=True)]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """B decoded texts of prompt and completion together, without special tokens."""
+        lengths = self.lengths.tolist()
+        return self._decode([ids[:n].tolist() for ids, n in zip(self.input_ids, lengths, strict=True)])
+
+    @cached_property
+    def completions(self) -> list[str]:
+        """B decoded completions: what has to be appended to the decoded prompt to get :attr:`texts`.
+
+        A completion decoded alone would lose its leading space with SentencePiece tokenizers. Where the
+        tokens end in the middle of a character's UTF-8 bytes, it ends in U+FFFD; a SentencePiece tokenizer
+        then shows all bytes of that stretch so.
+        """
+        lengths = self.prompt_lengths.tolist()
+        prompt_ids = [tuple(ids[:n].tolist()) for ids, n in zip(self.input_ids, lengths, strict=True)]
+        different = list(dict.fromkeys(prompt_ids))  # prefixes of one episode share their prompt
+        decoded = dict(zip(different, self._decode([list(ids) for ids in different]), strict=True))
+        return [_without_prefix(text, decoded[ids]) for ids, text in zip(prompt_ids, self.texts, strict=True)]
+
+    def at(
+        self, indices: Sequence[int] | np.ndarray, completion_lengths: Sequence[int] | np.ndarray
+    ) -> PrefixBatch:
+        """Rows of this batch, cut to shorter completions.
+
+        :param indices: ``(K,)`` rows to take; they may repeat
+        :param completion_lengths: ``(K,)`` completion tokens to keep of each; 0 is the prompt alone
+        :return: a batch of K prefixes; ``finished`` stays true only where nothing was cut off
+        :raises ValueError: if a length is negative or more than the row has
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        kept = np.asarray(completion_lengths, dtype=np.int64)
+        available = self.completion_lengths[indices]
+        wrong = np.flatnonzero((kept < 0) | (kept > available))
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(
+                f"completion_lengths[{i}] is {kept[i]}, but row {indices[i]} has {available[i]} completion "
+                "tokens; expected 0 to that many"
+            )
+        lengths = self.prompt_lengths[indices] + kept
+        input_ids = self.input_ids[indices, : int(lengths.max(initial=0))]  # (K, L'), a copy
+        input_ids[np.arange(input_ids.shape[1]) >= lengths[:, None]] = self.tokenizer.pad_token_id or 0
+        return PrefixBatch(
+            input_ids=input_ids,
+            lengths=lengths,
+            prompt_lengths=self.prompt_lengths[indices],
+            finished=self.finished[indices] & (kept == available),
+            rows=self.rows[indices],
+            prompts=[self.prompts[i] for i in indices],
+            columns={name: [column[i] for i in indices] for name, column in self.columns.items()},
+            tokenizer=self.tokenizer,
+        )
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        if not ids:
+            return []  # transformers takes an empty batch for one empty text
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _without_prefix(text: str, prefix: str) -> str:
+    """What follows the longest common start of the two.
+
+    That is all of ``prefix``, unless the prompt's tokens end inside a character that the completion
+    completes.
+    """
+    if text.startswith(prefix):
+        return text[len(prefix) :]
+    differs = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
+    return text[next(differs, min(len(text), len(prefix))) :]
