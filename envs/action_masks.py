@@ -1,0 +1,70 @@
+"""Which tokens an agent may choose: no special tokens, no early end, and on request the reference model's top-k or top-p."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from textgym.envs.options import TextGenOptions
+from textgym.language_model import LanguageModel
+from textgym.vocabulary import Vocabulary
+
+
+class ActionMasks:
+    """Masks of the current states; see ``action_masking``, ``min_new_tokens``, ``top_k`` and ``top_p``.
+
+    :param options: of the environment
+    :param vocabulary: of its language model
+    :param model: the language model, for top-k and top-p
+    :param context: most tokens of a row
+    """
+
+    def __init__(
+        self, options: TextGenOptions, vocabulary: Vocabulary, model: LanguageModel | None, context: int
+    ) -> None:
+        self.options = options
+        self.eos_token_id = vocabulary.eos_token_id
+        self._ordinary = np.ones(vocabulary.size, dtype=bool)
+        self._ordinary[vocabulary.special_token_ids] = False
+        self._restricts = options.top_k > 0 or options.top_p < 1.0  # beyond what is ordinary
+        self._model = model
+        self._context = context
+
+    def of(
+        self, ids: np.ndarray, lengths: np.ndarray, taken: np.ndarray, done: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Allowed actions.
+
+        :param ids: ``(B, L)`` token ids
+        :param lengths: ``(B,)`` tokens of each row
+        :param taken: ``(B,)`` completion tokens of each row
+        :param done: ``(B,)`` bool, rows whose episode is over: no model is asked what could follow
+        :param rows: ``(B,)`` the environment rows, which are slots in the model's cache
+        :return: ``(B, V)`` bool, a fresh array; at least one action is allowed
+        """
+        allowed = np.repeat(self._ordinary[None], len(ids), axis=0)
+        allowed[taken < self.options.min_new_tokens, self.eos_token_id] = False
+        running = np.flatnonzero(~done)
+        if self._restricts and len(running):
+            allowed[running] &= self._likely(ids[running], lengths[running], allowed[running], rows[running])
+        return allowed
+
+    @torch.no_grad()
+    def _likely(
+        self, ids: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """``(B, V)`` bool: tokens among the k most likely allowed ones and among those that make up top-p."""
+        assert self._model is not None
+        logits = self._model.head(self._model.cached(self._context).last_hidden(ids, lengths, rows))
+        forbidden = torch.as_tensor(~allowed, device=logits.device)
+        logits = (logits / self.options.temperature).masked_fill(forbidden, -torch.inf)
+        ordered, order = logits.sort(dim=-1, descending=True)
+        keep = torch.ones_like(ordered, dtype=torch.bool)
+        if self.options.top_k > 0:
+            keep[:, self.options.top_k :] = False
+        if self.options.top_p < 1.0:
+            probs = ordered.softmax(-1)
+            # The smallest set whose probability reaches top_p: a token stays if those before it don't reach it yet.
+            keep &= probs.cumsum(-1) - probs < self.options.top_p
+        keep[:, 0] = True
+        return torch.zeros_like(keep).scatter(1, order, keep).cpu().numpy()

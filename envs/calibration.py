@@ -1,0 +1,50 @@
+"""Mean and standard deviation of a reward on texts of the reference model, for rewards that ask to be normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from textgym.envs.options import TextGenOptions
+from textgym.generation import complete_rows
+from textgym.language_model import LanguageModel
+from textgym.prompts import PromptSource
+from textgym.rewards import Reward
+
+SAMPLES = 256
+BATCH = 64
+
+
+def calibrate(
+    reward: Reward,
+    model: LanguageModel,
+    prompts: PromptSource,
+    options: TextGenOptions,
+    encode: Callable[[str], list[int]],
+) -> None:
+    """Sample complete texts from the reference model and calibrate every ``.normalized()`` part on their scores.
+
+    The samples are the same in every run and touch no random state but their own.
+
+    :param encode: token ids of a prompt, as the environment cuts them
+    """
+    rng, generator = np.random.default_rng(0), torch.Generator(device=model.device).manual_seed(0)
+    batches = []
+    for _ in range(SAMPLES // BATCH):
+        rows = [prompts.sample(rng) for _ in range(BATCH)]
+        batches.append(
+            complete_rows(
+                model,
+                rows,
+                [encode(row.prompt) for row in rows],
+                max_new_tokens=options.max_new_tokens,
+                min_new_tokens=options.min_new_tokens,
+                temperature=options.temperature,
+                forbidden=model.vocabulary.special_token_ids if options.action_masking else (),
+                generator=generator,
+            )
+        )
+    for part in reward.uncalibrated():
+        part.calibrate_on(*batches)

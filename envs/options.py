@@ -1,0 +1,168 @@
+"""The options of ``TextGen-v0``: one table of names, defaults and what is valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gymnasium.vector import AutoresetMode
+
+from textgym.kl import KL_ESTIMATORS
+
+RENDER_MODES = ("ansi", "human", "rgb_array")
+
+
+class Shared:
+    """Holds an object that copies of an ``EnvSpec`` must share: a model, a tokenizer, a reward, a data set.
+
+    Gymnasium deep-copies the keyword arguments of a specification each time one is read from a wrapper; a model copied
+    that way would double the memory and silently stop being the object its owner trains or watches.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+    def __repr__(self) -> str:
+        return f"Shared({self.value!r})"
+
+
+def share(value: Any) -> Any:
+    """Wrap everything that isn't plain data, such as JSON has, in :class:`Shared`."""
+    if isinstance(value, AutoresetMode):
+        return value.value  # JSON has no enumerations
+    return value if isinstance(value, Shared) or _is_plain(value) else Shared(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def unshare(value: Any) -> Any:
+    """The object inside a :class:`Shared`, or the value itself."""
+    return value.value if isinstance(value, Shared) else value
+
+
+@dataclass(frozen=True)
+class TextGenOptions:
+    """Validated options of the environment; :class:`~textgym.envs.env.TextGenEnv` says what each one means."""
+
+    language_model: Any = "embedded"
+    tokenizer: Any = None
+    prompts: Any = None
+    reward: Any = None
+    reward_every: int | str = 1
+    kl_coef: float = 0.05
+    kl_estimator: str = "k1"
+    max_new_tokens: int = 32
+    min_new_tokens: int = 0
+    max_prompt_tokens: int | None = None
+    prompt_overflow: str = "truncate"
+    stop: str | list[str] | tuple[str, ...] | None = None
+    missing_eos_penalty: float = 0.0
+    temperature: float = 1.0
+    action_masking: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    device: Any = "auto"
+    dtype: Any = "float32"
+    seed: int | None = None
+    autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP
+    render_mode: str | None = None
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> TextGenOptions:
+        """Options from keyword arguments.
+
+        :raises TypeError: naming an unknown option and the closest known ones
+        :raises ValueError: naming an option with an impossible value, and what would be right
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in known:
+                close = difflib.get_close_matches(name, known)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"the options are {', '.join(known)}"
+                raise TypeError(f"TextGen-v0 has no option {name!r}; {hint}")
+        return cls(**{name: unshare(value) for name, value in keywords.items()})
+
+    def __post_init__(self) -> None:
+        if self.reward_every != "end":
+            _check_int("reward_every", self.reward_every, 1, "or 'end'")
+        check_number("kl_coef", self.kl_coef, low=0.0)
+        _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _check_int("max_new_tokens", self.max_new_tokens, 1)
+        _check_int("min_new_tokens", self.min_new_tokens, 0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}"
+            )
+        if self.max_prompt_tokens is not None:
+            _check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
+        _check_choice("prompt_overflow", self.prompt_overflow, ("truncate", "error"))
+        if not isinstance(self.stop, str | list | tuple | None):
+            raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop={self.stop!r} must be a non-empty string or a list of them, found {text!r}")
+        check_number("missing_eos_penalty", self.missing_eos_penalty, low=0.0)
+        check_number("temperature", self.temperature, low=0.0, open_low=True)
+        if not isinstance(self.action_masking, bool):
+            raise TypeError(f"action_masking={self.action_masking!r} must be True or False")
+        _check_int("top_k", self.top_k, 0)
+        check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
+        if not self.action_masking and (self.top_k > 0 or self.top_p < 1.0):
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p} restrict the actions by a mask: they need action_masking=True"
+            )
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0)
+        try:
+            object.__setattr__(self, "autoreset_mode", AutoresetMode(self.autoreset_mode))
+        except ValueError as e:
+            modes = [mode.value for mode in AutoresetMode]
+            raise ValueError(f"autoreset_mode={self.autoreset_mode!r} must be an AutoresetMode or one of {modes}") from e
+        if self.render_mode is not None:
+            _check_choice("render_mode", self.render_mode, RENDER_MODES)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Raise unless ``value`` is a finite number in ``[low, high]``, or ``(low, high]`` with ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number")
+    inside = (value > low if open_low else value >= low) and value <= high
+    if not math.isfinite(value) or not inside:
+        bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
+        if high < math.inf:
+            bounds += f" and at most {high:g}"
+        raise ValueError(f"{name}={value!r} must be finite and {bounds}")
+
+
+def _check_int(name: str, value: Any, low: int, also: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+        kind = ValueError if isinstance(value, numbers.Integral) and not isinstance(value, bool) else TypeError
+        raise kind(f"{name}={value!r} must be a whole number, at least {low} {also}".rstrip())
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(c) for c in choices)}")

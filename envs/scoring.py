@@ -1,0 +1,268 @@
+"""What a step is worth: the instant reward, the KL penalty, and the two schedules that compute them.
+
+Both schedules pay the same rewards::
+
+    r_t = [Φ(x, y_≤t) − Φ(x, y_<t)] − β · kl_t − penalty_t
+
+Instant scoring computes them beside the agent: one token more through the reference model and the reward model at every
+step. Deferred scoring remembers the tokens and scores whole stretches of episodes afterwards, all prefixes of a stretch
+in one teacher-forced pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textgym.kl import kl_estimate
+from textgym.language_model import LanguageModel
+from textgym.prompts import as_columns
+from textgym.rewards import PrefixBatch, Reward
+
+SCORE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass; bounds memory, not results
+
+
+@dataclass
+class DeferredScores:
+    """Rewards of the last S steps of N rows, and the episodes that ended in them.
+
+    ``rewards``, ``reward_model``, ``kl`` and ``ref_log_prob`` are ``(S, N)`` float32; KL and log-probabilities in nats,
+    NaN without a reference model. Each episode is a dictionary with ``row``, ``step`` (in which of the S steps it
+    ended), ``r`` (its return, with what it earned before these steps), ``l`` (tokens), ``score`` (Φ of the text),
+    ``kl`` (sum, nats), ``finish_reason``, ``prompt`` and ``completion``.
+    """
+
+    rewards: np.ndarray
+    reward_model: np.ndarray
+    kl: np.ndarray
+    ref_log_prob: np.ndarray
+    episodes: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Stretch:
+    """Consecutive steps of one row within one episode, waiting to be scored."""
+
+    row: int
+    first_step: int  # which of the pending steps is its first
+    start: int  # completion tokens before its first step
+    ids: np.ndarray  # (prompt + completion tokens,) a copy
+    prompt_length: int
+    prompt: str
+    columns: dict[str, Any]
+    finish_reason: str | None  # None while the episode goes on
+    completion: str | None
+    penalty: float
+    score: float = float("nan")  # Φ of the complete text, once known
+
+    @property
+    def end(self) -> int:
+        """Completion tokens after its last step."""
+        return len(self.ids) - self.prompt_length
+
+
+class Scorer:
+    """The reward of a token, given the reward function and the reference model.
+
+    :param reward: Φ
+    :param reward_every: Φ is paid every so many tokens and at the end; ``"end"`` pays Φ itself once
+    :param reference: the reference model, or None where no KL is wanted
+    :param kl_estimator: ``k1``, ``k2`` or ``k3``
+    :param temperature: divides the reference model's logits, as it does the policy's
+    :param context: most tokens of a row
+    :param num_rows: N
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        reward_every: int | str,
+        reference: LanguageModel | None,
+        kl_estimator: str,
+        temperature: float,
+        context: int,
+        num_rows: int,
+    ) -> None:
+        self.reward = reward
+        self.reward_every = reward_every
+        self.reference = reference
+        self.kl_estimator = kl_estimator
+        self.temperature = temperature
+        self.context = context
+        # Φ last scored of the running episode of each row; the next difference is taken from it.
+        self.potential = np.zeros(num_rows)
+
+    @property
+    def pays_differences(self) -> bool:
+        return self.reward_every != "end"
+
+    def is_due(self, tokens: np.ndarray | int, done: np.ndarray | bool) -> Any:
+        """Whether Φ is scored after that many completion tokens."""
+        if isinstance(self.reward_every, str):
+            return done
+        return (np.asarray(tokens) % self.reward_every == 0) | done
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Drop what the models have cached of rows that were reset.
+
+        A hidden state depends, in its last bits, on how much of its row was computed at once. After a reset nothing of
+        earlier episodes may show, so that the same seed gives the same rewards.
+        """
+        self.reward.forget(rows)
+        if self.reference is not None:
+            self.reference.cached(self.context).forget(rows)
+
+    def start_rows(self, batch: PrefixBatch) -> None:
+        """Note Φ(x, ∅) of rows that begin an episode."""
+        self.potential[batch.rows] = self.reward.potentials(batch) if self.pays_differences else 0.0
+
+    def reward_step(self, batch: PrefixBatch, due: np.ndarray) -> np.ndarray:
+        """The reward-model part of one step.
+
+        :param batch: B rows after the step
+        :param due: ``(B,)`` bool, rows that are scored now
+        :return: ``(B,)`` Φ differences; 0 where not due
+        """
+        paid = np.zeros(len(batch))
+        if due.any():
+            scored = batch if due.all() else batch.at(np.flatnonzero(due), batch.completion_lengths[due])
+            potential = self.reward.potentials(scored)
+            paid[due] = potential - self.potential[scored.rows]
+            self.potential[scored.rows] = potential
+        return paid
+
+    def kl(self, log_prob: np.ndarray, ref_log_prob: np.ndarray) -> np.ndarray:
+        """KL estimate of each token in nats; NaN without a reference model."""
+        return np.asarray(kl_estimate(log_prob, ref_log_prob, self.kl_estimator))
+
+    @torch.no_grad()
+    def reference_log_probs(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+        allowed: np.ndarray | None,
+    ) -> np.ndarray:
+        """``(B,)`` log-probability, in nats, of each row's next token under the reference model.
+
+        :param ids: ``(B, L)`` token ids before that token
+        :param lengths: ``(B,)`` how many there are
+        :param rows: ``(B,)`` environment rows, which are slots in the model's cache
+        :param tokens: ``(B,)`` the next tokens
+        :param allowed: ``(B, V)`` bool action masks, or None without masking
+        """
+        assert self.reference is not None
+        hidden = self.reference.cached(self.context).last_hidden(ids, lengths, rows)
+        return self._token_log_probs(hidden, torch.as_tensor(tokens, device=hidden.device), allowed)
+
+    def _token_log_probs(self, hidden: Tensor, tokens: Tensor, allowed: np.ndarray | None) -> np.ndarray:
+        """``(M,)`` log-probability under the reference model of tokens predicted from ``(M, H)`` hidden states."""
+        assert self.reference is not None
+        mask = None
+        if allowed is not None:
+            mask = torch.as_tensor(allowed, device=tokens.device)
+            # Who chooses a token against the mask pays for its rarity, not an infinite penalty.
+            mask = mask.scatter(1, tokens[:, None], True)
+        chosen, _ = self.reference.token_log_probs(hidden, tokens, self.temperature, mask, with_entropy=False)
+        return chosen.cpu().numpy()
+
+    @torch.no_grad()
+    def score_stretches(
+        self,
+        stretches: list[Stretch],
+        log_probs: np.ndarray,
+        tokenizer: Any,
+        kl_coef: float,
+        allowed: list[np.ndarray] | None,
+    ) -> DeferredScores:
+        """Rewards of all steps of the stretches, in teacher-forced passes.
+
+        :param stretches: in the order in which their episodes ended
+        :param log_probs: ``(S, N)`` what the policy reported
+        :param tokenizer: decodes for rewards that read text
+        :param kl_coef: β
+        :param allowed: S packed action masks ``(N, V / 8)``, or None without masking
+        """
+        shape = log_probs.shape
+        reward_model, penalty = np.zeros(shape), np.zeros(shape)
+        taken = np.zeros(shape, dtype=bool)  # a step that only resets a row (autoreset in the next step) earns nothing
+        ref_log_prob = np.full(shape, np.nan)
+        batch = _as_batch(stretches, tokenizer)
+        potentials = self.reward.prefix_potentials(batch, [self._scoring_points(s) for s in stretches])
+        for stretch, values in zip(stretches, potentials, strict=True):
+            points = self._scoring_points(stretch)
+            if len(points) and points[0] == stretch.start:  # Φ of the prompt, where the episode begins here
+                previous, points, values = values[0], points[1:], values[1:]
+            else:
+                previous = self.potential[stretch.row] if stretch.start else 0.0
+            steps = stretch.first_step + points - stretch.start - 1
+            reward_model[steps, stretch.row] = np.diff(values, prepend=previous)
+            self.potential[stretch.row] = stretch.score = float(values[-1] if len(values) else previous)
+            last = stretch.first_step + stretch.end - stretch.start - 1
+            taken[stretch.first_step : last + 1, stretch.row] = True
+            penalty[last, stretch.row] = stretch.penalty
+        if self.reference is not None:
+            self._fill_reference_log_probs(ref_log_prob, stretches, batch, allowed)
+        kl = self.kl(log_probs, ref_log_prob)
+        rewards = reward_model - penalty - (np.where(taken, kl_coef * kl, 0.0) if kl_coef else 0.0)
+        return DeferredScores(*(a.astype(np.float32) for a in (rewards, reward_model, kl, ref_log_prob)))
+
+    def _scoring_points(self, stretch: Stretch) -> np.ndarray:
+        """Completion lengths at which Φ is needed: those due in the stretch, and 0 where the episode begins in it."""
+        lengths = np.arange(stretch.start + 1, stretch.end + 1)
+        last = np.zeros(len(lengths), dtype=bool)
+        last[-1] = stretch.finish_reason is not None
+        due = lengths[self.is_due(lengths, last)]
+        begins = self.pays_differences and stretch.start == 0
+        return np.concatenate([[0], due]).astype(np.int64) if begins else due
+
+    def _fill_reference_log_probs(
+        self,
+        ref_log_prob: np.ndarray,
+        stretches: list[Stretch],
+        batch: PrefixBatch,
+        allowed: list[np.ndarray] | None,
+    ) -> None:
+        assert self.reference is not None
+        reference, device = self.reference, self.reference.device
+        order = np.argsort([-len(s.ids) for s in stretches], kind="stable")  # like lengths together: little padding
+        start = 0
+        while start < len(order):
+            width = len(stretches[order[start]].ids)
+            part = [stretches[i] for i in order[start : start + max(1, SCORE_TOKENS // width)]]
+            ids = torch.as_tensor(batch.input_ids[order[start : start + len(part)], :width], device=device)
+            hidden = reference.cached(self.context).hidden_states(ids)  # (B, L, H)
+            rows = np.concatenate([np.full(s.end - s.start, i) for i, s in enumerate(part)])
+            at = np.concatenate([s.prompt_length + np.arange(s.start, s.end) for s in part])
+            steps = np.concatenate([s.first_step + np.arange(s.end - s.start) for s in part])
+            columns = np.array([s.row for s in part])[rows]
+            tokens = ids[torch.as_tensor(rows), torch.as_tensor(at)]
+            mask = None
+            if allowed is not None:
+                packed = np.stack([allowed[step][column] for step, column in zip(steps, columns, strict=True)])
+                mask = np.unpackbits(packed, axis=1, count=reference.vocab_size).astype(bool)
+            predicting = hidden[torch.as_tensor(rows), torch.as_tensor(at - 1)]  # (M, H)
+            ref_log_prob[steps, columns] = self._token_log_probs(predicting, tokens, mask)
+            start += len(part)
+
+
+def _as_batch(stretches: list[Stretch], tokenizer: Any) -> PrefixBatch:
+    width = max((len(s.ids) for s in stretches), default=0)
+    ids = np.zeros((len(stretches), width), dtype=np.int64)
+    for i, s in enumerate(stretches):
+        ids[i, : len(s.ids)] = s.ids
+    return PrefixBatch(
+        input_ids=ids,
+        lengths=np.array([len(s.ids) for s in stretches]),
+        prompt_lengths=np.array([s.prompt_length for s in stretches]),
+        finished=np.array([s.finish_reason == "eos" for s in stretches]),
+        rows=np.array([s.row for s in stretches]),
+        prompts=[s.prompt for s in stretches],
+        columns=as_columns([s.columns for s in stretches]),
+        tokenizer=tokenizer,
+    )
