@@ -1,0 +1,256 @@
+"""A rollout buffer for text: it keeps token segments instead of observations, and yields whole segments.
+
+In text generation an observation is the one before plus the action. A *segment* is a maximal run of steps of
+one row in which that holds, within one episode; one teacher-forced forward over a segment gives the log-prob,
+the entropy and the value of all its transitions. So the buffer stores where each segment begins and the
+tokens it begins with, and nothing else of the observations; rewards, values, advantages and returns are
+Stable-Baselines3's own arrays, ``(T, N)`` for T steps of N rows, and so is the computation of advantages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive transitions of one row within one episode.
+
+    :param row: which of the N rows
+    :param start: the first of its steps in the rollout
+    :param steps: number of transitions, at least 1
+    :param prefix: ``(P,)`` token ids before the first transition: the prompt, and what earlier rollouts wrote
+    """
+
+    row: int
+    start: int
+    steps: int
+    prefix: np.ndarray
+
+
+class SegmentSamples(NamedTuple):
+    """A minibatch of B segments with M transitions in all, flat in SB3's fields.
+
+    ``rows`` and ``positions`` say which hidden state of ``input_ids`` a transition's action is predicted
+    from.
+    """
+
+    input_ids: Tensor  # (B, L) prefix and actions, right-padded
+    rows: Tensor  # (M,)
+    positions: Tensor  # (M,)
+    actions: Tensor  # (M,)
+    old_values: Tensor  # (M,)
+    old_log_prob: Tensor  # (M,)
+    advantages: Tensor  # (M,)
+    returns: Tensor  # (M,)
+    action_masks: Tensor | None  # (M, V) bool
+
+
+class EpisodeBuffer(RolloutBuffer):
+    """SB3's :class:`RolloutBuffer` over token segments.
+
+    :param buffer_size: steps per row, T
+    :param observation_space: the environment's ``Dict(input_ids, attention_mask, ...)``
+    :param action_space: ``Discrete(V)``
+    :param device: where minibatches are put
+    :param gae_lambda: λ of generalised advantage estimation
+    :param gamma: discount per token
+    :param n_envs: number of rows, N
+    """
+
+    observation_space: spaces.Dict
+    action_space: spaces.Discrete
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+    ) -> None:
+        self.context = int(observation_space["input_ids"].shape[0])  # type: ignore[index]
+        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    def reset(self) -> None:
+        """Empty the buffer."""
+        shape = (self.buffer_size, self.n_envs)
+        self.actions = np.zeros((*shape, 1), dtype=np.int64)
+        self.rewards = np.zeros(shape, dtype=np.float32)
+        self.returns = np.zeros(shape, dtype=np.float32)
+        self.episode_starts = np.zeros(shape, dtype=np.float32)
+        self.values = np.zeros(shape, dtype=np.float32)
+        self.log_probs = np.zeros(shape, dtype=np.float32)
+        self.advantages = np.zeros(shape, dtype=np.float32)
+        self.packed_masks: np.ndarray | None = None  # (T, N, V / 8) uint8
+        self._prefixes: dict[tuple[int, int], np.ndarray] = {}  # (row, step) a segment begins at: its prefix
+        self._expected = np.zeros((self.n_envs, self.context), dtype=np.int64)  # last observation plus action
+        self._expected_lengths = np.zeros(self.n_envs, dtype=np.int64)
+        self.pos = 0
+        self.full = False
+
+    def add(  # type: ignore[override]
+        self,
+        obs: Mapping[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: Tensor,
+        log_prob: Tensor,
+        action_masks: np.ndarray | None = None,
+    ) -> None:
+        """Add one step of all rows.
+
+        :param obs: the environment's observation, ``(N, L)`` arrays
+        :param action: ``(N,)`` or ``(N, 1)`` tokens
+        :param reward: ``(N,)``
+        :param episode_start: ``(N,)`` whether an episode begins with this observation
+        :param value: ``(N,)`` or ``(N, 1)`` V of the observation
+        :param log_prob: ``(N,)`` of the actions
+        :param action_masks: ``(N, V)`` bool, the tokens that were allowed; given always or never
+        """
+        step, rows = self.pos, np.arange(self.n_envs)
+        tokens = np.asarray(action, dtype=np.int64).reshape(self.n_envs)
+        ids = np.asarray(obs["input_ids"], dtype=np.int64)
+        lengths = np.asarray(obs["attention_mask"]).sum(1, dtype=np.int64)  # (N,)
+
+        inside = np.arange(self.context) < lengths[:, None]
+        grown = (lengths == self._expected_lengths) & ((ids == self._expected) | ~inside).all(1)
+        for row in np.flatnonzero(~grown | np.asarray(episode_start, dtype=bool) | (step == 0)):
+            self._prefixes[int(row), step] = ids[row, : lengths[row]].copy()
+        self._expected[:] = ids
+        # A row without room for the token can't go on: its next observation is shorter.
+        self._expected[rows, np.minimum(lengths, self.context - 1)] = tokens
+        self._expected_lengths = lengths + 1
+
+        if action_masks is not None:
+            if self.packed_masks is None:
+                width = (int(self.action_space.n) + 7) // 8
+                self.packed_masks = np.zeros((self.buffer_size, self.n_envs, width), dtype=np.uint8)
+            self.packed_masks[step] = np.packbits(action_masks, axis=1)
+        self.actions[step] = tokens[:, None]
+        self.rewards[step] = reward
+        self.episode_starts[step] = episode_start
+        self.values[step] = value.detach().cpu().numpy().reshape(self.n_envs)
+        self.log_probs[step] = log_prob.detach().cpu().numpy().reshape(self.n_envs)
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments of what has been added, by row and then by time; together they are every transition
+        once."""
+        starts = sorted(self._prefixes)
+        segments = []
+        for i, (row, start) in enumerate(starts):
+            last = i + 1 == len(starts) or starts[i + 1][0] != row
+            end = self.pos if last else starts[i + 1][1]
+            segments.append(Segment(row, start, end - start, self._prefixes[row, start]))
+        return segments
+
+    def get(  # type: ignore[override]
+        self, batch_size: int | None = None
+    ) -> Generator[SegmentSamples, None, None]:
+        """Minibatches of whole segments in random order.
+
+        The number of minibatches is that of ``batch_size`` transitions each, rounded; they are cut where each
+        comes as near to an equal share as whole segments allow, and every transition is in exactly one.
+
+        :param batch_size: wished transitions per minibatch; None for all at once
+        """
+        if not self.full:
+            raise ValueError(f"the rollout is not complete: it has {self.pos} of {self.buffer_size} steps")
+        segments = self.segments
+        order = np.random.permutation(len(segments))  # noqa: NPY002 (the generator that SB3 seeds)
+        total = self.buffer_size * self.n_envs
+        batches = 1 if batch_size is None else max(1, round(total / batch_size))
+        sizes = np.array([segments[i].steps for i in order])
+        for part in np.split(order, _even_cuts(sizes, batches)):
+            yield self.samples([segments[i] for i in part])
+
+    def samples(self, segments: list[Segment]) -> SegmentSamples:
+        """One minibatch of the given segments.
+
+        :param segments: B of :attr:`segments`
+        """
+        steps = np.array([s.steps for s in segments])
+        which = np.repeat(np.arange(len(segments)), steps)  # (M,) segment of each transition
+        offset = np.concatenate([np.arange(n) for n in steps])  # (M,) its place in the segment
+        starts, env_rows = (np.array([getattr(s, name) for s in segments])[which] for name in ("start", "row"))
+        at = (starts + offset, env_rows)  # where the arrays (T, N) have it
+        positions = np.array([len(s.prefix) for s in segments])[which] - 1 + offset
+        actions = self.actions[at][:, 0]
+
+        # The last action of a segment is predicted, never read: nothing follows it.
+        ids = np.zeros((len(segments), int(positions.max()) + 1), dtype=np.int64)
+        for row, segment in enumerate(segments):
+            ids[row, : len(segment.prefix)] = segment.prefix
+        read = offset < steps[which] - 1
+        ids[which[read], positions[read] + 1] = actions[read]
+
+        masks = None
+        if self.packed_masks is not None:
+            bits = np.unpackbits(self.packed_masks[at], axis=1, count=int(self.action_space.n))
+            masks = self.to_torch(bits.astype(bool))
+        return SegmentSamples(
+            input_ids=self.to_torch(ids),
+            rows=self.to_torch(which),
+            positions=self.to_torch(positions),
+            actions=self.to_torch(actions),
+            old_values=self.to_torch(self.values[at]),
+            old_log_prob=self.to_torch(self.log_probs[at]),
+            advantages=self.to_torch(self.advantages[at]),
+            returns=self.to_torch(self.returns[at]),
+            action_masks=masks,
+        )
+
+    def as_single_steps(self) -> DictRolloutBuffer:
+        """The same rollout as SB3 stores it: every transition with its whole observation."""
+        buffer = DictRolloutBuffer(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            self.device,
+            self.gae_lambda,
+            self.gamma,
+            self.n_envs,
+        )
+        for name in ("actions", "rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
+            setattr(buffer, name, getattr(self, name).copy())
+        for segment in self.segments:
+            for offset in range(segment.steps):
+                step, length = segment.start + offset, len(segment.prefix) + offset
+                at: Any = (step, segment.row)
+                written = self.actions[segment.start : step, segment.row, 0]
+                buffer.observations["input_ids"][at][:length] = np.concatenate([segment.prefix, written])
+                buffer.observations["attention_mask"][at][:length] = 1
+        buffer.pos, buffer.full = self.pos, self.full
+        return buffer
+
+
+def _even_cuts(sizes: np.ndarray, parts: int) -> np.ndarray:
+    """Where to cut a list of segments so that its parts have as nearly as possible the same number of
+    transitions.
+
+    :param sizes: ``(S,)`` transitions of each segment, in order
+    :param parts: wished number of parts; at most S are made, and none is empty
+    :return: ``(parts - 1,)`` increasing indices for ``np.split``
+    """
+    parts = min(parts, len(sizes))
+    ends = np.cumsum(sizes)  # (S,) transitions up to and with each segment
+    cuts: list[int] = []
+    for part in range(1, parts):
+        nearest = int(np.abs(ends - ends[-1] * part / parts).argmin()) + 1
+        earliest, latest = (cuts[-1] if cuts else 0) + 1, len(sizes) - (parts - part)
+        cuts.append(min(max(nearest, earliest), latest))
+    return np.array(cuts, dtype=np.int64)

@@ -1,0 +1,389 @@
+"""What the agents that learn from their own rollouts share: environments, rollouts, statistics and saving.
+
+An agent derives from :class:`TextOnPolicyAlgorithm` and from one of Stable-Baselines3's algorithms, and adds
+a loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import numbers
+import pathlib
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+from transformers import PreTrainedModel
+
+from textgym.agents.episode_buffer import EpisodeBuffer
+from textgym.agents.policy import LanguageModelPolicy, check_spaces
+from textgym.envs import TextGenVectorEnv
+from textgym.envs.options import check_number
+from textgym.envs.sb3 import TextGenVecEnv, as_vec_env, deferrable
+from textgym.language_model import LanguageModel, load_language_model
+from textgym.rewards import RewardError
+
+TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
+SCORINGS = ("auto", "deferred", "instant")
+
+
+class TextEnvironment:
+    """What an agent asks of the text environment at the bottom of a ``VecEnv``, whatever is wrapped around
+    it.
+
+    :param vec_env: around one :class:`TextGenVectorEnv`, or around N single environments
+    """
+
+    def __init__(self, vec_env: VecEnv) -> None:
+        self.vec_env = vec_env
+        bottom = vec_env.unwrapped
+        self.rows: TextGenVectorEnv | None = bottom.text_env if isinstance(bottom, TextGenVecEnv) else None
+
+    def _get(self, name: str) -> Any:
+        if self.rows is not None:
+            return getattr(self.rows, name)
+        return self.vec_env.get_attr(name, indices=[0])[0]
+
+    @property
+    def temperature(self) -> float:
+        return float(self._get("temperature"))
+
+    @property
+    def masking(self) -> bool:
+        return bool(self._get("masking"))
+
+    @property
+    def kl_coef(self) -> float:
+        return float(self._get("kl_coef"))
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        if self.rows is not None:
+            self.rows.kl_coef = value
+        else:  # set_attr would set it on the outermost wrapper of each
+            self.vec_env.env_method("set_wrapper_attr", "kl_coef", value)
+
+    def action_masks(self) -> np.ndarray:
+        """``(N, V)`` bool, the tokens that the current states allow."""
+        if self.rows is not None:
+            return self.rows.action_masks()
+        return np.stack(self.vec_env.env_method("action_masks"))
+
+    def report_log_probs(self, log_probs: np.ndarray) -> None:
+        """:param log_probs: ``(N,)`` of the actions of the coming step, in nats."""
+        log_probs = np.minimum(log_probs, 0.0)  # a sure token may come out at +1e-7
+        if self.rows is not None:
+            self.rows.report_log_probs(log_probs)
+        else:
+            for row, log_prob in enumerate(log_probs.tolist()):
+                self.vec_env.env_method("report_log_prob", log_prob, indices=[row])
+
+    def policy_language_model(self, device: torch.device) -> LanguageModel:
+        """A trainable copy of the environment's language model."""
+        if self.rows is not None:
+            return self.rows.policy_language_model(device)
+        model: LanguageModel = self.vec_env.env_method("policy_language_model", device, indices=[0])[0]
+        return model
+
+
+class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
+    """Rollouts in text environments for Stable-Baselines3's on-policy algorithms.
+
+    A class ``Agent(TextOnPolicyAlgorithm, SB3Algorithm)`` passes its environment through
+    :meth:`make_vec_env`, sets the attributes below before ``_setup_model``, and uses :class:`EpisodeBuffer`
+    as its rollout buffer.
+
+    - ``scoring``: ``"deferred"`` scores a whole rollout at its end, in a few teacher-forced passes;
+      ``"instant"`` every token at once; ``"auto"`` defers where nothing between environment and agent looks
+      at the rewards. Both give the same rewards, but while it is deferred callbacks see zeros during the
+      rollout
+    - ``whiten_rewards``: divide the rewards of a rollout by their standard deviation (biased), keeping their
+      mean
+    - ``finished_episodes``: the episodes that ended in the last rollout, each with ``r`` (return), ``l``
+      (tokens), ``kl`` (nats), ``score``, ``finish_reason``, ``prompt`` and ``completion``
+    - ``bootstrap_truncated``: add γ·V(last state) to the last reward where the token budget ran out, as SB3
+      does
+    """
+
+    policy: LanguageModelPolicy
+    rollout_buffer: EpisodeBuffer
+    scoring: str
+    whiten_rewards: bool
+    bootstrap_truncated: bool
+    finished_episodes: list[dict[str, Any]]
+    _last_obs: Any
+
+    # Environments and the policy that starts from their language model
+
+    @staticmethod
+    def make_vec_env(env: TextEnv | None) -> VecEnv | None:
+        """The ``VecEnv`` of an id, a Gymnasium environment or vector environment, or a ``VecEnv``."""
+        return None if env is None else as_vec_env(env)
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        return OnPolicyAlgorithm._wrap_env(as_vec_env(env), verbose, monitor_wrapper)
+
+    def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, LanguageModelPolicy):
+            raise ValueError(f"policy={self.policy_class.__name__} must be a LanguageModelPolicy")
+        kwargs = dict(self.policy_kwargs)
+        if self.env is not None:
+            environment = self._checked_environment(self.env)
+            kwargs.setdefault("temperature", environment.temperature)
+            if "language_model" not in kwargs:
+                kwargs["language_model"] = environment.policy_language_model(self.device)
+            elif isinstance(kwargs["language_model"], LanguageModel | PreTrainedModel):
+                # Most likely the object that the environment was made with, too: its reference must not learn.
+                given = load_language_model(kwargs["language_model"], tokenizer=kwargs.pop("tokenizer", None))
+                kwargs["language_model"] = LanguageModel(copy.deepcopy(given.model), given.tokenizer, given.name)
+        elif "language_model" not in kwargs:
+            raise ValueError("env=None: give an environment, whose language model the policy starts from")
+        self.policy_kwargs = kwargs
+        self.finished_episodes = []
+        self._row_kl = np.zeros(self.n_envs)  # KL of the running episodes, nats
+        super()._setup_model()
+        # What is saved with the agent: no path of this machine, no weights a second time.
+        kwargs = {name: value for name, value in kwargs.items() if name != "tokenizer"}
+        self.policy_kwargs = {**kwargs, "language_model": self.policy.blueprint()}
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Go on in another environment, with as many rows and the same spaces.
+
+        :param env: whatever the constructor takes
+        :param force_reset: whether to begin new episodes
+        """
+        vec_env = as_vec_env(env)
+        self._checked_environment(vec_env)
+        super().set_env(vec_env, force_reset)
+
+    def _checked_environment(self, env: VecEnv) -> TextEnvironment:
+        check_spaces(env.observation_space, env.action_space)
+        environment = TextEnvironment(env)
+        temperature = self.policy_kwargs.get("temperature", environment.temperature)
+        if temperature != environment.temperature:
+            raise ValueError(
+                f"the policy's temperature={temperature} is not the environment's {environment.temperature}: "
+                "the KL to the reference would compare different distributions; set it in the environment"
+            )
+        if self.scoring == "deferred" and deferrable(env) is None:
+            raise ValueError(
+                "scoring='deferred' needs the bare text vector environment: a wrapper, or an environment "
+                "made of single ones, looks at every reward and would see zeros; use 'auto' or 'instant'"
+            )
+        return environment
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """See :meth:`LanguageModelPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
+
+    # Rollouts
+
+    def collect_rollouts(  # type: ignore[override]
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: EpisodeBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Take ``n_rollout_steps`` steps of every row and fill the buffer, advantages included.
+
+        :param env: the training environment
+        :param callback: told about every step, and about the beginning and the end
+        :param rollout_buffer: emptied and filled
+        :param n_rollout_steps: T
+        :return: whether training goes on; False where a callback stopped it, then the rollout is incomplete
+        """
+        deferred = None if self.scoring == "instant" else deferrable(env)
+        if deferred is None:
+            return self._collect(env, callback, rollout_buffer, n_rollout_steps, None)
+        deferred.defer_scoring(True)
+        try:
+            return self._collect(env, callback, rollout_buffer, n_rollout_steps, deferred)
+        except BaseException:
+            # An interrupt must not leave behind an environment that pays zeros and can't be reset.
+            with contextlib.suppress(RuntimeError, RewardError):
+                deferred.score_deferred()
+            raise
+        finally:
+            with contextlib.suppress(RuntimeError):  # raised where an error of the reward left steps unscored
+                deferred.defer_scoring(False)
+
+    def _collect(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: EpisodeBuffer,
+        n_rollout_steps: int,
+        deferred: TextGenVectorEnv | None,
+    ) -> bool:
+        """:meth:`collect_rollouts`, with scoring deferred in ``deferred`` if that is given."""
+        assert self._last_episode_starts is not None
+        environment = TextEnvironment(env)
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        self.finished_episodes = []
+        bootstrap = np.zeros((n_rollout_steps, env.num_envs), dtype=np.float32)
+        n_steps = 0
+        callback.on_rollout_start()
+
+        while n_steps < n_rollout_steps:
+            masks = environment.action_masks() if environment.masking else None
+            tokens, values, log_probs = self.policy(self._last_obs, action_masks=masks)
+            actions = tokens.cpu().numpy()
+            environment.report_log_probs(log_probs.cpu().numpy())
+            new_obs, rewards, dones, infos = env.step(actions)
+
+            self.num_timesteps += env.num_envs
+            rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs, masks)
+            if self.bootstrap_truncated:
+                bootstrap[n_steps] = self.gamma * self._values_where_truncated(dones, infos)
+            if deferred is None:
+                self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts))
+            # Before the callback, unlike SB3: a rollout that a callback stops can be gone on from.
+            self._last_obs, self._last_episode_starts = new_obs, dones
+
+            callback.update_locals(locals())
+            if not callback.on_step():
+                if deferred is not None:
+                    self._note_finished(deferred.score_deferred().episodes)
+                return False
+            n_steps += 1
+
+        if deferred is not None:
+            scores = deferred.score_deferred()
+            rollout_buffer.rewards[:] = scores.rewards[-n_rollout_steps:]
+            self._note_finished(scores.episodes)
+        if self.whiten_rewards:
+            rollout_buffer.rewards = whitened(rollout_buffer.rewards)
+        # V is on the scale of whitened rewards, so it is added after whitening.
+        rollout_buffer.rewards += bootstrap
+        last_values = self.policy.predict_values(self._last_obs)
+        rollout_buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _values_where_truncated(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        """``(N,)`` V of the last observation of episodes whose budget ran out, 0 elsewhere (SB3 issue
+        #633)."""
+        values = np.zeros(len(dones), dtype=np.float32)
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
+        rows = np.flatnonzero(dones & truncated)
+        if len(rows):
+            last = [infos[row]["terminal_observation"] for row in rows]
+            obs = {name: np.stack([o[name] for o in last]) for name in last[0]}
+            values[rows] = self.policy.predict_values(obs, rows).flatten().cpu().numpy()
+        return values
+
+    # Statistics
+
+    def _episodes_in(
+        self, infos: list[dict[str, Any]], dones: np.ndarray, episode_starts: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """The episodes that ended with this step, from instantly scored infos."""
+        self._row_kl[episode_starts] = 0.0
+        self._row_kl += [info.get("kl", np.nan) for info in infos]
+        names = ("score", "finish_reason", "prompt", "completion")
+        return [
+            {
+                **infos[row].get("episode", {}),
+                **{name: infos[row][name] for name in names if name in infos[row]},
+                "kl": float(self._row_kl[row]),
+                "row": int(row),
+            }
+            for row in np.flatnonzero(dones)
+        ]
+
+    def _note_finished(self, episodes: list[dict[str, Any]]) -> None:
+        self.finished_episodes.extend(episodes)
+        assert self.ep_info_buffer is not None
+        # Without the texts: this buffer is saved with the agent.
+        names = ("r", "l", "score", "kl", "finish_reason")
+        self.ep_info_buffer.extend({n: e[n] for n in names if n in e} for e in episodes if "r" in e)
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write the log; ``rollout/*`` are means over the last ``stats_window_size`` episodes, KL in nats.
+
+        :param iteration: number of the rollout
+        """
+        episodes = list(self.ep_info_buffer or [])
+
+        def values(name: str) -> np.ndarray:
+            return np.array([e.get(name, np.nan) for e in episodes], dtype=np.float64)
+
+        kl, score = values("kl"), values("score")
+        if np.isfinite(kl).any():
+            known = np.isfinite(kl)
+            self.logger.record("rollout/kl_ref", kl[known].mean())
+            self.logger.record("rollout/kl_ref_per_token", kl[known].sum() / values("l")[known].sum())
+        if np.isfinite(score).any():
+            self.logger.record("rollout/score_mean", np.nanmean(score))
+        reasons = [e["finish_reason"] for e in episodes if "finish_reason" in e]
+        if reasons:
+            self.logger.record("rollout/eos_rate", np.mean([reason == "eos" for reason in reasons]))
+        assert self.env is not None
+        self.logger.record("train/kl_coef", TextEnvironment(self.env).kl_coef)
+        super().dump_logs(iteration)
+
+    # Saving
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "finished_episodes", "_row_kl"]
+
+    def save_pretrained(self, directory: str | pathlib.Path) -> None:
+        """Write the trained language model as an ordinary Hugging Face checkpoint, with its tokenizer.
+
+        ``AutoModelForCausalLM``, ``AutoTokenizer`` and textgym's ``language_model=`` open it. The value head
+        is not part of it: :meth:`save` keeps everything.
+
+        :param directory: made if it does not exist
+        :raises NotADirectoryError: if it is a file
+        """
+        directory = pathlib.Path(directory)
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(f"directory={str(directory)!r} is a file; a checkpoint is a directory")
+        self.policy.language_model.model.save_pretrained(directory)
+        self.policy.language_model.tokenizer.save_pretrained(directory)
+
+
+def whitened(rewards: np.ndarray) -> np.ndarray:
+    """Rewards of unit variance with their mean kept; the variance is the biased one.
+
+    From Ziegler et al.'s code, see "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
+
+    :param rewards: any shape
+    """
+    mean = rewards.mean()
+    return (rewards - mean) / np.sqrt(rewards.var() + 1e-8) + mean
+
+
+def check_count(name: str, value: Any) -> None:
+    """:raises ValueError: unless ``value`` is a whole number of at least 1"""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
+def check_schedule(name: str, value: Any, open_low: bool = False) -> None:
+    """Check a hyperparameter that may be a number or a function of the remaining progress.
+
+    :raises ValueError: if it is a number that is negative, not finite, or 0 with ``open_low``
+    """
+    if not callable(value):
+        check_number(name, value, low=0.0, open_low=open_low)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """:raises ValueError: unless ``value`` is one of the choices"""
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(c) for c in choices)}")

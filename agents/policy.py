@@ -1,0 +1,426 @@
+"""A language model as a Stable-Baselines3 policy: next-token distribution and value from one transformer.
+
+Acting uses the slot cache of :mod:`textgym.cached_model`: row i of a batch lives in slot i, so a step of an
+environment costs one token per row. Learning uses :meth:`LanguageModelPolicy.evaluate_segments`, one
+teacher-forced forward over whole stretches of episodes. Both read the same hidden states, divided by the same
+temperature and without dropout, so that their log-probs agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from textgym.agents.blueprint import LanguageModelBlueprint
+from textgym.agents.episode_buffer import SegmentSamples
+from textgym.cached_model import CachedModel
+from textgym.generation import complete, sample_tokens
+from textgym.language_model import LanguageModel, load_language_model, log_distribution
+from textgym.rewards import PrefixBatch
+
+Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
+VALUE_HEADS = ("linear", "mlp")
+VALUE_TRUNKS = ("shared", "detached")
+
+
+class LanguageModelPolicy(ActorCriticPolicy):
+    """A causal language model with a value head on its last hidden states.
+
+    Observations are the environment's: ``input_ids`` ``(B, L)`` right-padded and ``attention_mask`` ``(B,
+    L)``. Values have SB3's shape ``(B, 1)``, log-probs and entropies ``(B,)``, in nats.
+
+    :param observation_space: ``Dict`` with ``input_ids`` ``(L,)`` and ``attention_mask`` ``(L,)``
+    :param action_space: ``Discrete(V)``, V the number of tokens the model has logits for
+    :param lr_schedule: learning rate as a function of the remaining progress, 1 to 0
+    :param use_sde: not available (it needs continuous actions)
+    :param language_model: whatever :func:`~textgym.language_model.load_language_model` opens, or a blueprint.
+        A model object is trained in place: pass a copy if it is also the environment's reference
+    :param tokenizer: another tokenizer than the model's own
+    :param temperature: logits are divided by it, when acting and when learning
+    :param value_head: ``"linear"``, or ``"mlp"`` with one hidden layer; both start as V = 0
+    :param value_trunk: ``"shared"`` lets the value loss train the transformer too, ``"detached"`` only the
+        value head
+    :param optimizer_class: Adam by default, with eps = 1e-5
+    :param optimizer_kwargs: its keyword arguments, except the learning rate
+    :raises ValueError: if the spaces aren't those of a text environment, or the model does not fit them
+    """
+
+    observation_space: spaces.Dict
+    action_space: spaces.Discrete
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        use_sde: bool = False,
+        *,
+        language_model: str | Path | PreTrainedModel | LanguageModel | LanguageModelBlueprint = "embedded",
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        temperature: float = 1.0,
+        value_head: str = "linear",
+        value_trunk: str = "shared",
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if use_sde:
+            raise ValueError("use_sde=True needs continuous actions; tokens are discrete, leave it False")
+        _check_temperature(temperature)
+        if value_head not in VALUE_HEADS:
+            raise ValueError(f"value_head={value_head!r} must be one of {VALUE_HEADS}")
+        if value_trunk not in VALUE_TRUNKS:
+            raise ValueError(f"value_trunk={value_trunk!r} must be one of {VALUE_TRUNKS}")
+        check_spaces(observation_space, action_space)
+        if isinstance(language_model, LanguageModelBlueprint):
+            language_model = language_model.build()
+        # What _build needs must be there before the base class calls it.
+        self.language_model = load_language_model(language_model, tokenizer=tokenizer)
+        self.temperature = float(temperature)
+        self.value_head = value_head
+        self.value_trunk = value_trunk
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=[],
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """Register the transformer, make the value head and the optimizer."""
+        model, vocab_size = self.language_model.model, self.language_model.vocab_size
+        if int(self.action_space.n) != vocab_size:
+            raise ValueError(
+                f"the environment has {int(self.action_space.n)} actions and the language model "
+                f"{self.language_model.name} {vocab_size} tokens: give the policy the environment's own model"
+            )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"all weights of the language model {self.language_model.name} are frozen, "
+                "as a reference's are; give the policy its trainable_copy()"
+            )
+        self.context = int(self.observation_space["input_ids"].shape[0])  # type: ignore[index]
+        self.language_model.cached(self.context)  # raises now if the model's context is too short
+        self.transformer = model
+        width = int(model.get_output_embeddings().weight.shape[1])  # H
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        if self.value_head == "linear":
+            self.value_net = last
+        else:
+            inner = nn.Linear(width, width)
+            self.value_net = nn.Sequential(inner, nn.Tanh(), last)  # type: ignore[assignment]
+        self.value_net.to(model.device)
+        self.eval()
+        self.optimizer = self.optimizer_class(
+            self.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+    def train(self, mode: bool = True) -> LanguageModelPolicy:
+        """Stay in evaluation mode: dropout would make the ratio of new to old probabilities noise from the
+        start."""
+        super().train(False)
+        return self
+
+    # Acting
+
+    @torch.no_grad()
+    def forward(
+        self, obs: Observation, deterministic: bool = False, action_masks: np.ndarray | Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the next token of each row, from cached states and without gradients.
+
+        :param obs: observations of B rows; row i lives in cache slot i
+        :param deterministic: whether to take the most likely token
+        :param action_masks: ``(B, V)`` bool; other tokens can't be chosen, and the probabilities are
+            renormalised
+        :return: actions ``(B,)``, values ``(B, 1)`` and log-probs ``(B,)``
+        """
+        hidden = self._cached_hidden(obs)  # (B, H)
+        log_probs = self._log_distribution(hidden, action_masks)  # (B, V)
+        actions = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs)
+        return actions, self._values(hidden), log_probs.gather(1, actions[:, None]).squeeze(1)
+
+    def _predict(
+        self,
+        observation: Observation,
+        deterministic: bool = False,
+        action_masks: np.ndarray | Tensor | None = None,
+    ) -> Tensor:
+        return self.forward(observation, deterministic, action_masks)[0]
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for an observation, of one row or of many.
+
+        :param observation: ``input_ids`` and ``attention_mask``, ``(L,)`` or ``(B, L)`` each
+        :param state: returned as it is; the tokens are all the state there is
+        :param episode_start: unused
+        :param deterministic: whether to take the most likely token
+        :param action_masks: ``(V,)`` or ``(B, V)`` bool, the tokens that may be chosen
+        :return: actions, ``()`` or ``(B,)`` int64, and ``state``
+        """
+        _check_keys(observation)
+        single = np.ndim(observation["input_ids"]) == 1
+        if single:
+            observation = {name: np.asarray(value)[None] for name, value in observation.items()}
+            action_masks = None if action_masks is None else np.asarray(action_masks)[None]
+        actions = self._predict(observation, deterministic, action_masks).cpu().numpy()
+        return (actions[0] if single else actions), state
+
+    @torch.no_grad()
+    def predict_values(self, obs: Observation, rows: np.ndarray | None = None) -> Tensor:
+        """Values ``(B, 1)`` of observations, from cached states and without gradients.
+
+        :param obs: observations of B rows
+        :param rows: ``(B,)`` cache slots the rows live in; default 0 to B-1
+        """
+        return self._values(self._cached_hidden(obs, rows))
+
+    def get_distribution(
+        self, obs: Observation, action_masks: np.ndarray | Tensor | None = None
+    ) -> CategoricalDistribution:
+        """The distribution over the next token; differentiable where gradients are enabled.
+
+        :param obs: observations of B rows
+        :param action_masks: ``(B, V)`` bool
+        """
+        hidden = self._forced_hidden(obs) if torch.is_grad_enabled() else self._cached_hidden(obs)
+        distribution = CategoricalDistribution(int(self.action_space.n))
+        return distribution.proba_distribution(self._log_distribution(hidden, action_masks))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 32,
+        deterministic: bool = False,
+        temperature: float | None = None,
+        seed: int | None = None,
+        min_new_tokens: int = 0,
+    ) -> list[str]:
+        """Complete prompts, each until its end-of-sequence token.
+
+        :param prompts: B texts
+        :param max_new_tokens: most tokens written for each
+        :param deterministic: whether to take the most likely token every time
+        :param temperature: default the policy's own
+        :param seed: for reproducible sampling; default the global torch random state
+        :param min_new_tokens: end-of-sequence is not chosen before so many tokens
+        :return: B completions, such that ``prompt + completion`` is the whole text
+        :raises ValueError: if a prompt is empty or does not fit the model's context with its completion
+        """
+        lm = self.language_model
+        ids = _encode_prompts(lm, prompts)
+        if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} must be at least 1, "
+                f"and min_new_tokens={min_new_tokens} from 0 to that"
+            )
+        temperature = self.temperature if temperature is None else temperature
+        _check_temperature(temperature)
+        if not ids:
+            return []
+        completions = complete(
+            lm,
+            ids,
+            max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            deterministic=deterministic,
+            generator=None if seed is None else torch.Generator(self.device).manual_seed(seed),
+        )
+        whole = [prompt + completion for prompt, completion in zip(ids, completions, strict=True)]
+        lengths = np.array([len(row) for row in whole])
+        return PrefixBatch(
+            input_ids=np.array([row + [lm.pad_token_id] * (int(lengths.max()) - len(row)) for row in whole]),
+            lengths=lengths,
+            prompt_lengths=np.array([len(prompt) for prompt in ids]),
+            finished=np.array([row[-1] == lm.eos_token_id for row in whole]),
+            rows=np.arange(len(ids)),
+            prompts=list(prompts),
+            columns={},
+            tokenizer=lm.tokenizer,
+        ).completions
+
+    # Learning
+
+    def evaluate_actions(
+        self, obs: Observation, actions: Tensor, action_masks: np.ndarray | Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Evaluate single transitions, each with a forward over its whole prefix, as stock SB3 algorithms do.
+
+        :param obs: observations of B transitions
+        :param actions: ``(B,)`` tokens
+        :param action_masks: ``(B, V)`` bool
+        :return: values ``(B, 1)``, log-probs ``(B,)`` and entropies ``(B,)``
+        """
+        hidden = self._forced_hidden(obs)
+        tokens = torch.as_tensor(actions, device=self.device).long().flatten()
+        values, log_prob, entropy = self._evaluate(hidden, tokens, self._as_mask(action_masks, len(hidden)))
+        return values, log_prob, entropy
+
+    def evaluate_segments(self, segments: SegmentSamples) -> tuple[Tensor, Tensor, Tensor]:
+        """Evaluate the M transitions of a minibatch of segments in one teacher-forced forward.
+
+        :param segments: from :meth:`EpisodeBuffer.get`
+        :return: values ``(M, 1)``, log-probs ``(M,)`` and entropies ``(M,)``
+        """
+        hidden = self._stepper.hidden_states(segments.input_ids)  # (B, L, H)
+        chosen = hidden[segments.rows, segments.positions]  # (M, H)
+        return self._evaluate(chosen, segments.actions, segments.action_masks)
+
+    def _evaluate(self, hidden: Tensor, actions: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        log_prob, entropy = self.language_model.token_log_probs(hidden, actions, self.temperature, masks)
+        assert entropy is not None
+        return self._values(hidden), log_prob, entropy
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        """:param hidden: ``(B, H)``; the value head is fp32 whatever the transformer is."""
+        return self.value_net((hidden.detach() if self.value_trunk == "detached" else hidden).float())
+
+    def _log_distribution(self, hidden: Tensor, action_masks: np.ndarray | Tensor | None) -> Tensor:
+        masks = self._as_mask(action_masks, len(hidden))
+        return log_distribution(self.language_model.head(hidden), self.temperature, masks)
+
+    @property
+    def _stepper(self) -> CachedModel:
+        return self.language_model.cached(self.context)
+
+    def _cached_hidden(self, obs: Observation, rows: np.ndarray | None = None) -> Tensor:
+        """``(B, H)`` from the cache."""
+        return self._stepper.last_hidden(*self._tokens(obs), rows)
+
+    def _forced_hidden(self, obs: Observation) -> Tensor:
+        """``(B, H)`` from a forward over the whole rows, with gradients where enabled."""
+        ids, lengths = self._tokens(obs)
+        rows = torch.as_tensor(ids[:, : int(lengths.max())], device=self.device)
+        last = torch.as_tensor(lengths - 1, device=self.device)
+        return self._stepper.hidden_states(rows)[torch.arange(len(rows), device=self.device), last]
+
+    def _tokens(self, obs: Observation) -> tuple[np.ndarray, np.ndarray]:
+        """Checked token ids ``(B, L)`` and lengths ``(B,)`` of an observation."""
+        _check_keys(obs)
+        ids, mask = _as_numpy(obs["input_ids"]), _as_numpy(obs["attention_mask"])
+        if ids.ndim != 2 or ids.shape[1] != self.context or mask.shape != ids.shape or not len(ids):
+            raise ValueError(
+                f"the observation has input_ids {ids.shape} and attention_mask {mask.shape}; "
+                f"this policy reads (B, {self.context}) of each"
+            )
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"input_ids must be whole numbers, got {ids.dtype}: were they normalised?")
+        lengths = mask.sum(1, dtype=np.int64)
+        real = np.arange(self.context) < lengths[:, None]
+        if not (mask.astype(bool) == real).all() or (lengths < 1).any():
+            raise ValueError("attention_mask must be ones, at least one, and then zeros (right padding)")
+        if ((ids < 0) | (ids >= self.language_model.vocab_size))[real].any():
+            raise ValueError(
+                f"input_ids must lie between 0 and {self.language_model.vocab_size - 1}, "
+                f"got {int(ids[real].min())} to {int(ids[real].max())}"
+            )
+        return ids, lengths
+
+    def _as_mask(self, action_masks: np.ndarray | Tensor | None, rows: int) -> Tensor | None:
+        if action_masks is None:
+            return None
+        masks = torch.as_tensor(action_masks, device=self.device).bool()
+        if masks.shape != (rows, self.language_model.vocab_size):
+            raise ValueError(
+                f"action_masks has shape {tuple(masks.shape)}, expected {(rows, self.language_model.vocab_size)}"
+            )
+        if not masks.any(1).all():
+            raise ValueError("action_masks allows no token at all in some row")
+        return masks
+
+    # Copying and saving
+
+    def blueprint(self) -> LanguageModelBlueprint:
+        """The language model's architecture and tokenizer, without weights."""
+        return LanguageModelBlueprint.of(self.language_model)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "language_model": self.blueprint(),
+            "temperature": self.temperature,
+            "value_head": self.value_head,
+            "value_trunk": self.value_trunk,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModelPolicy:
+        # A LanguageModel is shared when copied; a copy of the policy needs weights and a cache of its own.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin.language_model = LanguageModel(twin.transformer, self.language_model.tokenizer, self.language_model.name)
+        return twin
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature!r} must be finite and greater than 0")
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """:raises ValueError: unless they are the spaces of a text environment"""
+    names = ("input_ids", "attention_mask")
+    fits = isinstance(observation_space, spaces.Dict) and set(names) <= set(observation_space.spaces)
+    if not fits or not isinstance(action_space, spaces.Discrete):
+        raise ValueError(
+            "a language-model policy needs a text environment such as TextGen-v0, with observations "
+            "Dict(input_ids, attention_mask, ...) and actions Discrete(V); "
+            f"got {observation_space} and {action_space}"
+        )
+
+
+def _check_keys(obs: Any) -> None:
+    if isinstance(obs, tuple):
+        raise ValueError(
+            "the observation is a tuple: Gymnasium's reset returns (observation, info), pass the first only"
+        )
+    if not isinstance(obs, Mapping) or not {"input_ids", "attention_mask"} <= set(obs):
+        got = f"a dict with keys {sorted(obs)}" if isinstance(obs, Mapping) else f"a {type(obs).__name__}"
+        raise ValueError(f"the observation must be a dict with input_ids and attention_mask, got {got}")
+
+
+def _encode_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of texts; for one text pass [{prompts!r}]")
+    ids = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts[{i}] is a {type(prompt).__name__}, expected a text")
+        ids.append(lm.encode(prompt))
+        if not ids[-1]:
+            raise ValueError(f"prompts[{i}]={prompt!r} has no tokens: a prompt needs at least one")
+    return ids
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
