@@ -96,9 +96,7 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
             )
             model = OPTForCausalLM(config)
         elif architecture == "gemma":
-            model = GemmaForCausalLM(
-                GemmaConfig(**_TOKEN_IDS, **_LLAMA_SHAPE, num_key_value_heads=1, head_dim=16)
-            )
+            model = GemmaForCausalLM(GemmaConfig(**_TOKEN_IDS, **_LLAMA_SHAPE, num_key_value_heads=1, head_dim=16))
         else:
             raise ValueError(f"architecture must be one of {ARCHITECTURES}, got {architecture!r}")
     return model.eval()

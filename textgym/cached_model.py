@@ -10,9 +10,12 @@ passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from textgym.slot_cache import SlotCache
@@ -45,14 +48,21 @@ class CachedModel:
     def device(self) -> torch.device:
         return next(self.trunk.parameters()).device
 
-    def forget(self) -> None:
-        """Drop everything cached."""
+    def forget(self, rows: np.ndarray | None = None) -> None:
+        """Drop everything cached.
+
+        :param rows: only what is cached of these; they are computed anew from their first token
+        """
+        if rows is not None:
+            self._lengths[rows[rows < len(self._lengths)]] = 0
+            return
         self._cache: SlotCache | None = None
         self._ids = np.zeros((0, self.context), dtype=np.int64)  # (S, P) the tokens behind the cached states
         self._lengths = np.zeros(0, dtype=np.int64)  # (S,) how many of them are valid
         self._hidden: Tensor | None = None  # (S, H) hidden state at each row's last token
         self._version: int | None = None
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it
     @torch.no_grad()
     def last_hidden(
         self,
@@ -89,8 +99,9 @@ class CachedModel:
         common = np.where((common == lengths) & ~same, lengths - 1, common)
         new = lengths - common  # (B,) tokens to forward
 
+        # Where a forward is interrupted, its rows count as empty and not as computed.
+        self._lengths[rows[new > 0]] = 0
         self._ids[rows, :longest] = ids[:, :longest]
-        self._lengths[rows] = lengths
         decode = np.flatnonzero(new == 1)
         if len(decode):
             self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
@@ -101,6 +112,7 @@ class CachedModel:
             for start in range(0, len(prefill), at_once):
                 part = prefill[start : start + at_once]
                 self._prefill(rows[part], ids[part], common[part], new[part])
+        self._lengths[rows] = lengths
         assert self._hidden is not None
         return self._hidden[torch.as_tensor(rows, device=self._hidden.device)]
 
@@ -113,18 +125,25 @@ class CachedModel:
         :param lengths: unused by causal models; accepted so that callers need not care
         :return: ``(B, L, H)``; what stands at padded positions is meaningless
         """
+        self._forbid_dropout()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.trunk(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
 
+    def _forbid_dropout(self) -> None:
+        """Back to evaluation mode, should the model's owner have left it in training mode."""
+        if self.trunk.training:
+            self.model.eval()
+
     def _prepare(self, slots: int) -> None:
         """Make room for ``slots`` rows, and forget what older weights computed."""
+        self._forbid_dropout()
         version = weights_version(self.trunk)
         if version != self._version:
-            self._lengths[:] = 0
-            self._version = version
-        if self._cache is None or self._cache.device != self.device:
+            # The memory goes, too: its dtype and device may not fit any more, and where old weights left a NaN, masking
+            # would not keep it out (0 · NaN is NaN).
             self.forget()
             self._version = version
+        if self._cache is None:
             self._cache = SlotCache(slots, self.context, self.device)
         elif slots > self._cache.slots:
             self._cache.grow(slots)
@@ -198,8 +217,21 @@ class CachedModel:
 
 
 def weights_version(module: nn.Module) -> int:
-    """A number that changes whenever a parameter is modified in place or replaced."""
-    return hash(tuple((p.data_ptr(), p._version) for p in module.parameters()))
+    """A number that changes whenever a parameter is replaced, modified in place or trained by an optimizer.
+
+    In-place changes behind autograd's back, such as ``parameter.data.mul_(2)``, are invisible to it: call
+    :meth:`CachedModel.forget` after them.
+    """
+    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()))
+
+
+def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused optimizers, and some from other packages, write to weights without counting it in ``_version``."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.autograd.graph.increment_version(parameters)
+
+
+register_optimizer_step_post_hook(_count_as_modified)
 
 
 def _as_numpy(array: np.ndarray | Tensor) -> np.ndarray:

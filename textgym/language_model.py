@@ -7,15 +7,19 @@ log-probabilities and entropies of many tokens from one teacher-forced pass, wit
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
 from textgym.vocabulary import Vocabulary
@@ -152,15 +156,14 @@ class LanguageModel:
         generator = torch.Generator().manual_seed(0)
         limit = min(self.vocabulary.context_limit or 8, 8)
         ids = torch.randint(0, self.vocab_size, (2, limit), generator=generator).to(self.device)
-        expected = self.model(input_ids=ids).logits.float()  # (2, L, V)
+        # Two rows are begun, then go on from different places with different numbers of tokens, then with one each.
+        stages = np.array([[limit - 3, 2], [limit - 1, limit - 2], [limit, limit - 1]])
         stepper = CachedModel(self.model, limit)
         try:
-            lengths = np.array([limit - 2, limit // 2])
-            ours = []
-            for _ in range(3):  # prefill two rows of different length, then decode both twice
-                ours.append(self.head(stepper.last_hidden(ids, lengths)) - expected[[0, 1], lengths - 1])
-                lengths = lengths + 1
-            error = torch.stack([o.abs().max() for o in ours]).max()
+            expected = self.model(input_ids=ids).logits.float()  # (2, L, V)
+            ours = [self.head(stepper.last_hidden(ids, lengths)) for lengths in stages]
+            plain = [expected[[0, 1], lengths - 1] for lengths in stages]
+            error = (torch.stack(ours) - torch.stack(plain)).abs().max()
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError) as e:
             raise ValueError(
                 f"language_model={self.name}: {type(self.model).__name__} can't be stepped with a slot cache ({e}); "
@@ -225,13 +228,20 @@ def load_language_model(
             f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', a directory, a hub id, "
             "a PreTrainedModel or a LanguageModel"
         )
+    weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
     location = _locate(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=resolve_dtype(dtype))
-    except (OSError, ValueError) as e:
+        with quiet_loading():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                location, dtype=weights_dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise _cannot_open(spec, e) from e
+    if missing := sorted(loading["missing_keys"]):
+        # transformers would go on with random weights there.
+        raise _cannot_open(spec, ValueError(f"it has no weights for {', '.join(missing[:3])}"))
     opened = _open_tokenizer(location if tokenizer is None else tokenizer)
-    return LanguageModel(model.to(resolve_device(device)), opened, str(spec))
+    return LanguageModel(model.to(weights_device), opened, str(spec))
 
 
 def load_vocabulary(
@@ -273,9 +283,22 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return resolved
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error message, for putting it into one of ours."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars: making an environment should print nothing."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error message without its last mark, for putting it into one of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:")
 
 
 def _locate(spec: str | Path) -> str:
@@ -291,17 +314,21 @@ def _locate(spec: str | Path) -> str:
     path = Path(spec).expanduser()
     if path.is_dir():
         return str(path)
-    looks_like_path = isinstance(spec, Path) or str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1
     if path.exists():
         raise ValueError(f"language_model={str(spec)!r} is a file; give the directory that save_pretrained wrote")
-    if looks_like_path:
+    if _looks_like_path(spec):
         raise FileNotFoundError(f"language_model={str(spec)!r}: there is no such directory")
     return str(spec)
 
 
+def _looks_like_path(spec: str | Path) -> bool:
+    """Whether it can't be the id of a model on the hub."""
+    return isinstance(spec, Path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1
+
+
 def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
     return ValueError(
-        f"language_model={str(spec)!r} can't be opened as a causal language model: {first_line(error)} "
+        f"language_model={str(spec)!r} can't be opened as a causal language model: {_first_line(error)}. "
         "Give 'embedded', 'smollm2', a directory written by save_pretrained, or the id of a model on the hub"
     )
 
@@ -309,7 +336,17 @@ def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
 def _open_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if isinstance(spec, PreTrainedTokenizerBase):
         return spec
+    if not isinstance(spec, str | Path):
+        raise TypeError(
+            f"tokenizer={spec!r} is a {type(spec).__name__}; give a directory, a hub id or a tokenizer object"
+        )
+    path = Path(spec).expanduser()
+    if _looks_like_path(spec) and not path.exists():
+        raise FileNotFoundError(f"tokenizer={str(spec)!r}: there is no such directory")
     try:
-        return AutoTokenizer.from_pretrained(str(spec))
+        return AutoTokenizer.from_pretrained(str(path) if path.exists() else str(spec))
     except (OSError, ValueError) as e:
-        raise ValueError(f"tokenizer={str(spec)!r} can't be opened: {first_line(e)}") from e
+        raise ValueError(
+            f"tokenizer={str(spec)!r} can't be opened: {_first_line(e)}. Give a directory with the tokenizer's files, "
+            "a hub id or a tokenizer object"
+        ) from e

@@ -76,6 +76,8 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.cache.positions
 
+    get_max_cache_shape = get_max_length  # what older versions of transformers call it
+
 
 class SlotCache(Cache):
     """One :class:`SlotLayer` per transformer layer, and the places the next forward writes to.

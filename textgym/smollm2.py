@@ -42,12 +42,14 @@ def smollm2_directory() -> Path:
             delattr(owner, attribute)
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache, prefix="smollm2-partial-"))
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(partial)
     try:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(partial)
         partial.rename(target)  # atomic: another process sees all of it or nothing
-    except OSError:
-        shutil.rmtree(partial)  # somebody else was faster
+    except BaseException:
+        shutil.rmtree(partial)
+        if not (target / "model.safetensors").is_file():  # else another process was faster
+            raise
     return target
 
 

@@ -20,9 +20,11 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.size = int(config.get_text_config().vocab_size)
         self.context_limit = context_limit(config)
-        if len(tokenizer) > self.size:
+        self._known = set(tokenizer.get_vocab().values())
+        tokens = max(len(self._known), max(self._known, default=-1) + 1)
+        if tokens > self.size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens and the model {name} only {self.size}: "
+                f"the tokenizer has {tokens} tokens and the model {name} only {self.size}: "
                 "they don't belong together; pass the tokenizer the model was trained with"
             )
         if tokenizer.eos_token_id is None:
@@ -42,7 +44,7 @@ class Vocabulary:
     def special_token_ids(self) -> list[int]:
         """Special tokens other than end-of-sequence, and ids the tokenizer has no token for."""
         special = {i for i in self.tokenizer.all_special_ids if i != self.eos_token_id}
-        return sorted(special | set(range(len(self.tokenizer), self.size)))
+        return sorted(special | (set(range(self.size)) - self._known))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with what the tokenizer puts before a text (BOS) and nothing after it."""
@@ -63,4 +65,9 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     if layer_types is None or "sliding_attention" in layer_types:
         if getattr(text, "use_sliding_window", True):
             limits.append(getattr(text, "sliding_window", None))
-    return min((limit for limit in limits if limit is not None), default=None)
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        # Where the longest row of a batch passes that length, LongRoPE turns the keys of all rows by other angles.
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)

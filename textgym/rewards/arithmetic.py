@@ -51,6 +51,10 @@ class Composed(Reward):
     def name(self) -> str:
         return self._name
 
+    def forget(self, rows: np.ndarray) -> None:
+        for part in self.parts:
+            part.forget(rows)
+
     def uncalibrated(self) -> list[Normalized]:
         found = [inner for part in self.parts for inner in part.uncalibrated()]
         return list(dict.fromkeys(found))

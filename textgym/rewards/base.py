@@ -90,6 +90,12 @@ class Reward(ABC):
         """
         return [np.nan_to_num(values) for values in self._evaluate_prefixes(batch, at)]
 
+    def forget(self, rows: np.ndarray) -> None:
+        """Drop what is cached of environment rows that were reset: the same seed shall give the same rewards, bit by bit.
+
+        :param rows: which rows
+        """
+
     @property
     def needs_calibration(self) -> bool:
         """Whether a ``.normalized()`` in this reward still waits for its mean and standard deviation."""

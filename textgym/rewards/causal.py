@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from textgym.cached_model import CachedModel
+from textgym.language_model import quiet_loading, resolve_device, resolve_dtype
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
@@ -81,7 +82,9 @@ class CausalRewardModel(Reward):
             raise ValueError(
                 "append_eos=True needs a tokenizer with an end-of-sequence token, this one has none"
             )
-        model.to(device=device, dtype=_as_dtype(dtype))
+        model.to(
+            device=None if device is None else resolve_device(device), dtype=None if dtype is None else resolve_dtype(dtype)
+        )
         self.model = model
         self.tokenizer = tokenizer
         self.activation = activation
@@ -115,17 +118,16 @@ class CausalRewardModel(Reward):
             path = str(Path(path).expanduser())
             if not os.path.isdir(path):
                 raise FileNotFoundError(f"there is no reward model directory {path!r}")
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=_as_dtype(dtype), output_loading_info=True
-        )
+        with quiet_loading():
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=resolve_dtype(dtype), output_loading_info=True
+            )
         missing = sorted(loading["missing_keys"])
         if missing:
             raise ValueError(
                 f"{str(path)!r} is not a trained reward model: it has no weights for {', '.join(missing[:3])}"
                 f"{' and others' if len(missing) > 3 else ''}"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         reward = cls(
             model,
             AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer,
@@ -207,6 +209,10 @@ class CausalRewardModel(Reward):
         bounds = np.cumsum(counts)[:-1]
         scores = self._score_positions(list(batch.input_ids), np.split(lengths - 1, bounds))
         return np.split(self._checked(np.concatenate(scores), origin), bounds)
+
+    def forget(self, rows: np.ndarray) -> None:
+        if self._cached is not None:
+            self._cached.forget(rows)
 
     def _reads_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether that tokenizer's ids mean the same to this model."""
@@ -324,13 +330,3 @@ def _parts_of_similar_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
         stop = start + max(1, BATCH_TOKENS // int(lengths[order[start]]))
         yield order[start:stop]
         start = stop
-
-
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """``torch.float32`` for ``"float32"``."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be a torch dtype or the name of one, e.g. 'bfloat16', got {dtype!r}")
-    return found
