@@ -1,4 +1,4 @@
-"""Which tokens an agent may choose: no special tokens, no early end, and on request the reference model's top-k or top-p."""
+"""Which tokens an agent may choose: no special ones, no early end, on request the reference model's top-k or top-p."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ class ActionMasks:
         return allowed
 
     @torch.no_grad()
-    def _likely(
-        self, ids: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, rows: np.ndarray
-    ) -> np.ndarray:
+    def _likely(self, ids: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """``(B, V)`` bool: tokens among the k most likely allowed ones and among those that make up top-p."""
         assert self._model is not None
         logits = self._model.head(self._model.cached(self._context).last_hidden(ids, lengths, rows))

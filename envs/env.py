@@ -87,7 +87,7 @@ class TextGenEnv(gym.Env):
     | ``temperature`` | ``1.0`` | divides the logits of reference and policy alike |
     | ``action_masking`` | ``False`` | mask special tokens other than end-of-sequence, and the end before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask counts as allowed) |
     | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
-    | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the environment's language model |
+    | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the language model where it is loaded; an object stays as it is |
     | ``seed`` | ``None`` | of the first reset, where that gets none |
     | ``autoreset_mode`` | ``SAME_STEP`` | vector environments only: an ``AutoresetMode`` or its value |
     | ``render_mode`` | ``None`` | ``"ansi"`` (a string, tokens coloured by their reward), ``"human"`` (printed at each step), ``"rgb_array"`` (a picture) |
@@ -96,7 +96,7 @@ class TextGenEnv(gym.Env):
     * v0: first version
     """
 
-    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  as in gym.Env
 
     def __init__(self, **options: Any) -> None:
         if "autoreset_mode" in options:
@@ -141,7 +141,7 @@ class TextGenEnv(gym.Env):
         self._rows.kl_coef = value
 
     @property
-    def spec(self) -> Any:  # type: ignore[override]
+    def spec(self) -> Any:
         """The specification that makes this environment again; models in it are shared, not copied."""
         return self._spec
 

@@ -105,9 +105,7 @@ class TextGenOptions:
         _check_int("max_new_tokens", self.max_new_tokens, 1)
         _check_int("min_new_tokens", self.min_new_tokens, 0)
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}"
-            )
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
         if self.max_prompt_tokens is not None:
             _check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
         _check_choice("prompt_overflow", self.prompt_overflow, ("truncate", "error"))
@@ -132,7 +130,9 @@ class TextGenOptions:
             object.__setattr__(self, "autoreset_mode", AutoresetMode(self.autoreset_mode))
         except ValueError as e:
             modes = [mode.value for mode in AutoresetMode]
-            raise ValueError(f"autoreset_mode={self.autoreset_mode!r} must be an AutoresetMode or one of {modes}") from e
+            raise ValueError(
+                f"autoreset_mode={self.autoreset_mode!r} must be an AutoresetMode or one of {modes}"
+            ) from e
         if self.render_mode is not None:
             _check_choice("render_mode", self.render_mode, RENDER_MODES)
 
@@ -143,14 +143,13 @@ class TextGenOptions:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False
-) -> None:
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
     """Raise unless ``value`` is a finite number in ``[low, high]``, or ``(low, high]`` with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} must be a number")
-    inside = (value > low if open_low else value >= low) and value <= high
-    if not math.isfinite(value) or not inside:
+    number = float(value)
+    inside = (number > low if open_low else number >= low) and number <= high
+    if not math.isfinite(number) or not inside:
         bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
         if high < math.inf:
             bounds += f" and at most {high:g}"
@@ -158,9 +157,11 @@ def check_number(
 
 
 def _check_int(name: str, value: Any, low: int, also: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
-        kind = ValueError if isinstance(value, numbers.Integral) and not isinstance(value, bool) else TypeError
-        raise kind(f"{name}={value!r} must be a whole number, at least {low} {also}".rstrip())
+    problem = f"{name}={value!r} must be a whole number, at least {low} {also}".rstrip()
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(problem)
+    if int(value) < low:
+        raise ValueError(problem)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

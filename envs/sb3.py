@@ -47,7 +47,7 @@ class TextGenVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Begin anew in all rows."""
-        seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
+        seeds: Any = self._seeds if any(seed is not None for seed in self._seeds) else None
         options = self._options if any(self._options) else None
         if options is not None and any(option != options[0] for option in options):
             raise ValueError(f"reset options must be the same for all rows, got {options}")
@@ -72,12 +72,12 @@ class TextGenVecEnv(VecEnv):
         self._returns += rewards
         rows = _by_row(infos, self.num_envs)
         if done.any():
+            # Gymnasium keeps what an episode's last step says apart from what the reset after it says.
             final = _by_row(infos["final_info"], self.num_envs)
             for row in np.flatnonzero(done).tolist():
-                self.reset_infos[row] = {name: rows[row][name] for name in ("prompt",) if name in rows[row]}
+                self.reset_infos[row] = {k: rows[row][k] for k in ("prompt", "action_mask") if k in rows[row]}
                 info = final[row]
                 info["terminal_observation"] = infos["final_obs"][row]
-                info["TimeLimit.truncated"] = bool(truncated[row] and not terminated[row])
                 if not self.text_env.scoring_deferred:
                     length = int(info["terminal_observation"]["attention_mask"].sum())
                     length -= int(info["terminal_observation"]["prompt_length"][0])
@@ -88,6 +88,8 @@ class TextGenVecEnv(VecEnv):
                     }
                 rows[row] = info
                 self._returns[row] = 0.0
+        for row, cut in enumerate((truncated & ~terminated).tolist()):
+            rows[row]["TimeLimit.truncated"] = cut
         return observation, rewards.astype(np.float32), done, rows
 
     def close(self) -> None:

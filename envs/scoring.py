@@ -210,7 +210,12 @@ class Scorer:
             self._fill_reference_log_probs(ref_log_prob, stretches, batch, allowed)
         kl = self.kl(log_probs, ref_log_prob)
         rewards = reward_model - penalty - (np.where(taken, kl_coef * kl, 0.0) if kl_coef else 0.0)
-        return DeferredScores(*(a.astype(np.float32) for a in (rewards, reward_model, kl, ref_log_prob)))
+        return DeferredScores(
+            rewards=rewards.astype(np.float32),
+            reward_model=reward_model.astype(np.float32),
+            kl=kl.astype(np.float32),
+            ref_log_prob=ref_log_prob.astype(np.float32),
+        )
 
     def _scoring_points(self, stretch: Stretch) -> np.ndarray:
         """Completion lengths at which Φ is needed: those due in the stretch, and 0 where the episode begins in it."""

@@ -6,6 +6,7 @@ one with a single row. The options and everything observable are documented ther
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -179,7 +180,7 @@ class TextGenVectorEnv(VectorEnv):
 
         :raises ValueError: if the shape is wrong or a value is no log-probability
         """
-        values = np.asarray(log_probs, dtype=np.float64)
+        values = np.array(log_probs, dtype=np.float64)  # a copy: the caller's array may be used again before it counts
         if values.shape != (self.num_envs,):
             raise ValueError(f"log_probs has shape {values.shape}, expected ({self.num_envs},)")
         wrong = np.flatnonzero(~np.isfinite(values) | (values > 1e-3))
@@ -225,12 +226,12 @@ class TextGenVectorEnv(VectorEnv):
         self._begin(rows, fixed)
         infos: dict[str, Any] = {}
         self._add_reset_info(infos, rows)
-        self._add_mask_info(infos)
+        self._add_mask_info(infos, rows)
         if self.render_mode == "human":
             self._show()
         return self._observation(), infos
 
-    def step(  # type: ignore[override]
+    def step(
         self, actions: Any, log_probs: Any = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Append one token to every row.
@@ -271,7 +272,7 @@ class TextGenVectorEnv(VectorEnv):
 
         finished = np.flatnonzero(terminated | truncated)
         if self.options.autoreset_mode == AutoresetMode.SAME_STEP and len(finished):
-            self._add_mask_info(infos)
+            self._add_mask_info(infos, finished)
             self._move_to_final(infos, finished)
             self._begin(finished)
             self._add_reset_info(infos, finished)
@@ -279,7 +280,7 @@ class TextGenVectorEnv(VectorEnv):
             rows = np.flatnonzero(waiting)
             self._begin(rows)
             self._add_reset_info(infos, rows)
-        self._add_mask_info(infos)
+        self._add_mask_info(infos, np.arange(self.num_envs))
         return self._observation(), reward, terminated, truncated, infos
 
     def render(self) -> tuple[Any, ...] | None:
@@ -298,7 +299,7 @@ class TextGenVectorEnv(VectorEnv):
         self._scorer.reference = None
 
     @property
-    def spec(self) -> Any:  # type: ignore[override]
+    def spec(self) -> Any:
         """The specification that makes this environment again; models in it are shared, not copied."""
         return self._spec
 
@@ -566,9 +567,9 @@ class TextGenVectorEnv(VectorEnv):
         prompts[:] = [self._rows[row].prompt for row in rows]
         self._put(infos, "prompt", rows, prompts, object)
 
-    def _add_mask_info(self, infos: dict[str, Any]) -> None:
+    def _add_mask_info(self, infos: dict[str, Any], rows: np.ndarray) -> None:
         if self._masks is not None:
-            self._put(infos, "action_mask", np.arange(self.num_envs), self._allowed, np.int8)
+            self._put(infos, "action_mask", rows, self._allowed[rows], np.int8)
 
     def _add_episode_info(
         self, infos: dict[str, Any], rows: np.ndarray, completions: list[str], with_score: bool
@@ -621,7 +622,7 @@ class TextGenVectorEnv(VectorEnv):
         # What each token adds to the text; a token that changes what stood there (half a character) adds its rest.
         tokens = [
             after[len(before) :] if after.startswith(before) else after[len(before) - 1 :]
-            for before, after in zip(texts, texts[1:], strict=False)
+            for before, after in itertools.pairwise(texts)
         ]
         kl = self._token_kl[row, :taken]
         return RenderedEpisode(
@@ -690,7 +691,7 @@ class TextGenVectorEnv(VectorEnv):
         """The seed of each row's random numbers."""
         return self._seeds
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> Any:
         """The random number generator of each row; it draws the prompts."""
         return tuple(self._rngs)

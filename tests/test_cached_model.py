@@ -99,7 +99,7 @@ LLAMA = tiny_model("llama")
 @given(
     st.integers(0, 999),
     st.lists(
-        st.lists(st.tuples(st.integers(0, 4), st.sampled_from(KINDS)), min_size=1, max_size=5, unique_by=lambda c: c[0]),
+        st.lists(st.tuples(st.integers(0, 4), st.sampled_from(KINDS)), min_size=1, unique_by=lambda change: change[0]),
         min_size=1,
         max_size=6,
     ),
@@ -216,7 +216,7 @@ def test_only_what_follows_the_first_difference_is_forwarded(stepped):
 
 
 def test_a_shortened_row_forwards_its_last_token_again(stepped):
-    model, forwards, machine, ids, lengths = stepped
+    model, forwards, machine, ids, _ = stepped
     got = machine.last_hidden(ids[[1]], np.array([4]), np.array([1]))
     assert forwards.take() == [(1, 1)]
     assert difference(model, got, ids[[1]], np.array([4])) < 1e-4
@@ -354,7 +354,7 @@ def test_a_model_made_in_inference_mode_works():
 
 def test_dropout_never_acts():
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.5, bos_token_id=1, eos_token_id=2)
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, bos_token_id=1, eos_token_id=2)
     )
     ids, lengths = random_ids(np.random.default_rng(0), 2, 12), np.array([4, 9])
     machine = CachedModel(model, 12)
@@ -421,9 +421,7 @@ def test_a_context_beyond_the_sliding_window_is_refused():
         (MistralConfig(max_position_embeddings=100, sliding_window=None), 100),
         (Qwen2Config(max_position_embeddings=100, sliding_window=30), 100),  # use_sliding_window is off
         (
-            Qwen2Config(
-                max_position_embeddings=100, sliding_window=30, use_sliding_window=True, max_window_layers=0
-            ),
+            Qwen2Config(max_position_embeddings=100, sliding_window=30, use_sliding_window=True, max_window_layers=0),
             30,
         ),
         (

@@ -502,9 +502,7 @@ def test_smollm2_is_converted_once_and_then_opened_from_the_cache(cache, package
     pytest.importorskip("gguf")
     (package / "model.gguf").touch()
     with monkeypatch.context() as conversion:
-        conversion.setattr(
-            "textgym.smollm2.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_model("llama")
-        )
+        conversion.setattr("textgym.smollm2.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_model("llama"))
         conversion.setattr("textgym.smollm2.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer())
         from textgym.smollm2 import smollm2_directory
 

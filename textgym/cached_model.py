@@ -1,8 +1,8 @@
 """A causal transformer stepped over many independent rows: the machinery that policy, reference and reward model share.
 
-Callers are stateless. They pass whole token rows, as in an observation, and :class:`CachedModel` compares each row with
-what its slot has cached: one token more is a decode step, another prefix is prefilled from the first token that differs,
-the same row again costs nothing, and when the weights have changed everything cached is forgotten.
+Callers are stateless. They pass whole token rows, as in an observation, and :class:`CachedModel` compares each row
+with what its slot has cached: one token more is a decode step, another prefix is prefilled from the first token that
+differs, the same row again costs nothing, and when the weights have changed everything cached is forgotten.
 
 It works on the trunk of any Hugging Face causal model (``model.base_model``), without touching the model's code, by
 passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask and explicit position ids.
@@ -42,6 +42,7 @@ class CachedModel:
                 "use fewer prompt or completion tokens, or a model with a longer context"
             )
         self.context = context
+        self._lengths = np.zeros(0, dtype=np.int64)  # (S,) how many cached tokens of each row are valid
         self.forget()
 
     @property
@@ -58,7 +59,7 @@ class CachedModel:
             return
         self._cache: SlotCache | None = None
         self._ids = np.zeros((0, self.context), dtype=np.int64)  # (S, P) the tokens behind the cached states
-        self._lengths = np.zeros(0, dtype=np.int64)  # (S,) how many of them are valid
+        self._lengths = np.zeros(0, dtype=np.int64)
         self._hidden: Tensor | None = None  # (S, H) hidden state at each row's last token
         self._version: int | None = None
 
@@ -83,8 +84,7 @@ class CachedModel:
         longest = int(lengths.max())
         if longest > self.context or int(lengths.min()) < 1:
             raise ValueError(
-                f"lengths must lie between 1 and context={self.context}, "
-                f"got {int(lengths.min())} to {longest}"
+                f"lengths must lie between 1 and context={self.context}, got {int(lengths.min())} to {longest}"
             )
         self._prepare(int(rows.max()) + 1)
 
@@ -178,9 +178,7 @@ class CachedModel:
         hidden = self._forward(rows, tokens, positions, np.where(real, positions, self.context))  # (B, T, H)
         self._store(rows, hidden[torch.arange(len(rows)), torch.as_tensor(count - 1)])
 
-    def _forward(
-        self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray
-    ) -> Tensor:
+    def _forward(self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray) -> Tensor:
         """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""
         assert self._cache is not None
         device = self._cache.device

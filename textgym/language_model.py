@@ -2,7 +2,7 @@
 
 ``load_language_model`` opens the embedded model, a local directory, a hub id or SmolLM2 from its PyPI package.
 :class:`LanguageModel` adds what reinforcement learning needs of it: next-token log-probabilities from the cache, and
-log-probabilities and entropies of many tokens from one teacher-forced pass, without ever keeping a ``(B, T, V)`` tensor.
+log-probabilities and entropies of many tokens from one teacher-forced pass, never keeping a ``(B, T, V)`` tensor.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class LanguageModel:
         kind that the slot cache can't serve exactly
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or type(model).__name__
@@ -170,7 +168,8 @@ class LanguageModel:
                 "use a decoder-only transformer with ordinary attention and explicit position ids"
             ) from e
         scale = expected.abs().max().clamp(min=1.0)
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        # A wrong mask or position shows in the first digit; lower matmul precision, such as TF32, in the third.
+        tolerance = 1e-2 if self.model.dtype == torch.float32 else 5e-2
         if not error <= tolerance * scale:
             raise ValueError(
                 f"language_model={self.name}: cached logits of {type(self.model).__name__} differ from its plain "

@@ -37,9 +37,7 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = strip(key_states), strip(value_states)
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states at the announced places; return what those rows may attend to.
 
         :param key_states: ``(B, H, T, D)`` keys of the new tokens
@@ -48,7 +46,8 @@ class SlotLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         rows, positions, used = self.cache.rows, self.cache.write_positions, self.cache.used
         at = self.cache.all_rows[:, None] if rows is None else rows[:, None]  # (B, 1)
         # Indexing with two tensors around a slice puts the indexed axes first: (B, T, H, D).
@@ -88,7 +87,7 @@ class SlotCache(Cache):
 
     def __init__(self, slots: int, positions: int, device: torch.device) -> None:
         # Models create their layers one by one on first use; each gets told which cache it belongs to.
-        super().__init__(layer_class_to_replicate=lambda: SlotLayer(self))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=lambda: SlotLayer(self))
         self.slots = slots
         self.positions = positions
         self.device = device

@@ -62,9 +62,9 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     text: Any = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
     layer_types = getattr(text, "layer_types", None)
-    if layer_types is None or "sliding_attention" in layer_types:
-        if getattr(text, "use_sliding_window", True):
-            limits.append(getattr(text, "sliding_window", None))
+    slides = layer_types is None or "sliding_attention" in layer_types
+    if slides and getattr(text, "use_sliding_window", True):
+        limits.append(getattr(text, "sliding_window", None))
     rope: Any = getattr(text, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         # Where the longest row of a batch passes that length, LongRoPE turns the keys of all rows by other angles.

@@ -59,9 +59,7 @@ class Composed(Reward):
         found = [inner for part in self.parts for inner in part.uncalibrated()]
         return list(dict.fromkeys(found))
 
-    def __call__(
-        self, /, *, prompts: list[str], completions: list[str], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         scores = [scores_of(part, prompts, completions, columns) for part in self.parts]
         return _as_list(self._checked(*scores))
 
@@ -254,9 +252,7 @@ def divide(left: Any, right: Any) -> Reward:
     if not isinstance(right, Real):
         if not _combinable(right):
             return NotImplemented
-        raise TypeError(
-            f"can't divide by the reward {_operand(right).name!r}, which may be zero; divide by a number"
-        )
+        raise TypeError(f"can't divide by the reward {_operand(right).name!r}, which may be zero; divide by a number")
     divisor = _number(right)
     if divisor == 0:
         raise ZeroDivisionError(f"reward {left.name!r} divided by zero")

@@ -55,9 +55,7 @@ class Reward(ABC):
     __array_ufunc__ = None
 
     @abstractmethod
-    def __call__(
-        self, /, *, prompts: list[str], completions: list[str], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """Score complete texts.
 
         :param prompts: B prompt texts
@@ -90,8 +88,10 @@ class Reward(ABC):
         """
         return [np.nan_to_num(values) for values in self._evaluate_prefixes(batch, at)]
 
-    def forget(self, rows: np.ndarray) -> None:
-        """Drop what is cached of environment rows that were reset: the same seed shall give the same rewards, bit by bit.
+    def forget(self, rows: np.ndarray) -> None:  # noqa: B027  most rewards have nothing to forget
+        """Drop what is cached of environment rows that were reset.
+
+        The same seed shall give the same rewards to the last bit, whatever was scored before.
 
         :param rows: which rows
         """
@@ -218,9 +218,7 @@ class FunctionReward(Reward):
     def name(self) -> str:
         return self._name
 
-    def __call__(
-        self, /, *, prompts: list[str], completions: list[str], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """Call the function and check what it returns.
 
         :raises RewardError: if the function raises, needs a column that is not there, or returns anything but
@@ -332,9 +330,7 @@ def scores_of(
     return checked_scores(reward.name, result, completions, rows)
 
 
-def checked_scores(
-    name: str, result: Any, completions: Sequence[str], rows: np.ndarray | None = None
-) -> np.ndarray:
+def checked_scores(name: str, result: Any, completions: Sequence[str], rows: np.ndarray | None = None) -> np.ndarray:
     """The scores a reward returned, as an array.
 
     :param result: a list, tuple, one-dimensional numpy array or torch tensor
@@ -353,9 +349,7 @@ def checked_scores(
     if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
         raise RewardError(name, f"returned {_described(result)}, not a list; {_EXPECTED}")
     if len(result) != len(completions):
-        raise RewardError(
-            name, f"returned {len(result)} scores for {len(completions)} completions; {_EXPECTED}"
-        )
+        raise RewardError(name, f"returned {len(result)} scores for {len(completions)} completions; {_EXPECTED}")
     scores = np.empty(len(result))
     for i, value in enumerate(result):
         try:

@@ -72,18 +72,15 @@ class CausalRewardModel(Reward):
                 "sequence classifier such as LlamaForSequenceClassification"
             )
         if model.config.num_labels != 1:
-            raise ValueError(
-                f"a reward model has one label, this model has num_labels={model.config.num_labels}"
-            )
+            raise ValueError(f"a reward model has one label, this model has num_labels={model.config.num_labels}")
         activation = activation or getattr(model.config, "reward_activation", None) or "identity"
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if append_eos and tokenizer.eos_token_id is None:
-            raise ValueError(
-                "append_eos=True needs a tokenizer with an end-of-sequence token, this one has none"
-            )
+            raise ValueError("append_eos=True needs a tokenizer with an end-of-sequence token, this one has none")
         model.to(
-            device=None if device is None else resolve_device(device), dtype=None if dtype is None else resolve_dtype(dtype)
+            device=None if device is None else resolve_device(device),
+            dtype=None if dtype is None else resolve_dtype(dtype),
         )
         self.model = model
         self.tokenizer = tokenizer
@@ -142,9 +139,7 @@ class CausalRewardModel(Reward):
     def name(self) -> str:
         return self._name
 
-    def __call__(
-        self, /, *, prompts: list[str], completions: list[str], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """Score complete texts: the end-of-sequence token is appended to each where ``append_eos`` is set.
 
         :raises RewardError: if a text is longer than the model's context
@@ -314,9 +309,7 @@ class CausalRewardModel(Reward):
         wrong = np.flatnonzero(~np.isfinite(scores))
         if len(wrong):
             row, completion = origin(int(wrong[0]))
-            problem = (
-                f"the score is {scores[wrong[0]]}; the weights may be broken, or too large for their dtype"
-            )
+            problem = f"the score is {scores[wrong[0]]}; the weights may be broken, or too large for their dtype"
             raise RewardError(self.name, problem, row=row, completion=completion)
         return scores
 

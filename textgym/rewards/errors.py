@@ -17,9 +17,7 @@ class RewardError(Exception):
     :param completion: the completion of that row, of which a short piece is shown
     """
 
-    def __init__(
-        self, reward: str, problem: str, *, row: int | None = None, completion: str | None = None
-    ) -> None:
+    def __init__(self, reward: str, problem: str, *, row: int | None = None, completion: str | None = None) -> None:
         super().__init__(reward, problem)
         self.reward = reward
         self.problem = problem

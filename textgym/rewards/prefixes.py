@@ -71,9 +71,7 @@ class PrefixBatch:
         decoded = dict(zip(different, self._decode([list(ids) for ids in different]), strict=True))
         return [_without_prefix(text, decoded[ids]) for ids, text in zip(prompt_ids, self.texts, strict=True)]
 
-    def at(
-        self, indices: Sequence[int] | np.ndarray, completion_lengths: Sequence[int] | np.ndarray
-    ) -> PrefixBatch:
+    def at(self, indices: Sequence[int] | np.ndarray, completion_lengths: Sequence[int] | np.ndarray) -> PrefixBatch:
         """Rows of this batch, cut to shorter completions.
 
         :param indices: ``(K,)`` rows to take; they may repeat
