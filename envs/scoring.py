@@ -57,6 +57,8 @@ class Stretch:
     finish_reason: str | None  # None while the episode goes on
     completion: str | None
     penalty: float
+    return_before: float  # what the episode's earlier steps earned
+    kl_before: float  # and their KL, nats
     score: float = float("nan")  # Φ of the complete text, once known
 
     @property

@@ -6,7 +6,6 @@ one with a single row. The options and everything observable are documented ther
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any
 
@@ -19,9 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from textgym.envs.action_masks import ActionMasks
 from textgym.envs.calibration import calibrate
+from textgym.envs.deferred import PendingSteps
+from textgym.envs.infos import VectorInfos
 from textgym.envs.options import TextGenOptions, check_number, share
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
-from textgym.envs.scoring import DeferredScores, Scorer, Stretch
+from textgym.envs.scoring import DeferredScores, Scorer
+from textgym.envs.texts import Texts
 from textgym.language_model import (
     LanguageModel,
     load_language_model,
@@ -29,8 +31,8 @@ from textgym.language_model import (
     resolve_device,
     resolve_dtype,
 )
-from textgym.prompts import PromptRow, as_columns, as_prompt_source
-from textgym.rewards import PrefixBatch, as_reward
+from textgym.prompts import PromptRow, as_prompt_source
+from textgym.rewards import as_reward
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
 
@@ -109,28 +111,13 @@ class TextGenVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-        n, t = num_envs, self.max_new_tokens
-        self._ids = np.full((n, self.context), self.vocabulary.pad_token_id, dtype=np.int64)
-        self._lengths = np.zeros(n, dtype=np.int64)
-        self._prompt_lengths = np.zeros(n, dtype=np.int64)
-        self._text_lengths = np.zeros(n, dtype=np.int64)  # characters of each completion, for stop strings
-        self._rows: list[PromptRow] = [PromptRow("", {}) for _ in range(n)]
-        self._done = np.zeros(n, dtype=bool)
-        self._finish_reasons: list[str | None] = [None] * n
-        self._token_rewards = np.zeros((n, t))  # what rendering shows
-        self._token_kl = np.zeros((n, t))
-        self._started = np.zeros(n, dtype=bool)
-        self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(n)]
+        self._texts = Texts(num_envs, self.context, self.vocabulary, self.options)
+        self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self._seeds: tuple[int | None, ...] | None = None
         self._reported: np.ndarray | None = None
         self._warned_truncation = False
-        # Deferred scoring: what waits to be scored.
         self._deferred = False
-        self._pending_log_probs: list[np.ndarray] = []
-        self._pending_masks: list[np.ndarray] = []
-        self._pending: list[Stretch] = []
-        self._stretch_start = np.zeros(n, dtype=np.int64)  # completion tokens already scored
-        self._earned = np.zeros((n, 2))  # return and KL of the running episodes, up to what is scored
+        self._pending = PendingSteps(self._texts, self._scorer)
 
     # ------------------------------------------------------------------ what agents ask for
 
@@ -208,9 +195,9 @@ class TextGenVectorEnv(VectorEnv):
         if options:
             raise ValueError(f"unknown reset options {sorted(options)}; known are 'prompt' and 'reset_mask'")
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(self._checked_mask(mask))
-        if mask is not None and self._pending_log_probs:
+        if mask is not None and len(self._pending):
             raise RuntimeError("reset of some rows while steps wait to be scored; call score_deferred() first")
-        self._pending_log_probs, self._pending_masks, self._pending = [], [], []  # of episodes that are given up
+        self._pending.clear()  # of episodes that are given up
         self._reported = None
         self._seed_rows(seed, rows)
         if self._reward.needs_calibration:
@@ -224,12 +211,12 @@ class TextGenVectorEnv(VectorEnv):
         fixed = self._fixed_prompts(prompt, rows)
         self._scorer.forget(rows)
         self._begin(rows, fixed)
-        infos: dict[str, Any] = {}
+        infos = VectorInfos(self.num_envs)
         self._add_reset_info(infos, rows)
         self._add_mask_info(infos, rows)
         if self.render_mode == "human":
             self._show()
-        return self._observation(), infos
+        return self._texts.observation(), infos.values
 
     def step(
         self, actions: Any, log_probs: Any = None
@@ -248,40 +235,42 @@ class TextGenVectorEnv(VectorEnv):
         log_prob = np.zeros(self.num_envs) if self._reported is None else self._reported
         self._reported = None
 
-        waiting = self._done.copy()  # rows that finished at the step before and haven't begun anew
-        if waiting.any() and self.options.autoreset_mode == AutoresetMode.DISABLED:
+        texts, mode = self._texts, self.options.autoreset_mode
+        waiting = texts.done.copy()  # rows that finished at the step before and haven't begun anew
+        if waiting.any() and mode == AutoresetMode.DISABLED:
             row = int(np.flatnonzero(waiting)[0])
             raise error.ResetNeeded(
                 f"row {row} has finished and autoreset is disabled: reset(options={{'reset_mask': ...}}) first"
             )
         active = np.flatnonzero(~waiting)
-        infos: dict[str, Any] = {}
+        infos = VectorInfos(self.num_envs)
         reward = np.zeros(self.num_envs)
         if self._deferred:
-            self._pending_log_probs.append(log_prob)
-            if self._masks is not None:
-                self._pending_masks.append(np.packbits(self._allowed, axis=1))
+            self._pending.add(log_prob, None if self._masks is None else self._allowed)
         if len(active):
-            ref_log_prob = self._reference_log_prob(active, actions)
-            self._append(active, actions)
-            reward[active] = self._reward_step(active, log_prob, ref_log_prob, infos)
-        terminated = np.array([r in ("eos", "stop") for r in self._finish_reasons]) & ~waiting
-        truncated = np.array([r == "length" for r in self._finish_reasons]) & ~waiting
+            ref_log_prob = self._reference_log_prob(active, actions[active])
+            texts.append(active, actions[active])
+            self._mask_actions(active)
+            if not self._deferred:
+                reward[active] = self._reward_step(active, log_prob[active], ref_log_prob, infos)
+            self._end_episodes(active[texts.done[active]], infos)
+        terminated = np.array([reason in ("eos", "stop") for reason in texts.finish_reasons]) & ~waiting
+        truncated = np.array([reason == "length" for reason in texts.finish_reasons]) & ~waiting
         if self.render_mode == "human":
             self._show()
 
         finished = np.flatnonzero(terminated | truncated)
-        if self.options.autoreset_mode == AutoresetMode.SAME_STEP and len(finished):
+        if mode == AutoresetMode.SAME_STEP and len(finished):
             self._add_mask_info(infos, finished)
-            self._move_to_final(infos, finished)
+            infos.move_to_final(finished, [texts.observation(row) for row in finished.tolist()])
             self._begin(finished)
             self._add_reset_info(infos, finished)
-        elif self.options.autoreset_mode == AutoresetMode.NEXT_STEP and waiting.any():
+        elif mode == AutoresetMode.NEXT_STEP and waiting.any():
             rows = np.flatnonzero(waiting)
             self._begin(rows)
             self._add_reset_info(infos, rows)
         self._add_mask_info(infos, np.arange(self.num_envs))
-        return self._observation(), reward, terminated, truncated, infos
+        return texts.observation(), reward, terminated, truncated, infos.values
 
     def render(self) -> tuple[Any, ...] | None:
         """One string (``ansi``) or picture (``rgb_array``) per row; ``human`` prints at each step instead."""
@@ -323,168 +312,80 @@ class TextGenVectorEnv(VectorEnv):
 
         :raises RuntimeError: when switched off while steps wait to be scored
         """
-        if not on and self._pending_log_probs:
+        if not on and len(self._pending):
             raise RuntimeError(
-                f"{len(self._pending_log_probs)} steps wait to be scored; call score_deferred() before switching off"
+                f"{len(self._pending)} steps wait to be scored; call score_deferred() before switching off"
             )
         if on == self._deferred:
             return
         self._deferred = on
-        t = self._lengths - self._prompt_lengths
         if on:
-            self._stretch_start = t.copy()
-            taken = np.arange(self.max_new_tokens) < t[:, None]
-            kl = np.nan_to_num(self._token_kl)
-            self._earned = np.stack([(self._token_rewards * taken).sum(1), (kl * taken).sum(1)], axis=1)
+            self._pending.go_on()
         else:
-            fresh = np.flatnonzero(self._started & (t == 0))
+            # Rows that began while scoring was deferred: Φ of their prompts is still to be noted.
+            fresh = np.flatnonzero(self._texts.started & (self._texts.taken == 0))
             if len(fresh):
-                self._scorer.start_rows(self._batch(fresh))
+                self._scorer.start_rows(self._texts.batch(fresh))
 
     def score_deferred(self) -> DeferredScores:
         """Score all steps since the last call: rewards ``(S, N)`` and the episodes that ended in them.
 
         :raises RuntimeError: if deferred scoring is off or no step was taken
         """
-        if not self._deferred or not self._pending_log_probs:
+        if not self._deferred or not len(self._pending):
             raise RuntimeError("nothing to score: defer_scoring(True), then step")
-        for row in range(self.num_envs):
-            t = int(self._lengths[row] - self._prompt_lengths[row])
-            if not self._done[row] and t > self._stretch_start[row]:
-                self._pending.append(self._stretch(row, finish_reason=None))
-                self._stretch_start[row] = t
-        stretches = self._pending
-        masks = self._pending_masks if self.masking else None
-        scores = self._scorer.score_stretches(
-            stretches, np.stack(self._pending_log_probs), self.tokenizer, self._kl_coef, masks
-        )
-        self._pending_log_probs, self._pending_masks, self._pending = [], [], []
-        for stretch in stretches:
-            steps = slice(stretch.first_step, stretch.first_step + stretch.end - stretch.start)
-            row = stretch.row
-            rewards, kl = scores.rewards[steps, row], scores.kl[steps, row]
-            if not stretch.start:
-                self._earned[row] = 0.0
-            self._earned[row] += rewards.sum(dtype=np.float64), np.nansum(kl, dtype=np.float64)
-            if stretch.finish_reason is None:
-                self._token_rewards[row, stretch.start : stretch.end] = rewards
-                self._token_kl[row, stretch.start : stretch.end] = kl
-                continue
-            scores.episodes.append(
-                {
-                    "row": row,
-                    "step": steps.stop - 1,
-                    "r": float(self._earned[row, 0]),
-                    "l": stretch.end,
-                    "score": stretch.score,
-                    "kl": float(self._earned[row, 1]) if self._scorer.reference is not None else float("nan"),
-                    "finish_reason": stretch.finish_reason,
-                    "prompt": stretch.prompt,
-                    "completion": stretch.completion,
-                }
-            )
-        return scores
-
-    def _stretch(self, row: int, finish_reason: str | None, completion: str | None = None) -> Stretch:
-        """The steps of a row since it was last scored; the newest is the newest pending step."""
-        start = int(self._stretch_start[row])
-        steps = int(self._lengths[row] - self._prompt_lengths[row]) - start
-        return Stretch(
-            row=row,
-            first_step=len(self._pending_log_probs) - steps,
-            start=start,
-            ids=self._ids[row, : self._lengths[row]].copy(),
-            prompt_length=int(self._prompt_lengths[row]),
-            prompt=self._rows[row].prompt,
-            columns=self._rows[row].columns,
-            finish_reason=finish_reason,
-            completion=completion,
-            penalty=self._missing_eos_penalty(finish_reason),
-        )
+        return self._pending.score(self._kl_coef)
 
     # ------------------------------------------------------------------ one step, in parts
 
-    def _reference_log_prob(self, active: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """``(N,)`` log π_ref of each active row's action in the state before it; NaN where unknown or deferred."""
-        out = np.full(self.num_envs, np.nan)
-        if self._scorer.reference is not None and not self._deferred:
-            allowed = None if self._masks is None else self._allowed[active]
-            out[active] = self._scorer.reference_log_probs(
-                self._ids[active], self._lengths[active], active, actions[active], allowed
-            )
-        return out
-
-    def _append(self, active: np.ndarray, actions: np.ndarray) -> None:
-        """Append the actions and decide which rows finish, and why."""
-        self._ids[active, self._lengths[active]] = actions[active]
-        self._lengths[active] += 1
-        taken = self._lengths[active] - self._prompt_lengths[active]
-        stopped = self._stopped(active, taken)
-        for row, count, stop in zip(active.tolist(), taken.tolist(), stopped, strict=True):
-            if actions[row] == self.vocabulary.eos_token_id and count > self.options.min_new_tokens:
-                self._finish_reasons[row] = "eos"
-            elif stop:
-                self._finish_reasons[row] = "stop"
-            elif count == self.max_new_tokens:
-                self._finish_reasons[row] = "length"
-        self._done[active] = [self._finish_reasons[row] is not None for row in active]
-        self._mask_actions(active)
+    def _reference_log_prob(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """``(B,)`` log π_ref of each row's token in the state before it; NaN where unknown or deferred."""
+        if self._scorer.reference is None or self._deferred:
+            return np.full(len(rows), np.nan)
+        allowed = None if self._masks is None else self._allowed[rows]
+        texts = self._texts
+        return self._scorer.reference_log_probs(texts.ids[rows], texts.lengths[rows], rows, tokens, allowed)
 
     def _mask_actions(self, rows: np.ndarray) -> None:
         """Bring the action masks of rows up to date with their states."""
         if self._masks is not None:
-            ids, lengths = self._ids[rows], self._lengths[rows]
-            taken = lengths - self._prompt_lengths[rows]
-            self._allowed[rows] = self._masks.of(ids, lengths, taken, self._done[rows], rows)
-
-    def _stopped(self, active: np.ndarray, taken: np.ndarray) -> list[bool]:
-        """Whether the newest token completed a stop string."""
-        if not self.options.stop_strings:
-            return [False] * len(active)
-        texts = self._batch(active).completions
-        before = self._text_lengths[active]
-        # U+FFFD at the end stands for a character that isn't complete yet and may be part of a stop string.
-        self._text_lengths[active] = [len(text.rstrip("\ufffd")) for text in texts]
-        return [
-            count >= self.options.min_new_tokens
-            and any(stop in text[max(0, start - len(stop) + 1) :] for stop in self.options.stop_strings)
-            for text, start, count in zip(texts, before.tolist(), taken.tolist(), strict=True)
-        ]
+            texts = self._texts
+            self._allowed[rows] = self._masks.of(
+                texts.ids[rows], texts.lengths[rows], texts.taken[rows], texts.done[rows], rows
+            )
 
     def _reward_step(
-        self, active: np.ndarray, log_prob: np.ndarray, ref_log_prob: np.ndarray, infos: dict[str, Any]
+        self, rows: np.ndarray, log_prob: np.ndarray, ref_log_prob: np.ndarray, infos: VectorInfos
     ) -> np.ndarray:
-        """Rewards of the active rows, with their parts put into the infos; zeros while scoring is deferred."""
-        finished = active[self._done[active]]
-        if self._deferred:
-            completions = self._batch(finished).completions if len(finished) else []
-            for row, completion in zip(finished.tolist(), completions, strict=True):
-                self._pending.append(self._stretch(row, self._finish_reasons[row], completion))
-            self._add_episode_info(infos, finished, completions, with_score=False)
-            return np.zeros(len(active))
-        batch = self._batch(active)
-        taken = batch.completion_lengths
-        due = np.asarray(self._scorer.is_due(taken, self._done[active]), dtype=bool)
+        """``(B,)`` rewards of the newest tokens of rows, with their parts put into the infos."""
+        texts = self._texts
+        batch, taken = texts.batch(rows), texts.taken[rows]
+        due = np.asarray(self._scorer.is_due(taken, texts.done[rows]), dtype=bool)
         reward_model = self._scorer.reward_step(batch, due)
-        kl = self._scorer.kl(log_prob[active], ref_log_prob[active])
-        penalty = np.array([self._missing_eos_penalty(self._finish_reasons[row]) for row in active])
+        kl = self._scorer.kl(log_prob, ref_log_prob)
+        penalty = texts.missing_eos_penalties(rows)
         reward = reward_model - penalty - (self._kl_coef * kl if self._kl_coef else 0.0)
-        self._token_rewards[active, taken - 1] = reward
-        self._token_kl[active, taken - 1] = kl
-        parts = {"reward_model": reward_model}
+        texts.token_rewards[rows, taken - 1] = reward
+        texts.token_kl[rows, taken - 1] = kl
+        infos.put("reward_model", rows, reward_model)
         if self._scorer.reference is not None:
-            parts |= {"kl": kl, "ref_log_prob": ref_log_prob[active]}
+            infos.put("kl", rows, kl)
+            infos.put("ref_log_prob", rows, ref_log_prob)
         if self.options.missing_eos_penalty:
-            parts["missing_eos_penalty"] = penalty
-        for name, values in parts.items():
-            self._put(infos, name, active, values, np.float64)
-        if len(finished):
-            completions = [c for c, row in zip(batch.completions, active, strict=True) if self._done[row]]
-            self._add_episode_info(infos, finished, completions, with_score=True)
+            infos.put("missing_eos_penalty", rows, penalty)
+        infos.put("score", rows[texts.done[rows]], self._scorer.potential[rows[texts.done[rows]]])
         return reward
 
-    def _missing_eos_penalty(self, finish_reason: str | None) -> float:
-        return float(self.options.missing_eos_penalty) if finish_reason == "length" else 0.0
+    def _end_episodes(self, rows: np.ndarray, infos: VectorInfos) -> None:
+        """Say how the episodes of these rows ended, and keep them if they are to be scored later."""
+        if not len(rows):
+            return
+        batch = self._texts.batch(rows)
+        if self._deferred:
+            self._pending.finish(rows, batch.completions)
+        infos.put("finish_reason", rows, [self._texts.finish_reasons[row] for row in rows], object)
+        infos.put("prompt", rows, batch.prompts, object)
+        infos.put("completion", rows, batch.completions, object)
 
     # ------------------------------------------------------------------ episodes
 
@@ -492,19 +393,11 @@ class TextGenVectorEnv(VectorEnv):
         """Put a prompt into each of the rows and start its episode."""
         for i, row in enumerate(rows.tolist()):
             prompt = self._prompts.sample(self._rngs[row]) if prompts is None else prompts[i]
-            ids = self._fit(self.vocabulary.encode(prompt.prompt), prompt.prompt)
-            self._ids[row] = self.vocabulary.pad_token_id
-            self._ids[row, : len(ids)] = ids
-            self._lengths[row] = self._prompt_lengths[row] = len(ids)
-            self._rows[row] = prompt
-            self._finish_reasons[row] = None
-        self._done[rows] = False
-        self._started[rows] = True
-        self._text_lengths[rows] = 0
-        self._stretch_start[rows] = 0
+            self._texts.begin(row, prompt, self._fit(self.vocabulary.encode(prompt.prompt), prompt.prompt))
+        self._pending.begin(rows)
         self._mask_actions(rows)
         if not self._deferred:
-            self._scorer.start_rows(self._batch(rows))
+            self._scorer.start_rows(self._texts.batch(rows))
 
     def _fit(self, ids: list[int], prompt: str) -> list[int]:
         """A prompt's ids, cut on the left where they are too many."""
@@ -529,110 +422,24 @@ class TextGenVectorEnv(VectorEnv):
             return [bos, *ids[-(self.max_prompt_tokens - 1) :]]  # models trained with BOS expect it
         return ids[-self.max_prompt_tokens :]
 
-    def _batch(self, rows: np.ndarray) -> PrefixBatch:
-        return PrefixBatch(
-            input_ids=self._ids[rows],
-            lengths=self._lengths[rows],
-            prompt_lengths=self._prompt_lengths[rows],
-            finished=np.array([self._finish_reasons[row] == "eos" for row in rows], dtype=bool),
-            rows=rows,
-            prompts=[self._rows[row].prompt for row in rows],
-            columns=as_columns([self._rows[row].columns for row in rows]),
-            tokenizer=self.tokenizer,
-        )
+    def _add_reset_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
+        infos.put("prompt", rows, [self._texts.prompts[row].prompt for row in rows], object)
 
-    def _observation(self, row: int | None = None) -> dict[str, np.ndarray]:
-        """A fresh copy of the observation of all rows, or of one."""
-        rows: Any = slice(None) if row is None else row
-        lengths = self._lengths[rows]
-        return {
-            "input_ids": self._ids[rows].copy(),
-            "attention_mask": (np.arange(self.context) < np.asarray(lengths)[..., None]).astype(np.int8),
-            "prompt_length": np.array(self._prompt_lengths[rows])[..., None],
-        }
-
-    # ------------------------------------------------------------------ infos, as Gymnasium's vector environments
-
-    def _put(self, infos: dict[str, Any], name: str, rows: np.ndarray, values: Any, dtype: Any) -> None:
-        """Set ``infos[name][rows]`` and the mask ``infos["_" + name]`` that says which rows have it."""
-        values = np.asarray(values, dtype=dtype)
-        if name not in infos:
-            empty = None if dtype is object else 0
-            infos[name] = np.full((self.num_envs, *values.shape[1:]), empty, dtype=dtype)
-        infos[name][rows] = values
-        infos.setdefault(f"_{name}", np.zeros(self.num_envs, dtype=bool))[rows] = True
-
-    def _add_reset_info(self, infos: dict[str, Any], rows: np.ndarray) -> None:
-        prompts = np.empty(len(rows), dtype=object)
-        prompts[:] = [self._rows[row].prompt for row in rows]
-        self._put(infos, "prompt", rows, prompts, object)
-
-    def _add_mask_info(self, infos: dict[str, Any], rows: np.ndarray) -> None:
+    def _add_mask_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
         if self._masks is not None:
-            self._put(infos, "action_mask", rows, self._allowed[rows], np.int8)
-
-    def _add_episode_info(
-        self, infos: dict[str, Any], rows: np.ndarray, completions: list[str], with_score: bool
-    ) -> None:
-        if not len(rows):
-            return
-        texts: dict[str, list[Any]] = {
-            "finish_reason": [self._finish_reasons[row] for row in rows],
-            "prompt": [self._rows[row].prompt for row in rows],
-            "completion": completions,
-        }
-        for name, values in texts.items():
-            array = np.empty(len(rows), dtype=object)
-            array[:] = values
-            self._put(infos, name, rows, array, object)
-        if with_score:
-            self._put(infos, "score", rows, self._scorer.potential[rows], np.float64)
-
-    def _move_to_final(self, infos: dict[str, Any], rows: np.ndarray) -> None:
-        """Take the finished rows' infos and observations into ``final_info`` and ``final_obs``."""
-        final: dict[str, Any] = {}
-        for name in [key for key in infos if not key.startswith("_")]:
-            has = infos[f"_{name}"]
-            mine = rows[has[rows]]
-            if len(mine):
-                kind = object if infos[name].dtype == object else infos[name].dtype
-                self._put(final, name, mine, infos[name][mine], kind)
-            has[mine] = False
-            infos[name][mine] = None if infos[name].dtype == object else 0
-            if not has.any():
-                del infos[name], infos[f"_{name}"]
-        observations = np.full(self.num_envs, None, dtype=object)
-        for row in rows.tolist():
-            observations[row] = self._observation(row)
-        finished = np.zeros(self.num_envs, dtype=bool)
-        finished[rows] = True
-        infos.update(final_obs=observations, _final_obs=finished, final_info=final, _final_info=finished.copy())
-
-    # ------------------------------------------------------------------ rendering
+            infos.put("action_mask", rows, self._allowed[rows], np.int8)
 
     def _rendered(self, row: int) -> RenderedEpisode:
-        taken = int(self._lengths[row] - self._prompt_lengths[row])
-        start = int(self._prompt_lengths[row])
-        ids = self._ids[row]
-        texts = self.tokenizer.batch_decode(
-            [ids[:end].tolist() for end in range(start, start + taken + 1)],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        # What each token adds to the text; a token that changes what stood there (half a character) adds its rest.
-        tokens = [
-            after[len(before) :] if after.startswith(before) else after[len(before) - 1 :]
-            for before, after in itertools.pairwise(texts)
-        ]
-        kl = self._token_kl[row, :taken]
+        texts, taken = self._texts, int(self._texts.taken[row])
+        known = not self._deferred
         return RenderedEpisode(
-            prompt=self._rows[row].prompt,
-            tokens=tokens,
-            rewards=self._token_rewards[row, :taken].tolist(),
-            score=None if self._deferred else float(self._scorer.potential[row]),
-            kl=None if self._scorer.reference is None or self._deferred else float(kl.sum()),
-            ret=float(self._token_rewards[row, :taken].sum()),
-            finish_reason=self._finish_reasons[row],
+            prompt=texts.prompts[row].prompt,
+            tokens=texts.token_texts(row),
+            rewards=texts.token_rewards[row, :taken].tolist(),
+            score=float(self._scorer.potential[row]) if known else None,
+            kl=float(texts.token_kl[row, :taken].sum()) if known and self._scorer.reference is not None else None,
+            ret=float(texts.token_rewards[row, :taken].sum()),
+            finish_reason=texts.finish_reasons[row],
         )
 
     def _show(self) -> None:
@@ -733,5 +540,5 @@ class TextGenVectorEnv(VectorEnv):
 
     def _check_ready(self, what: str) -> None:
         self._check_open(what)
-        if not self._started.all():
+        if not self._texts.started.all():
             raise error.ResetNeeded(f"{what} before reset(): call reset() first")

@@ -1,0 +1,44 @@
+"""The example scripts run from start to end and leave behind what they say, on a small budget of tokens."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_quickstart_leaves_a_table_a_plot_and_an_ordinary_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("quickstart.py", "--timesteps", "4096", "--output", str(tmp_path), monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    for word in ("before", "after", "KL to the reference", "distinct-2", "word judge", "learning_curve.png"):
+        assert word in shown
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["before"]["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert results["after"]["kl"] > 0.01  # it has moved
+    assert Image.open(tmp_path / "learning_curve.png").size[0] > 600
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(tokenizer) <= model.config.vocab_size
+
+
+def test_custom_reward_trains_on_a_function(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("custom_reward.py", "--timesteps", "3072", monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    for word in ("before:", "after:", "reward on held-out prompts"):
+        assert word in shown
