@@ -39,9 +39,7 @@ def classifier(architecture: str) -> torch.nn.Module:
     torch.manual_seed(2)
     if architecture == "gpt2":
         # Dropout keeps its default of 0.1.
-        return GPT2ForSequenceClassification(
-            GPT2Config(**shape, n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT)
-        )
+        return GPT2ForSequenceClassification(GPT2Config(**shape, n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT))
     if architecture == "qwen2":
         sizes = {
             "hidden_size": 32,
@@ -95,9 +93,7 @@ def other_tokenizer(begins_with_bos: bool = False) -> PreTrainedTokenizerFast:
 def test_scores_equal_hugging_faces_forward(architecture, batch):
     model = classifier(architecture)
     reward = CausalRewardModel(model.train(), TOKENIZER)
-    expected = [
-        hugging_face_score(copy.deepcopy(model), p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
-    ]
+    expected = [hugging_face_score(copy.deepcopy(model), p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     np.testing.assert_allclose(reward.potentials(batch), expected, atol=ATOL)
     model.eval()
     with torch.no_grad():  # and with its own right padding
@@ -137,9 +133,7 @@ def test_a_finished_prefix_scores_as_its_text(reward, model):
     for scored in (reward, CausalRewardModel(model, TOKENIZER, append_eos=False)):
         expected = scored(prompts=finished.prompts, completions=finished.completions)
         np.testing.assert_allclose(scored.potentials(finished), expected, atol=ATOL)
-        np.testing.assert_allclose(
-            scored.prefix_potentials(finished, [np.array([3])])[0], expected, atol=ATOL
-        )
+        np.testing.assert_allclose(scored.prefix_potentials(finished, [np.array([3])])[0], expected, atol=ATOL)
 
 
 def test_a_model_that_was_not_trained_on_eos_never_reads_it(model):
@@ -158,9 +152,7 @@ def test_activations(model, batch, activation, function):
     values = CausalRewardModel(model, TOKENIZER, activation=activation).potentials(batch)
     np.testing.assert_allclose(values, function(logits), atol=1e-12)
     model.config.reward_activation = activation
-    np.testing.assert_allclose(
-        CausalRewardModel(model, TOKENIZER).potentials(batch), function(logits), atol=1e-12
-    )
+    np.testing.assert_allclose(CausalRewardModel(model, TOKENIZER).potentials(batch), function(logits), atol=1e-12)
     explicit = CausalRewardModel(model, TOKENIZER, activation="identity")
     np.testing.assert_allclose(explicit.potentials(batch), logits, atol=1e-12)
 
@@ -250,12 +242,8 @@ def test_new_weights_are_noticed(reward, model, batch):
 def test_inside_arithmetic_it_still_runs_in_one_pass(reward, batch, monkeypatch):
     passes = []
     forward = causal_module.CachedModel.hidden_states
-    monkeypatch.setattr(
-        causal_module.CachedModel, "hidden_states", lambda *args: passes.append(1) or forward(*args)
-    )
-    composed = (
-        2 * reward.clip(-1, 1) + (lambda completions: [len(c) / 100 for c in completions])
-    ).normalized(0.5, 2)
+    monkeypatch.setattr(causal_module.CachedModel, "hidden_states", lambda *args: passes.append(1) or forward(*args))
+    composed = (2 * reward.clip(-1, 1) + (lambda completions: [len(c) / 100 for c in completions])).normalized(0.5, 2)
     at = all_lengths(batch)
     values = composed.prefix_potentials(batch, at)
     assert len(passes) == 1
@@ -286,9 +274,7 @@ def test_a_policy_with_another_tokenizer_is_read_as_text(model):
     at = [np.array([5, 0, 2]), np.array([1, 2])]
     texts = [["the film is good and funny .", "the film", "the film is good"], ["i love", None]]
     for got, row in zip(reward.prefix_potentials(batch, at), texts, strict=True):
-        scores = [
-            expected[1] if text is None else hugging_face_score(model, own(text)["input_ids"]) for text in row
-        ]
+        scores = [expected[1] if text is None else hugging_face_score(model, own(text)["input_ids"]) for text in row]
         np.testing.assert_allclose(got, scores, atol=ATOL)
 
 
@@ -323,9 +309,7 @@ def test_a_tokenizer_that_adds_bos_is_asked_to(model):
 
 def test_an_end_of_sequence_token_that_the_tokenizer_adds_is_read_once_and_only_where_it_belongs(model):
     own = other_tokenizer()
-    own.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <eos>", special_tokens=[("<eos>", EOS)]
-    )
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
     reward = CausalRewardModel(model, own)
     batch = text_batch(TOKENIZER, ["the"] * 2, ["film", "film"])
     batch.finished[1] = True
@@ -357,9 +341,7 @@ def test_a_saved_model_loads_with_its_activation(tmp_path, model, batch):
 def test_a_checkpoint_without_a_reward_head_is_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "plain")
     TOKENIZER.save_pretrained(tmp_path / "plain")
-    with pytest.raises(
-        ValueError, match=r"plain' is not a trained reward model: it has no weights for score.weight"
-    ):
+    with pytest.raises(ValueError, match=r"plain' is not a trained reward model: it has no weights for score.weight"):
         CausalRewardModel.from_pretrained(tmp_path / "plain")
 
 
@@ -388,9 +370,7 @@ def test_models_that_are_no_reward_models_are_refused(model):
 def test_a_row_longer_than_the_context_is_an_error_that_says_so(reward):
     batch = prefix_batch(TOKENIZER, [[5], [6]], [[7], [8] * CONTEXT])
     batch.rows[:] = [3, 4]
-    complaint = (
-        rf"'LlamaForSequenceClassification', row 4 .*are {CONTEXT + 1} tokens long, .*context of {CONTEXT}"
-    )
+    complaint = rf"'LlamaForSequenceClassification', row 4 .*are {CONTEXT + 1} tokens long, .*context of {CONTEXT}"
     with pytest.raises(RewardError, match=complaint):
         reward.potentials(batch)
     with pytest.raises(RewardError, match=complaint):
@@ -424,9 +404,7 @@ def test_wrong_completion_lengths_are_named(reward, batch):
 
 
 def test_rows_without_wanted_prefixes_get_none(reward, batch):
-    values = reward.prefix_potentials(
-        batch, [np.array([], dtype=int), np.array([7, 7]), np.array([], dtype=int)]
-    )
+    values = reward.prefix_potentials(batch, [np.array([], dtype=int), np.array([7, 7]), np.array([], dtype=int)])
     assert [len(row) for row in values] == [0, 2, 0]
     assert values[1][0] == values[1][1]
     assert [len(row) for row in reward.prefix_potentials(batch, [np.array([])] * 3)] == [0, 0, 0]

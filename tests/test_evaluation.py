@@ -68,7 +68,9 @@ def test_figures_are_those_of_the_samples(models: tuple[LanguageModel, LanguageM
     figures = result.figures()
     assert figures["score"] == pytest.approx(np.mean(result.scores))
     assert figures["perplexity"] == pytest.approx(math.exp(-sum(result.ref_log_prob) / sum(result.lengths)))
-    assert figures["eos_rate"] == np.mean([length < 6 or ended for length, ended in zip(result.lengths, result.ended, strict=True)])
+    assert figures["eos_rate"] == np.mean(
+        [length < 6 or ended for length, ended in zip(result.lengths, result.ended, strict=True)]
+    )
 
 
 def test_min_new_tokens_forbids_an_early_end(models: tuple[LanguageModel, LanguageModel]) -> None:

@@ -86,9 +86,7 @@ def test_the_coefficient_moves_as_in_ziegler_et_al(kl, n, expected):
 def test_the_controller_finds_the_coefficient_that_gives_the_target():
     controller = AdaptiveKLController(init_kl_coef=1.0, target=6.0, horizon=1000)
     for _ in range(2000):
-        controller.update(
-            kl=3.0 / controller.kl_coef, n=64
-        )  # a policy whose KL is inverse to the coefficient
+        controller.update(kl=3.0 / controller.kl_coef, n=64)  # a policy whose KL is inverse to the coefficient
     assert controller.kl_coef == pytest.approx(0.5, rel=1e-3)
 
 

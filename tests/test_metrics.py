@@ -69,9 +69,7 @@ def test_the_bootstrap_interval_is_near_the_normal_one_and_covers_as_often_as_it
 
 def test_the_bootstrap_interval_repeats_with_its_seed():
     values = [1.0, 2.0, 4.0, 8.0]
-    assert bootstrap_interval(values, rng=3) == bootstrap_interval(
-        np.array(values), rng=np.random.default_rng(3)
-    )
+    assert bootstrap_interval(values, rng=3) == bootstrap_interval(np.array(values), rng=np.random.default_rng(3))
     assert bootstrap_interval([2.0], rng=0) == (2.0, 2.0)
     wide, narrow = bootstrap_interval(values, 0.99, rng=0), bootstrap_interval(values, 0.5, rng=0)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]

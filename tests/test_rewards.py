@@ -146,9 +146,7 @@ def test_wrong_scores_raise_naming_reward_row_and_text(batch, scores, complaint)
         return scores
 
     for reward in (FunctionReward(suspicious), suspicious + FunctionReward(length)):
-        with pytest.raises(
-            RewardError, match=rf"reward 'suspicious'.*{complaint}.*expected one finite number or None"
-        ):
+        with pytest.raises(RewardError, match=rf"reward 'suspicious'.*{complaint}.*expected one finite number or None"):
             reward.potentials(batch)
     with pytest.raises(RewardError, match="suspicious"):
         score(FunctionReward(suspicious))
@@ -172,9 +170,7 @@ def test_an_exception_in_the_function_is_chained(batch):
     def careless(completions, **columns):
         return [1 / 0 for _ in completions]
 
-    with pytest.raises(
-        RewardError, match=r"'careless', row 0 .*raised ZeroDivisionError: .*batch of 3"
-    ) as caught:
+    with pytest.raises(RewardError, match=r"'careless', row 0 .*raised ZeroDivisionError: .*batch of 3") as caught:
         FunctionReward(careless).potentials(batch)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -264,9 +260,7 @@ EXPRESSIONS = {
 def test_arithmetic_is_that_of_the_scores(name, batch):
     reward, expected = EXPRESSIONS[name]
     assert reward.name == name
-    np.testing.assert_allclose(
-        reward.potentials(batch), expected(A.potentials(batch), B.potentials(batch)), rtol=1e-12
-    )
+    np.testing.assert_allclose(reward.potentials(batch), expected(A.potentials(batch), B.potentials(batch)), rtol=1e-12)
     np.testing.assert_allclose(score(reward), expected(np.array(score(A)), np.array(score(B))), rtol=1e-12)
     at = [np.array([0, 2, 5]), np.array([], dtype=int), np.array([1])]
     parts = zip(A.prefix_potentials(batch, at), B.prefix_potentials(batch, at), strict=True)
@@ -282,9 +276,7 @@ def test_plain_callables_combine_from_either_side(batch):
 
 
 def test_the_sum_of_a_list_is_a_reward(batch):
-    np.testing.assert_allclose(
-        sum([A, B, A]).potentials(batch), 2 * A.potentials(batch) + B.potentials(batch)
-    )
+    np.testing.assert_allclose(sum([A, B, A]).potentials(batch), 2 * A.potentials(batch) + B.potentials(batch))
 
 
 def test_division_is_by_numbers_only():
@@ -336,9 +328,7 @@ NONE_EXPRESSIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("reward", "expected", "potential"), NONE_EXPRESSIONS, ids=lambda x: getattr(x, "name", "")
-)
+@pytest.mark.parametrize(("reward", "expected", "potential"), NONE_EXPRESSIONS, ids=lambda x: getattr(x, "name", ""))
 def test_none_adds_nothing_and_otherwise_stays_none(reward, expected, potential):
     assert score(reward, ["abc"]) == [expected]
     batch = text_batch(TOKENIZER, ["the"], ["it"])  # the completion is " it", 3 characters
@@ -363,9 +353,7 @@ def test_calibration_gives_mean_0_and_std_1_with_the_biased_variance(batch):
 
 
 def test_rows_that_do_not_apply_are_left_out_of_calibration():
-    batch = text_batch(
-        TOKENIZER, ["a"] * 3, ["it", "of", "cast"]
-    )  # " it" and " of" have 3 characters, " cast" 5
+    batch = text_batch(TOKENIZER, ["a"] * 3, ["it", "of", "cast"])  # " it" and " of" have 3 characters, " cast" 5
     reward = FunctionReward(lambda completions, **_: [None if c == " of" else len(c) for c in completions])
     normalized = reward.normalized()
     normalized.calibrate_on(batch)
@@ -451,9 +439,7 @@ METASPACE = metaspace_tokenizer()
 
 @settings(max_examples=60, deadline=None)
 @given(
-    ids=st.lists(
-        st.integers(0, len(METASPACE) - 1) | st.sampled_from(METASPACE("good film 好")["input_ids"])
-    ),
+    ids=st.lists(st.integers(0, len(METASPACE) - 1) | st.sampled_from(METASPACE("good film 好")["input_ids"])),
     prompt_length=st.integers(0, 8),
 )
 def test_decoded_prompt_and_completion_make_up_the_decoded_text(ids, prompt_length):
@@ -526,10 +512,7 @@ def test_prefix_potentials_are_the_potentials_of_each_prefix_in_any_order(rows, 
     at = [np.array(data.draw(st.lists(st.integers(0, len(c)))), dtype=int) for _, c in rows]
     values = reward.prefix_potentials(batch, at)
     for (prompt, completion), lengths, row in zip(rows, at, values, strict=True):
-        alone = [
-            reward.potentials(prefix_batch(TOKENIZER, [prompt], [completion[:n]], width=20))[0]
-            for n in lengths
-        ]
+        alone = [reward.potentials(prefix_batch(TOKENIZER, [prompt], [completion[:n]], width=20))[0] for n in lengths]
         assert row.tolist() == alone
     permutation = list(range(len(rows)))
     order.shuffle(permutation)

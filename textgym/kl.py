@@ -87,9 +87,7 @@ class AdaptiveKLController:
         if not math.isfinite(kl):
             raise ValueError(f"kl must be finite, got {kl}")
         if not 0 <= n < 5 * self.horizon:
-            raise ValueError(
-                f"n must be at least 0 and less than 5 * horizon = {5 * self.horizon:g}, got {n}"
-            )
+            raise ValueError(f"n must be at least 0 and less than 5 * horizon = {5 * self.horizon:g}, got {n}")
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * n / self.horizon
         return self.kl_coef

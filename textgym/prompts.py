@@ -115,8 +115,7 @@ def as_prompt_source(obj: Any) -> PromptSource:
         return PromptRows([{"prompt": text} for text in texts])
     if isinstance(obj, str):
         raise TypeError(
-            f"prompts={obj!r} is a single text; pass a list, [{obj!r}], or 'train' or 'test' for the "
-            "embedded prompts"
+            f"prompts={obj!r} is a single text; pass a list, [{obj!r}], or 'train' or 'test' for the embedded prompts"
         )
     if hasattr(obj, "column_names") and hasattr(obj, "__getitem__"):
         return _from_dataset(obj)
