@@ -353,7 +353,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         directory = pathlib.Path(directory)
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"directory={str(directory)!r} is a file; a checkpoint is a directory")
-        self.policy.language_model.model.save_pretrained(directory)
+        with quiet_progress():
+            self.policy.language_model.model.save_pretrained(directory)
         self.policy.language_model.tokenizer.save_pretrained(directory)
 
 

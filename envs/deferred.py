@@ -57,9 +57,9 @@ class PendingSteps:
     def score(self, kl_coef: float) -> DeferredScores:
         """Score all that waits."""
         texts = self.texts
-        for row in np.flatnonzero(~texts.done & (texts.taken > self._scored)).tolist():
-            self._stretches.append(self._stretch(row, None))
-        stretches = self._stretches
+        running = np.flatnonzero(~texts.done & (texts.taken > self._scored)).tolist()
+        # Not kept, so that a call whose reward raises an error can be made again.
+        stretches = self._stretches + [self._stretch(row, None) for row in running]
         scores = self.scorer.score_stretches(
             stretches, np.stack(self._log_probs), texts.vocabulary.tokenizer, kl_coef, self._masks or None
         )

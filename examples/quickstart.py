@@ -174,10 +174,14 @@ def plot(points: list[dict[str, float]], before: Evaluation, after: Evaluation, 
     left.set(xlabel="tokens of training", ylabel="reward-model score Φ", title="What it learns")
     kl = [point["kl"] for point in points]
     scatter = right.scatter(kl, [point["score"] for point in points], c=tokens, cmap="viridis", s=18)
-    for evaluation, name in ((before, "before"), (after, "after")):
+    for evaluation, name, side in ((before, "before", "left"), (after, "after", "right")):
         right.plot(evaluation.kl.mean(), evaluation.scores.mean(), "*", markersize=14, color="#d55e00")
         right.annotate(
-            f"{name} (held out)", (evaluation.kl.mean(), evaluation.scores.mean()), (8, -12), textcoords="offset points"
+            f"{name} (held out)",
+            (evaluation.kl.mean(), evaluation.scores.mean()),
+            (0, -18),
+            textcoords="offset points",
+            ha=side,
         )
     right.set(xlabel="KL to the reference, nats per completion", title="What it pays for it")
     figure.colorbar(scatter, label="tokens of training")

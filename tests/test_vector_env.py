@@ -563,6 +563,39 @@ def test_a_full_reset_gives_up_what_waits_to_be_scored():
     assert len(scores.episodes) == 1
 
 
+@pytest.mark.parametrize("more", [0, 2, 6])
+def test_scoring_that_failed_can_be_asked_for_again(more):
+    broken = [False]
+
+    def moody(prompts, completions, **_):
+        if broken[0]:
+            raise OSError("the judge is out")
+        return text_score(prompts, completions)
+
+    now, later = make_vec(3), make_vec(3, reward=moody)
+    rng, paid, scored = np.random.default_rng(0), [], []
+    for envs in (now, later):
+        envs.reset(seed=0)
+    later.defer_scoring(True)
+
+    def play(steps):
+        for _ in range(steps):
+            actions, log_probs = random_actions(rng, now, eos_weight=0)
+            paid.append(now.step(actions, log_probs)[1])
+            later.step(actions, log_probs)
+
+    play(2)
+    scored.extend(later.score_deferred().rewards)
+    play(3)
+    broken[0] = True
+    with pytest.raises(RewardError, match="the judge is out"):
+        later.score_deferred()
+    play(more)
+    broken[0] = False
+    scored.extend(later.score_deferred().rewards)
+    np.testing.assert_allclose(scored, paid, atol=1e-4)
+
+
 # --- what it costs
 
 

@@ -230,7 +230,7 @@ def load_language_model(
     weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
     location = _locate(spec)
     try:
-        with quiet_loading():
+        with quiet_progress():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 location, dtype=weights_dtype, output_loading_info=True
             )
@@ -283,8 +283,8 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars: making an environment should print nothing."""
+def quiet_progress() -> Iterator[None]:
+    """Without transformers' progress bars: making an environment or saving a model should print nothing."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

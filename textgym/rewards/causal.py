@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from textgym.cached_model import CachedModel
-from textgym.language_model import quiet_loading, resolve_device, resolve_dtype
+from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
@@ -115,7 +115,7 @@ class CausalRewardModel(Reward):
             path = str(Path(path).expanduser())
             if not os.path.isdir(path):
                 raise FileNotFoundError(f"there is no reward model directory {path!r}")
-        with quiet_loading():
+        with quiet_progress():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=resolve_dtype(dtype), output_loading_info=True
             )
