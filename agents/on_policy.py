@@ -26,7 +26,7 @@ from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.options import check_number
 from textgym.envs.sb3 import TextGenVecEnv, as_vec_env, deferrable
-from textgym.language_model import LanguageModel, load_language_model
+from textgym.language_model import LanguageModel, load_language_model, quiet_progress
 from textgym.rewards import RewardError
 
 TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv

@@ -59,7 +59,7 @@ class PendingSteps:
         texts = self.texts
         running = np.flatnonzero(~texts.done & (texts.taken > self._scored)).tolist()
         # Not kept, so that a call whose reward raises an error can be made again.
-        stretches = self._stretches + [self._stretch(row, None) for row in running]
+        stretches = [*self._stretches, *(self._stretch(row, None) for row in running)]
         scores = self.scorer.score_stretches(
             stretches, np.stack(self._log_probs), texts.vocabulary.tokenizer, kl_coef, self._masks or None
         )
