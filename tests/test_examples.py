@@ -29,7 +29,8 @@ def test_quickstart_leaves_a_table_a_plot_and_an_ordinary_checkpoint(
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["before"]["kl"] == pytest.approx(0.0, abs=1e-3)
     assert results["after"]["kl"] > 0.01  # it has moved
-    assert Image.open(tmp_path / "learning_curve.png").size[0] > 600
+    with Image.open(tmp_path / "learning_curve.png") as picture:
+        assert picture.size[0] > 600
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert len(tokenizer) <= model.config.vocab_size
