@@ -92,6 +92,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     after = measure(model.policy.language_model, reference)
 
+    model.logger.close()
     model.save_pretrained(arguments.output / "model")
     plot(curve.points, before, after, arguments.output / "learning_curve.png")
     table = {"before": figures(before), "after": figures(after), "training_seconds": seconds, "seed": arguments.seed}
