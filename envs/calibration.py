@@ -42,7 +42,7 @@ def calibrate(
                 max_new_tokens=options.max_new_tokens,
                 min_new_tokens=options.min_new_tokens,
                 temperature=options.temperature,
-                forbidden=model.vocabulary.special_token_ids if options.action_masking else (),
+                
                 generator=generator,
             )
         )

@@ -22,18 +22,22 @@ from textgym.rewards import as_reward
 
 
 def words_with_s(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Share of the words that begin with s, times 2, so that it weighs as much as a sentiment from -1 to 1."""
+    """Share of the words that begin with s, counted up to a third of them: from 0 to 1.
+
+    Without the cap the best text would be one word over and over; short texts count as if they had six words.
+    """
     words = [completion.split() for completion in completions]
-    return [2 * sum(word.startswith("s") for word in some) / max(len(some), 4) for some in words]
+    shares = [sum(word.startswith("s") for word in some) / max(len(some), 6) for some in words]
+    return [min(3 * share, 1.0) for share in shares]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--timesteps", type=int, default=40_000, help="tokens to train on (default %(default)s)")
+    parser.add_argument("--timesteps", type=int, default=24_576, help="tokens to train on (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    envs = gym.make_vec("TextGen-v0", num_envs=64, reward=words_with_s, max_new_tokens=24, kl_coef=0.02)
+    envs = gym.make_vec("TextGen-v0", num_envs=64, reward=words_with_s, max_new_tokens=24, kl_coef=0.05)
     model = PPO("LanguageModelPolicy", envs, n_steps=24, batch_size=512, learning_rate=2e-4, seed=arguments.seed)
 
     reference, prompts = load_language_model(), load_prompts("test")[:128]

@@ -37,7 +37,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from textgym.envs import TextGenEnv
-from textgym.generation import complete_rows
+from textgym.generation import complete, complete_rows
 from textgym.language_model import LanguageModel
 from textgym.prompts import as_prompt_source
 from textgym.rewards import FunctionReward, Reward, RewardError
@@ -169,6 +169,15 @@ def test_why_an_episode_ends(options, tokens, reason):
         assert not terminated
         assert not truncated
         assert "finish_reason" not in info
+
+
+def test_stop_strings_are_looked_for_from_the_beginning_of_every_episode():
+    env = make(stop="good film")
+    for _ in range(2):
+        env.reset(options={"prompt": "the film"})
+        assert len(play(env, [FILM] * 9)) == 8
+        env.reset(options={"prompt": "the film"})
+        assert len(play(env, [GOOD, *[FILM] * 8])) == 2
 
 
 def test_a_stop_string_may_not_reach_into_the_prompt():
@@ -818,34 +827,53 @@ def test_a_reward_sees_prompts_completions_token_ids_and_columns():
     ]
 
 
-@pytest.mark.parametrize("masking", [False, True])
-def test_normalized_rewards_are_calibrated_on_texts_of_the_reference_model(masking):
+@pytest.fixture
+def samples(monkeypatch):
+    """The batches of texts that an environment calibrates on, as they come."""
+    batches = []
+
+    def complete_and_note(*args, **kwargs):
+        batches.append(complete_rows(*args, **kwargs))
+        return batches[-1]
+
+    monkeypatch.setattr("textgym.envs.calibration.complete_rows", complete_and_note)
+    return batches
+
+
+def test_normalized_rewards_are_calibrated_on_texts_of_the_reference_model(samples):
     reward: Reward = REWARD_MODEL.normalized()
-    options = {"action_masking": masking, "temperature": 1.5, "kl_coef": 0, "min_new_tokens": 2}
-    env = make(reward=3 * reward, reward_every="end", **options)
+    env = make(reward=3 * reward, reward_every="end", kl_coef=0, temperature=1.5)
     assert reward.needs_calibration
     env.reset(seed=0, options={"prompt": "the film"})
     assert not reward.needs_calibration
     assert reward.std != pytest.approx(1, abs=0.05), "normalising does nothing here"
+    scores = np.concatenate([reward.potentials(batch) for batch in samples])
+    assert len(scores) >= 200
+    assert (scores.mean(), scores.std()) == pytest.approx((0, 1), abs=1e-5)
 
+    # On texts that it has not seen, too.
     rows = list(as_prompt_source(PROMPTS)) * 100
-    forbidden = [PAD, BOS, UNK] if masking else []
-    batch = complete_rows(
-        LANGUAGE_MODEL,
-        rows,
-        [ids(row.prompt) for row in rows],
-        max_new_tokens=8,
-        min_new_tokens=2,
-        temperature=1.5,
-        forbidden=forbidden,
-    )
-    scores = reward.potentials(batch)
-    assert abs(scores.mean()) < 0.2
-    assert scores.std() == pytest.approx(1, abs=0.15)
+    starts = [ids(row.prompt) for row in rows]
+    fresh = reward.potentials(complete_rows(LANGUAGE_MODEL, rows, starts, max_new_tokens=8, temperature=1.5))
+    assert abs(fresh.mean()) < 0.2
+    assert fresh.std() == pytest.approx(1, abs=0.15)
 
     steps = play(env, [GOOD, FILM, EOS])
     expected = 3 * (phi("causal", ids("the film"), [GOOD, FILM, EOS]) - reward.mean) / reward.std
     assert sum(step[1] for step in steps) == pytest.approx(expected, abs=1e-4)
+
+
+def test_calibration_texts_are_such_as_the_environment_allows(samples):
+    make(reward=REWARD_MODEL.normalized(), temperature=4.0, action_masking=True, min_new_tokens=3).reset()
+    completions = [completion for batch in samples for completion in batch.completion_ids]
+    assert not {token for completion in completions for token in completion} & {PAD, BOS, UNK}
+    assert {len(completion) for completion in completions} == {4, 5, 6, 7, 8}  # the last token may end it
+
+    samples.clear()
+    make(reward=REWARD_MODEL.normalized(), temperature=0.01, max_prompt_tokens=4, prompts=[*PROMPTS[1:3], "we"]).reset()
+    for batch in samples:
+        starts = [row[:n].tolist() for row, n in zip(batch.input_ids, batch.prompt_lengths, strict=True)]
+        assert batch.completion_ids == complete(LANGUAGE_MODEL, starts, 8, deterministic=True)
 
 
 def test_calibrating_is_reproducible_and_touches_no_random_state():

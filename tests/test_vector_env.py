@@ -643,6 +643,17 @@ def test_an_instant_step_is_one_forward_of_one_token_for_each_model(counted, mas
     assert sum(rows * tokens for rows, tokens in reference.take()) <= 2 * 6 + 7 + 1
 
 
+def test_nobody_asks_what_could_follow_a_finished_text(counted):
+    options, reference, _ = counted
+    envs = make_vec(2, **options, action_masking=True, top_k=30, autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    envs.step(np.full(2, GOOD))
+    reference.take()
+    *_, infos = envs.step(np.full(2, EOS))
+    assert reference.take() == []
+    assert infos["action_mask"].sum(1).tolist() == [V - 3] * 2  # the special tokens are masked as ever
+
+
 def test_the_reward_model_reads_only_where_a_score_is_due(counted):
     options, _, reward = counted
     envs = make_vec(2, **options, reward_every=4)
