@@ -42,9 +42,10 @@ def calibrate(
                 max_new_tokens=options.max_new_tokens,
                 min_new_tokens=options.min_new_tokens,
                 temperature=options.temperature,
-                
+                forbidden=model.vocabulary.special_token_ids if options.action_masking else (),
                 generator=generator,
             )
         )
+    reward.forget(np.arange(BATCH))
     for part in reward.uncalibrated():
         part.calibrate_on(*batches)

@@ -172,12 +172,12 @@ def test_why_an_episode_ends(options, tokens, reason):
 
 
 def test_stop_strings_are_looked_for_from_the_beginning_of_every_episode():
-    env = make(stop="good film")
+    env = make(stop="good")
     for _ in range(2):
         env.reset(options={"prompt": "the film"})
         assert len(play(env, [FILM] * 9)) == 8
         env.reset(options={"prompt": "the film"})
-        assert len(play(env, [GOOD, *[FILM] * 8])) == 2
+        assert len(play(env, [GOOD] * 8)) == 1
 
 
 def test_a_stop_string_may_not_reach_into_the_prompt():
@@ -870,7 +870,7 @@ def test_calibration_texts_are_such_as_the_environment_allows(samples):
     assert {len(completion) for completion in completions} == {4, 5, 6, 7, 8}  # the last token may end it
 
     samples.clear()
-    make(reward=REWARD_MODEL.normalized(), temperature=0.01, max_prompt_tokens=4, prompts=[*PROMPTS[1:3], "we"]).reset()
+    make(reward=REWARD_MODEL.normalized(), temperature=1e-4).reset()
     for batch in samples:
         starts = [row[:n].tolist() for row, n in zip(batch.input_ids, batch.prompt_lengths, strict=True)]
         assert batch.completion_ids == complete(LANGUAGE_MODEL, starts, 8, deterministic=True)

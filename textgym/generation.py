@@ -57,6 +57,7 @@ def complete(
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     running = np.arange(len(prompts))
+    cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
     for step in range(max_new_tokens):
         logits = model.head(cached.last_hidden(ids[running], lengths[running], running))
         banned = [*forbidden, model.eos_token_id] if step < min_new_tokens else list(forbidden)
