@@ -3,8 +3,8 @@
 A sentence shows the small model one next word at each place; the teacher's probabilities show it all the words
 that fit there. The two have different vocabularies, but both spell the same text, so wherever a piece of both ends
 at the same character, the teacher's most probable next pieces can be handed on: those that our vocabulary has as
-one piece too, and that are no mere beginnings of rarer words. What probability is left over, and every other
-place, goes to the piece that really follows.
+one piece too, and that are no mere beginnings of rarer words. What probability is left over belongs to all other
+pieces together; which of them, and what follows at every other place, the text itself says.
 """
 
 import json
@@ -36,6 +36,7 @@ from .text import words
 
 FOLDER = CACHE / "soft_labels"
 WIDTH = 24  # the teacher's pieces kept at each place
+REAL_HARD = 0.2  # how much of a real snippet's loss is the ordinary one
 
 
 @dataclass
@@ -158,10 +159,15 @@ def load(name: str) -> list[LabelledText]:
     return [text for path in paths for text in torch.load(path, weights_only=False)]
 
 
-def soft_nats(model: LlamaForCausalLM, batch: list[LabelledText]) -> Tensor:
-    """Mean cross-entropy in nats between the model and the soft labels, in bfloat16.
+def soft_nats(model: LlamaForCausalLM, batch: list[LabelledText], hard: Tensor) -> Tensor:
+    """Mean cross-entropy in nats between the model and what the teacher knows of each place, in bfloat16.
 
-    At each place the teacher's pieces have their shares and the piece that follows has the rest.
+    The teacher's kept pieces form a distribution with one part more, "any other piece", which has the rest of the
+    probability; the model is to give each part its share. What the other pieces are among themselves it learns
+    from the text: where the piece that really follows is one of them, its probability among them counts. The
+    expectation of this over texts from the teacher is the cross-entropy with the teacher's whole distribution.
+
+    :param hard: ``(B,)`` how much of each text's loss is the ordinary cross-entropy with the piece that follows
     """
     length = max(len(text.ids) for text in batch)
     ids = torch.full((len(batch), length), tokenizer.PAD)  # [B, L]
@@ -176,11 +182,19 @@ def soft_nats(model: LlamaForCausalLM, batch: list[LabelledText]) -> Tensor:
     chosen = following != tokenizer.PAD
     hidden = hidden_states(model.model, ids)[:, :-1][chosen]  # [N, H]
     logits = F.linear(hidden, model.lm_head.weight.bfloat16()).float()  # [N, V]
-    labels, shares = labels[chosen], shares[chosen]  # [N, WIDTH]
-    rest = 1 - shares.sum(-1, keepdim=True)
-    targets = torch.cat([labels, following[chosen][:, None]], dim=1)
-    weights = torch.cat([shares, rest], dim=1)
-    return (logits.logsumexp(-1) - (logits.gather(1, targets) * weights).sum(-1)).mean()
+    labels, shares, actual = labels[chosen], shares[chosen], following[chosen]  # [N, WIDTH], [N, WIDTH], [N]
+    hard = hard[:, None].expand(-1, length - 1)[chosen]  # [N]
+
+    total = logits.logsumexp(-1)  # [N]
+    of_kept = logits.gather(1, labels) - total[:, None]  # [N, WIDTH] log-probabilities
+    of_actual = logits.gather(1, actual[:, None])[:, 0] - total
+    kept = shares > 0
+    others = -torch.where(kept, of_kept.exp(), 0).sum(-1)  # [N] minus the probability of all kept pieces
+    of_others = torch.log1p(others.clamp(min=-(1 - 1e-4)))  # [N]
+    among_others = ~(kept & (labels == actual[:, None])).any(-1)
+    soft = -(shares * of_kept).sum(-1) - (1 - shares.sum(-1)).clamp(min=0) * of_others
+    soft = soft - torch.where(among_others, of_actual - of_others, 0)
+    return ((1 - hard) * soft - hard * of_actual).mean()
 
 
 def distil(passes: float, learning_rate: float = 1.5e-3, real_weight: int = 2, batch_size: int = 160) -> None:
@@ -192,7 +206,8 @@ def distil(passes: float, learning_rate: float = 1.5e-3, real_weight: int = 2, b
     rng = random.Random(0)
     started = reported = time.time()
     model = AutoModelForCausalLM.from_pretrained(CACHE / "language_model", dtype=torch.float32)
-    texts = load("real") * real_weight + load("sampled")
+    # a person wrote the real snippets, so what really follows is worth something there; elsewhere it is the teacher's
+    texts = [(text, REAL_HARD) for text in load("real") * real_weight] + [(text, 0.0) for text in load("sampled")]
     held_out = encode([s.text for s in movie_snippets()["validation"]])
     total = round(passes * len(texts) / batch_size)
     print(f"distillation: {len(texts)} texts, {total} steps", flush=True)
@@ -200,14 +215,14 @@ def distil(passes: float, learning_rate: float = 1.5e-3, real_weight: int = 2, b
     step = 0
     running = 0.0
     while step < total:
-        order = sorted(texts, key=lambda text: (len(text.ids), rng.random()))
+        order = sorted(texts, key=lambda pair: (len(pair[0].ids), rng.random()))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rng.shuffle(batches)
         for batch in batches[: total - step]:
             rate = learning_rate * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / total))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = soft_nats(model, batch)
+            loss = soft_nats(model, [text for text, _ in batch], torch.tensor([hard for _, hard in batch]))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
