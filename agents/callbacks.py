@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -42,6 +44,15 @@ class AdaptiveKLCallback(BaseCallback):
             self.controller = AdaptiveKLController(coef, self.controller.target, self.controller.horizon)
             self._started = True
         environment.kl_coef = self.controller.kl_coef
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient reached, for checkpoints."""
+        return {"kl_coef": self.controller.kl_coef, "started": self._started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.controller = AdaptiveKLController(state["kl_coef"], self.controller.target, self.controller.horizon)
+        self._started = state["started"]
 
     def _on_step(self) -> bool:
         return True

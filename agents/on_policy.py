@@ -75,6 +75,13 @@ class TextEnvironment:
             return self.rows.action_masks()
         return np.stack(self.vec_env.env_method("action_masks"))
 
+    def forget_cached(self) -> None:
+        """Drop what the environment's models have cached."""
+        if self.rows is not None:
+            self.rows.forget_cached()
+        else:
+            self.vec_env.env_method("forget_cached")
+
     def report_log_probs(self, log_probs: np.ndarray) -> None:
         """:param log_probs: ``(N,)`` of the actions of the coming step, in nats."""
         log_probs = np.minimum(log_probs, 0.0)  # a sure token may come out at +1e-7
@@ -148,6 +155,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         self.policy_kwargs = kwargs
         self.finished_episodes = []
         self._row_kl = np.zeros(self.n_envs)  # KL of the running episodes, nats
+        self._pending_log: dict[str, Any] = {}  # of a resumed run: what the last update before the stop recorded
         super()._setup_model()
         # What is saved with the agent: no path of this machine, no weights a second time.
         kwargs = {name: value for name, value in kwargs.items() if name != "tokenizer"}
@@ -231,6 +239,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         environment = TextEnvironment(env)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        # Nothing cached reaches from one rollout into the next: a run resumed between two of them is the same run.
+        environment.forget_cached()
+        self.policy.language_model.cached(self.policy.context).forget()
         self.finished_episodes = []
         bootstrap = np.zeros((n_rollout_steps, env.num_envs), dtype=np.float32)
         n_steps = 0
@@ -317,6 +328,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
 
         :param iteration: number of the rollout
         """
+        for name, value in self._pending_log.items():
+            self.logger.record(name, value)
+        self._pending_log = {}
         episodes = list(self.ep_info_buffer or [])
 
         def values(name: str) -> np.ndarray:
@@ -339,7 +353,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     # Saving
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "finished_episodes", "_row_kl"]
+        return [*super()._excluded_save_params(), "finished_episodes", "_row_kl", "_pending_log"]
 
     def save_pretrained(self, directory: str | pathlib.Path) -> None:
         """Write the trained language model as an ordinary Hugging Face checkpoint, with its tokenizer.

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from textgym.envs.options import TextGenOptions, share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
+from textgym.vocabulary import Vocabulary
 
 
 class TextGenEnv(gym.Env):
@@ -117,6 +118,18 @@ class TextGenEnv(gym.Env):
         return self._rows.tokenizer
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """The language model's tokens."""
+        return self._rows.vocabulary
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The text so far, prompt and completion, as token ids."""
+        self._rows._check_ready("token_ids")
+        texts = self._rows._texts
+        return [int(token) for token in texts.ids[0, : texts.lengths[0]]]
+
+    @property
     def temperature(self) -> float:
         """Divides the logits of reference and policy alike."""
         return self._rows.temperature
@@ -171,6 +184,10 @@ class TextGenEnv(gym.Env):
         """A trainable copy of the environment's language model."""
         return self._rows.policy_language_model(device)
 
+    def forget_cached(self) -> None:
+        """Drop what the models have cached; see :meth:`TextGenVectorEnv.forget_cached`."""
+        self._rows.forget_cached()
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -181,9 +198,13 @@ class TextGenEnv(gym.Env):
         """
         super().reset(seed=seed)
         observation, infos = self._rows.reset(seed=seed, options=options)
+        self._show_random_numbers()
+        return _first(observation), _first_info(infos)
+
+    def _show_random_numbers(self) -> None:
+        """Let ``np_random`` be what draws the prompts."""
         self._np_random = self._rows.np_random[0]
         self._np_random_seed = self._rows.np_random_seed[0] if self._rows.np_random_seed else None
-        return _first(observation), _first_info(infos)
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Append one token."""

@@ -96,6 +96,20 @@ class TextGenVecEnv(VecEnv):
         """Close the environment."""
         self.env.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where every episode stands: :meth:`TextGenVectorEnv.state_dict` and the running returns."""
+        return {"rows": self.text_env.state_dict(), "returns": self._returns.copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> VecEnvObs:
+        """Go on from what :meth:`state_dict` gave, and return the observation.
+
+        :raises ValueError: if it is the state of an environment with other options
+        """
+        self.reset()  # Gymnasium's wrappers count on it
+        self.text_env.load_state_dict(state["rows"])
+        self._returns[:] = state["returns"]
+        return self.text_env.observation()
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of the environment, once for each row asked for."""
         value = getattr(self.text_env, attr_name)

@@ -13,6 +13,10 @@ from textgym.rewards import PrefixBatch
 from textgym.vocabulary import Vocabulary
 
 
+# What a state is made of besides the prompts and the reasons of ending.
+_ARRAYS = ("ids", "lengths", "prompt_lengths", "done", "started", "token_rewards", "token_kl", "_searched")
+
+
 class Texts:
     """N rows of token ids, right-padded to a common width.
 
@@ -41,6 +45,30 @@ class Texts:
         self.token_rewards = np.zeros((num_rows, options.max_new_tokens))
         self.token_kl = np.zeros((num_rows, options.max_new_tokens))
         self._searched = np.zeros(num_rows, dtype=np.int64)  # characters of each completion without a stop string
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything above, as arrays and plain data."""
+        return {
+            **{name: getattr(self, name).copy() for name in _ARRAYS},
+            "prompts": [{"prompt": row.prompt, "columns": row.columns} for row in self.prompts],
+            "finish_reasons": list(self.finish_reasons),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the texts that :meth:`state_dict` gave.
+
+        :raises ValueError: if the texts are of another shape
+        """
+        for name in _ARRAYS:
+            here, given = getattr(self, name), np.asarray(state[name])
+            if here.shape != given.shape:
+                raise ValueError(
+                    f"the state's {name} has shape {given.shape}, this environment's {here.shape}: make the "
+                    "environment with the same number of rows and the same token limits"
+                )
+            here[...] = given
+        self.prompts = [PromptRow(row["prompt"], row["columns"]) for row in state["prompts"]]
+        self.finish_reasons = list(state["finish_reasons"])
 
     @property
     def taken(self) -> np.ndarray:

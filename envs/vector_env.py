@@ -160,6 +160,11 @@ class TextGenVectorEnv(VectorEnv):
             copy.model.to(device)
         return copy
 
+    def observation(self) -> dict[str, np.ndarray]:
+        """The current observation, as ``reset`` and ``step`` return it."""
+        self._check_ready("observation")
+        return self._texts.observation()
+
     def report_log_probs(self, log_probs: Any) -> None:
         """Tell under which log-probabilities, ``(N,)`` in nats, the actions of the coming step were sampled.
 
@@ -335,6 +340,65 @@ class TextGenVectorEnv(VectorEnv):
         if not self._deferred or not len(self._pending):
             raise RuntimeError("nothing to score: defer_scoring(True), then step")
         return self._pending.score(self._kl_coef)
+
+    # ------------------------------------------------------------------ the state, for checkpoints
+
+    def forget_cached(self) -> None:
+        """Drop what the models have cached of all rows, so that what comes does not depend, in its last bits, on when.
+
+        An agent does this before each rollout: then a run that is resumed from any rollout's beginning, with nothing
+        cached, computes the same as one that was never stopped.
+        """
+        self._scorer.forget(np.arange(self.num_envs))
+        if self._masks is not None and self._model is not None:
+            self._model.cached(self.context).forget(np.arange(self.num_envs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every episode stands, the random state and β, as arrays and plain data.
+
+        An environment made with the same options goes on from it exactly (:meth:`load_state_dict`). Models, prompts
+        and options are no part of it.
+
+        :raises RuntimeError: while steps wait to be scored
+        """
+        if len(self._pending):
+            raise RuntimeError(f"{len(self._pending)} steps wait to be scored; call score_deferred() before state_dict()")
+        return {
+            "texts": self._texts.state_dict(),
+            "potential": self._scorer.potential.copy(),
+            "kl_coef": self._kl_coef,
+            "seeds": None if self._seeds is None else list(self._seeds),
+            "random": [rng.bit_generator.state for rng in self._rngs],
+            "reward": self._reward.state_dict(),
+            "allowed": None if self._masks is None else np.packbits(self._allowed, axis=1),
+            "warned_truncation": self._warned_truncation,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        :raises ValueError: if it is the state of an environment with other options
+        """
+        self._check_open("load_state_dict")
+        if (state["allowed"] is None) != (self._masks is None):
+            raise ValueError(
+                f"action_masking={self.masking} here, but the state is of an environment with "
+                f"action_masking={state['allowed'] is not None}"
+            )
+        self._texts.load_state_dict(state["texts"])
+        self._pending.clear()
+        self._pending.go_on()
+        self._scorer.potential[:] = state["potential"]
+        self.kl_coef = state["kl_coef"]
+        self._seeds = None if state["seeds"] is None else tuple(state["seeds"])
+        for rng, random_state in zip(self._rngs, state["random"], strict=True):
+            rng.bit_generator.state = random_state
+        self._reward.load_state_dict(state["reward"])
+        if self._masks is not None:
+            self._allowed = np.unpackbits(state["allowed"], axis=1, count=self.vocab_size).astype(bool)
+        self._warned_truncation = bool(state["warned_truncation"])
+        self._reported = None
+        self.forget_cached()
 
     # ------------------------------------------------------------------ one step, in parts
 

@@ -55,6 +55,16 @@ class Composed(Reward):
         for part in self.parts:
             part.forget(rows)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parts = state.get("parts", [])
+        if len(parts) != len(self.parts):
+            raise ValueError(f"reward {self.name!r} has {len(self.parts)} parts, the given state {len(parts)}")
+        for part, part_state in zip(self.parts, parts, strict=True):
+            part.load_state_dict(part_state)
+
     def uncalibrated(self) -> list[Normalized]:
         found = [inner for part in self.parts for inner in part.uncalibrated()]
         return list(dict.fromkeys(found))
@@ -168,6 +178,13 @@ class Normalized(Composed):
 
     def uncalibrated(self) -> list[Normalized]:
         return super().uncalibrated() + ([self] if self.mean is None else [])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mean": self.mean, "std": self.std}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mean, self.std = state["mean"], state["std"]
 
     def calibrate(self, scores: np.ndarray) -> None:
         """Set mean and standard deviation (biased variance) to those of scores.

@@ -96,6 +96,22 @@ class Reward(ABC):
         :param rows: which rows
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this reward has learned or measured since it was made: plain data and arrays, kept in checkpoints.
+
+        A reward that changes while it is used overrides this and :meth:`load_state_dict`, so that a run that is
+        resumed goes on as if it had not been stopped. Models and caches are no part of it.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        :raises ValueError: if it is the state of another reward
+        """
+        if state:
+            raise ValueError(f"reward {self.name!r} keeps no state, but was given {sorted(state)}: another reward's")
+
     @property
     def needs_calibration(self) -> bool:
         """Whether a ``.normalized()`` in this reward still waits for its mean and standard deviation."""
