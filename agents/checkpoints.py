@@ -27,7 +27,6 @@ import re
 import shutil
 import tempfile
 import warnings
-import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -364,16 +363,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# What an SB3 zip would run
-
-
-def pickled_names(path: str | Path) -> list[str]:
-    """Names in an SB3 zip that are stored as pickles: loading the file runs the code in them.
-
-    :param path: what ``save`` wrote
-    """
-    with zipfile.ZipFile(path) as archive:
-        data = json.loads(archive.read("data"))
-    return sorted(name for name, value in data.items() if isinstance(value, dict) and ":serialized:" in value)

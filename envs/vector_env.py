@@ -362,7 +362,9 @@ class TextGenVectorEnv(VectorEnv):
         :raises RuntimeError: while steps wait to be scored
         """
         if len(self._pending):
-            raise RuntimeError(f"{len(self._pending)} steps wait to be scored; call score_deferred() before state_dict()")
+            raise RuntimeError(
+                f"{len(self._pending)} steps wait to be scored; call score_deferred() before state_dict()"
+            )
         return {
             "texts": self._texts.state_dict(),
             "potential": self._scorer.potential.copy(),

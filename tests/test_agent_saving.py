@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.utils import LinearSchedule
 from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
 from tiny_models import ARCHITECTURES, tiny_causal_reward_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from textgym.agents import PPO
+from textgym.agents import PPO, TrustWarning
 from textgym.language_model import load_language_model
 from textgym.rewards import CausalRewardModel
 
@@ -47,7 +48,7 @@ def test_a_loaded_agent_predicts_the_same_without_environment_or_model_path(tmp_
     model = tiny_ppo(env, policy_kwargs={"value_head": "mlp"}).learn(48)
     model.save(tmp_path / "agent")
     shutil.rmtree(source)
-    loaded = PPO.load(tmp_path / "agent", device="cpu")
+    loaded = PPO.load(tmp_path / "agent", device="cpu", trust=True)
     assert_same_policy(model, loaded, observation(model))
     assert loaded.policy.temperature == 0.8
     assert loaded.num_timesteps == 48
@@ -59,7 +60,7 @@ def test_a_loaded_agent_learns_on_like_the_one_that_was_saved(tmp_path):
     model = trained()
     model.save(tmp_path / "agent")
     ends = []
-    for agent in (model, PPO.load(tmp_path / "agent", device="cpu")):
+    for agent in (model, PPO.load(tmp_path / "agent", device="cpu", trust=True)):
         agent.set_env(tiny_vector_env(4))
         agent.set_random_seed(5)
         agent.learn(96, reset_num_timesteps=False)
@@ -71,7 +72,7 @@ def test_a_loaded_agent_learns_on_like_the_one_that_was_saved(tmp_path):
 def test_loading_with_another_number_of_rows(tmp_path):
     model = trained()
     model.save(tmp_path / "agent")
-    loaded = PPO.load(tmp_path / "agent", env=tiny_vector_env(1), device="cpu")
+    loaded = PPO.load(tmp_path / "agent", env=tiny_vector_env(1), device="cpu", trust=True)
     assert loaded.rollout_buffer.n_envs == 1
     loaded.learn(24)
     assert loaded.num_timesteps == 24
@@ -126,7 +127,7 @@ def test_an_environment_at_another_temperature_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"temperature=0.8 is not the environment's 1.0"):
         model.set_env(tiny_vector_env(4))
     with pytest.raises(ValueError, match=r"temperature=0.8 is not the environment's 1.0"):
-        PPO.load(tmp_path / "agent", env=tiny_vector_env(4), device="cpu")
+        PPO.load(tmp_path / "agent", env=tiny_vector_env(4), device="cpu", trust=True)
     model.set_env(tiny_vector_env(4, temperature=0.8))
     model.learn(48)
 
@@ -151,3 +152,66 @@ def test_save_pretrained_refuses_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         tiny_ppo().save_pretrained(tmp_path / "file")
+
+
+def test_from_pretrained_opens_the_agent_without_its_environment(tmp_path):
+    env = tiny_vector_env(4, temperature=0.8, language_model=tiny_language_model("gpt2"))
+    model = tiny_ppo(env, policy_kwargs={"value_head": "mlp", "value_trunk": "detached"}, clip_range=0.1).learn(48)
+    model.save_pretrained(tmp_path / "agent")
+    opened = PPO.from_pretrained(tmp_path / "agent", device="cpu")
+    assert_same_policy(model, opened, observation(model))
+    assert (opened.num_timesteps, opened.n_steps, opened.batch_size, opened.seed) == (48, 12, 16, 0)
+    assert opened.clip_range(1.0) == 0.1
+    assert (opened.policy.value_head, opened.policy.value_trunk) == ("mlp", "detached")
+    assert opened.policy.generate(["the film"], 5, seed=0) == model.policy.generate(["the film"], 5, seed=0)
+
+
+def test_from_pretrained_learns_on_in_an_environment(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path / "agent")
+    opened = PPO.from_pretrained(tmp_path / "agent", tiny_vector_env(2), device="cpu", n_steps=24)
+    assert_same_policy(model, opened, observation(model))
+    before = opened.policy.parameters_to_vector()
+    opened.learn(48, reset_num_timesteps=False)
+    assert opened.num_timesteps == 96
+    assert not np.array_equal(before, opened.policy.parameters_to_vector())
+
+
+def test_what_save_pretrained_writes_holds_no_pickle(tmp_path):
+    trained().save_pretrained(tmp_path / "agent")
+    endings = {path.suffix for path in (tmp_path / "agent").rglob("*") if path.is_file()}
+    assert endings <= {".json", ".safetensors", ".jinja"}
+
+
+def test_linear_schedules_are_stored_and_functions_must_be_given(tmp_path):
+    model = tiny_ppo(learning_rate=LinearSchedule(1e-3, 0.0, 1.0), clip_range=lambda remaining: 0.1 + 0.1 * remaining)
+    model.save_pretrained(tmp_path / "agent")
+    with pytest.raises(ValueError, match="clip_range was the function <lambda>, .* pass clip_range="):
+        PPO.from_pretrained(tmp_path / "agent", device="cpu")
+    opened = PPO.from_pretrained(tmp_path / "agent", device="cpu", clip_range=0.3)
+    assert opened.clip_range(1.0) == 0.3
+    assert [opened.lr_schedule(remaining) for remaining in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
+
+
+def test_from_pretrained_refuses_what_is_no_agent(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no agent.json"):
+        PPO.from_pretrained(tmp_path)
+    (tmp_path / "agent.json").write_text("{")
+    with pytest.raises(ValueError, match="is broken"):
+        PPO.from_pretrained(tmp_path)
+    (tmp_path / "agent.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="has format 99"):
+        PPO.from_pretrained(tmp_path)
+    (tmp_path / "agent.json").write_text('{"format": 1, "agent": "DQN"}')
+    with pytest.raises(ValueError, match="is of the agent DQN"):
+        PPO.from_pretrained(tmp_path)
+
+
+def test_load_says_what_it_unpickles(tmp_path):
+    trained().save(tmp_path / "agent")
+    with pytest.warns(TrustWarning, match=r"agent holds pickles \(.*policy_class.*runs the code that it names"):
+        PPO.load(tmp_path / "agent", device="cpu")
+    with pytest.raises(ValueError, match="from_pretrained opens agents"):
+        PPO.load(tmp_path / "agent", device="cpu", trust=False)
+    with (tmp_path / "agent.zip").open("rb") as file:
+        assert PPO.load(file, device="cpu", trust=True).num_timesteps == 48

@@ -1,0 +1,145 @@
+"""An agent as a folder without code: the language model as Hugging Face writes it, the value head, and a JSON file.
+
+``save`` and ``load`` are Stable-Baselines3's and keep pickles; a pickle can run anything when it is opened. What is
+written here holds data only, so an agent from somebody else can be opened without trusting them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+
+if TYPE_CHECKING:
+    from textgym.agents.on_policy import TextOnPolicyAlgorithm
+
+AGENT, VALUE_HEAD = "agent.json", "value_head.safetensors"
+FORMAT = 1
+# Constructor arguments that belong to a place or a session rather than to the agent.
+_LEFT_OUT = {"policy", "env", "policy_kwargs", "tensorboard_log", "verbose", "device", "_init_setup_model"}
+_POLICY = ("temperature", "value_head", "value_trunk")
+
+
+def write_agent(model: TextOnPolicyAlgorithm, folder: Path) -> None:
+    """Write the value head and the agent's configuration beside its language model."""
+    value_net = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.policy.value_net.state_dict().items()
+    }
+    safetensors.torch.save_file(value_net, folder / VALUE_HEAD)
+    names = [name for name in inspect.signature(type(model).__init__).parameters if name not in {"self", *_LEFT_OUT}]
+    agent = {
+        "format": FORMAT,
+        "agent": type(model).__name__,
+        "arguments": {name: _as_json(_argument(model, name)) for name in names},
+        "policy": {name: getattr(model.policy, name) for name in _POLICY},
+        "dtype": str(model.policy.language_model.model.dtype).removeprefix("torch."),
+        "context": model.policy.context,
+        "vocab_size": int(model.action_space.n),  # type: ignore[attr-defined]
+        "num_timesteps": model.num_timesteps,
+    }
+    (folder / AGENT).write_text(json.dumps(agent, indent=2) + "\n", encoding="utf-8")
+
+
+def read_agent(folder: Path, agent: str) -> dict[str, Any]:
+    """Read the configuration.
+
+    :param folder: what ``save_pretrained`` wrote
+    :param agent: name of the class that is to be opened
+    :raises FileNotFoundError: if there is none
+    :raises ValueError: if it is broken, of another class or of another version
+    """
+    path = folder / AGENT
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {AGENT}: it is not what an agent's save_pretrained wrote")
+    try:
+        configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if configuration.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {configuration.get('format')!r}; this version of textgym reads {FORMAT}")
+    if configuration["agent"] != agent:
+        raise ValueError(
+            f"{path} is of the agent {configuration['agent']}; open it with {configuration['agent']}.from_pretrained"
+        )
+    return configuration
+
+
+def arguments_of(configuration: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from a configuration and what the caller gives instead.
+
+    :raises ValueError: if an argument was a function, which the file does not hold, and none is given
+    """
+    arguments = {}
+    for name, value in {**configuration["arguments"], **overrides}.items():
+        if name not in overrides:
+            value = _from_json(value)
+            if isinstance(value, dict):
+                raise ValueError(
+                    f"{name} was the function {value['function']}, which is code and not stored: "
+                    f"pass {name}= to from_pretrained"
+                )
+        arguments[name] = value
+    return arguments
+
+
+def load_value_head(model: TextOnPolicyAlgorithm, folder: Path) -> None:
+    """Put the stored value head into the policy."""
+    model.policy.value_net.load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
+
+
+def stored_spaces(configuration: dict[str, Any]) -> tuple[spaces.Dict, spaces.Discrete]:
+    """The spaces of the environment that the agent was trained in."""
+    context, vocab_size = configuration["context"], configuration["vocab_size"]
+    observation = {
+        "input_ids": spaces.Box(0, vocab_size - 1, (context,), np.int64),
+        "attention_mask": spaces.Box(0, 1, (context,), np.int8),
+        "prompt_length": spaces.Box(0, context, (1,), np.int64),
+    }
+    return spaces.Dict(observation), spaces.Discrete(vocab_size)
+
+
+def _argument(model: TextOnPolicyAlgorithm, name: str) -> Any:
+    return (
+        getattr(model, f"_{name}") if hasattr(model, f"_{name}") and not hasattr(model, name) else getattr(model, name)
+    )
+
+
+def _as_json(value: Any) -> Any:
+    while isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    if isinstance(value, ConstantSchedule):
+        return value.val
+    if isinstance(value, LinearSchedule):
+        return {"linear": [value.start, value.end, value.end_fraction]}
+    if callable(value):
+        return {"function": getattr(value, "__name__", repr(value))}
+    return value.item() if isinstance(value, np.generic | torch.Tensor) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict) and "linear" in value:
+        return LinearSchedule(*value["linear"])
+    return value
+
+
+def pickled_names(path: str | Path | io.BufferedIOBase) -> list[str]:
+    """What an SB3 zip stores as pickles: loading the file runs the code in them.
+
+    :param path: the file that ``save`` wrote, with or without its ending, or an open file
+    """
+    if isinstance(path, str | Path) and not Path(path).exists():
+        path = f"{path}.zip"
+    with zipfile.ZipFile(path) as archive:  # type: ignore[arg-type]
+        data = json.loads(archive.read("data"))
+    if isinstance(path, io.BufferedIOBase):
+        path.seek(0)
+    return sorted(name for name, value in data.items() if isinstance(value, dict) and ":serialized:" in value)
