@@ -402,8 +402,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         if trust is not True:
             names = [name for name in pickled_names(path) if name not in (custom_objects or {})]
             message = (
-                f"{path} holds pickles ({', '.join(names)}), and opening a pickle runs the code that it names. Load "
-                "files only from people you trust; from_pretrained opens agents that save_pretrained wrote, without that"
+                f"{path} holds pickles ({', '.join(names)}), and opening a pickle runs the code that it names. "
+                "Load files only from people you trust; from_pretrained opens what save_pretrained wrote, without that"
             )
             if names and trust is False:
                 raise ValueError(message)

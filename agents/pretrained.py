@@ -31,10 +31,9 @@ _POLICY = ("temperature", "value_head", "value_trunk")
 
 def write_agent(model: TextOnPolicyAlgorithm, folder: Path) -> None:
     """Write the value head and the agent's configuration beside its language model."""
-    value_net = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.policy.value_net.state_dict().items()
-    }
-    safetensors.torch.save_file(value_net, folder / VALUE_HEAD)
+    value_head = model.policy.value_net.state_dict()
+    tensors = {name: value.cpu().contiguous() for name, value in value_head.items()}
+    safetensors.torch.save_file(tensors, folder / VALUE_HEAD)
     names = [name for name in inspect.signature(type(model).__init__).parameters if name not in {"self", *_LEFT_OUT}]
     agent = {
         "format": FORMAT,
@@ -66,10 +65,9 @@ def read_agent(folder: Path, agent: str) -> dict[str, Any]:
         raise ValueError(f"{path} is broken: {error}") from error
     if configuration.get("format") != FORMAT:
         raise ValueError(f"{path} has format {configuration.get('format')!r}; this version of textgym reads {FORMAT}")
-    if configuration["agent"] != agent:
-        raise ValueError(
-            f"{path} is of the agent {configuration['agent']}; open it with {configuration['agent']}.from_pretrained"
-        )
+    name = configuration["agent"]
+    if name != agent:
+        raise ValueError(f"{path} is of the agent {name}, not {agent}: open it with {name}.from_pretrained")
     return configuration
 
 
@@ -108,9 +106,8 @@ def stored_spaces(configuration: dict[str, Any]) -> tuple[spaces.Dict, spaces.Di
 
 
 def _argument(model: TextOnPolicyAlgorithm, name: str) -> Any:
-    return (
-        getattr(model, f"_{name}") if hasattr(model, f"_{name}") and not hasattr(model, name) else getattr(model, name)
-    )
+    # SB3 keeps stats_window_size under a private name.
+    return getattr(model, name if hasattr(model, name) else f"_{name}")
 
 
 def _as_json(value: Any) -> Any:

@@ -32,7 +32,7 @@ from textgym.language_model import (
     resolve_dtype,
 )
 from textgym.prompts import PromptRow, as_prompt_source
-from textgym.rewards import as_reward
+from textgym.rewards import Reward, as_reward
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
 
@@ -152,6 +152,17 @@ class TextGenVectorEnv(VectorEnv):
             raise ValueError("this environment doesn't mask actions; make it with action_masking=True")
         self._check_ready("action_masks")
         return self._allowed.copy()
+
+    @property
+    def reward(self) -> Reward:
+        """Φ, what texts are scored with."""
+        return self._reward
+
+    def reference_language_model(self) -> LanguageModel:
+        """The frozen model that the KL is measured against; opened now if nothing has needed it yet."""
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
 
     def policy_language_model(self, device: Any = None) -> LanguageModel:
         """A trainable copy of the environment's language model: where a policy starts, at KL 0 to the reference."""

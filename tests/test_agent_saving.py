@@ -211,7 +211,7 @@ def test_load_says_what_it_unpickles(tmp_path):
     trained().save(tmp_path / "agent")
     with pytest.warns(TrustWarning, match=r"agent holds pickles \(.*policy_class.*runs the code that it names"):
         PPO.load(tmp_path / "agent", device="cpu")
-    with pytest.raises(ValueError, match="from_pretrained opens agents"):
+    with pytest.raises(ValueError, match="from_pretrained opens what"):
         PPO.load(tmp_path / "agent", device="cpu", trust=False)
     with (tmp_path / "agent.zip").open("rb") as file:
         assert PPO.load(file, device="cpu", trust=True).num_timesteps == 48
