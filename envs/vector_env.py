@@ -70,7 +70,6 @@ class TextGenVectorEnv(VectorEnv):
             "render_fps": 10,
             "autoreset_mode": self.options.autoreset_mode,
         }
-        self._prompts = as_prompt_source(self.options.prompts)
         self._reward = as_reward(self.options.reward)
         # Without a penalty or a restriction nobody needs the model's weights, only its vocabulary.
         needs_model = self.options.kl_coef > 0 or self.options.top_k > 0 or self.options.top_p < 1.0
@@ -81,6 +80,7 @@ class TextGenVectorEnv(VectorEnv):
         else:
             self.vocabulary = load_vocabulary(self.options.language_model, tokenizer=self.options.tokenizer)
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
+        self._prompts = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
         self.vocab_size = self.vocabulary.size
         self.max_new_tokens = self.options.max_new_tokens
         self.max_prompt_tokens = self._prompt_room(self.vocabulary.context_limit)

@@ -7,9 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from textgym import embedded
-from textgym.prompts import PromptRow, as_prompt_source
+from textgym.prompts import PromptRow, as_prompt_source, split_prompts
 
 TEXTS = ["the film", "a story", "it is"]
 ROWS = [{"prompt": text, "answer": i, "why": None} for i, text in enumerate(TEXTS)]
@@ -164,3 +166,68 @@ def test_later_changes_to_the_list_change_nothing():
     source = as_prompt_source(texts)
     texts.clear()
     assert len(source) == 3
+
+
+SOME_TEXTS = st.lists(st.text(min_size=1, max_size=3), min_size=2, max_size=40)
+
+
+@given(SOME_TEXTS, st.integers(0, 2**40), st.data())
+def test_a_prompt_is_never_in_both_parts_whatever_the_order_of_the_rows(texts, seed, data):
+    different = len(set(texts))
+    if different < 2:
+        return
+    held_out = data.draw(st.integers(1, different - 1))
+    rows = [{"prompt": text, "row": i} for i, text in enumerate(texts)]
+    train, kept = split_prompts(rows, held_out, seed)
+    assert {row.prompt for row in train}.isdisjoint(row.prompt for row in kept)
+    assert sorted(row.columns["row"] for part in (train, kept) for row in part) == list(range(len(texts)))
+    assert len({row.prompt for row in kept}) == held_out
+    assert [row.columns["row"] for row in train] == sorted(row.columns["row"] for row in train)
+    _, again = split_prompts(data.draw(st.permutations(texts)), held_out, seed)
+    assert {row.prompt for row in again} == {row.prompt for row in kept}
+
+
+def test_the_held_out_prompts_are_the_same_everywhere_and_others_with_another_seed():
+    texts = [f"prompt {i}" for i in range(200)]
+    held = {seed: {row.prompt for row in split_prompts(texts, seed=seed)[1]} for seed in range(20)}
+    assert all(len(prompts) == 20 for prompts in held.values())
+    assert len(set(map(frozenset, held.values()))) == 20
+    counts = Counter(prompt for prompts in held.values() for prompt in prompts)
+    assert max(counts.values()) <= 8  # each prompt is held out by 2 of 20 seeds on average
+    # Python's own hashes would differ from process to process.
+    assert [row.prompt for row in split_prompts(list("abcdefgh"), 3, seed=5)[1]] == ["a", "e", "g"]
+
+
+def test_a_data_set_is_split_without_reading_it_into_memory():
+    datasets = pytest.importorskip("datasets")
+    texts = [f"prompt {i % 50}" for i in range(100)]
+    train, held_out = split_prompts(datasets.Dataset.from_dict({"prompt": texts, "n": list(range(100))}), 0.2)
+    assert len(train) == 80
+    assert len(held_out) == 20
+    assert [row.prompt for row in train] == [texts[row.columns["n"]] for row in train]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "held_out", "error", "complaint"),
+    [
+        (TEXTS, 0.1, ValueError, "held_out=0.1 of 3 different prompts leaves none in the held-out part; .* 1 to 2"),
+        (TEXTS, 0.9, ValueError, "held_out=0.9 of 3 different prompts leaves none in the training part"),
+        (TEXTS, 3, ValueError, "held_out=3 of 3 different prompts leaves none in the training part"),
+        (["a", "a"], 1, ValueError, "held_out=1: there is only one prompt, 'a', which can't be in both parts"),
+        (TEXTS, 0, ValueError, "held_out=0 must be a share greater than 0 and less than 1, or a whole number"),
+        (TEXTS, -2, ValueError, "held_out=-2 must be"),
+        (TEXTS, 1.0, ValueError, "held_out=1.0 must be"),
+        (TEXTS, float("nan"), ValueError, "held_out=nan must be"),
+        (TEXTS, "2", TypeError, "held_out='2' must be a share"),
+        (TEXTS, True, TypeError, "held_out=True must be a share"),
+        (lambda rng: "a", 1, TypeError, "a PromptFunction has no fixed prompts to divide"),
+    ],
+)
+def test_a_split_with_an_empty_part_is_refused(prompts, held_out, error, complaint):
+    with pytest.raises(error, match=complaint):
+        split_prompts(prompts, held_out)
+
+
+def test_the_seed_of_a_split_is_a_whole_number():
+    with pytest.raises(TypeError, match="seed=None must be a whole number"):
+        split_prompts(TEXTS, 1, seed=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,3 +100,51 @@ def complete_rows(
         columns=as_columns([row.columns for row in rows]),
         tokenizer=model.tokenizer,
     )
+
+
+def cut_at_stop_strings(
+    batch: PrefixBatch, stop: Sequence[str], min_new_tokens: int = 0
+) -> tuple[PrefixBatch, np.ndarray]:
+    """Completions up to the token that completes a stop string, as the environment ends them.
+
+    :param batch: B complete texts
+    :param stop: the strings; the token that completes one stays whole
+    :param min_new_tokens: a stop string that is complete before so many tokens ends nothing
+    :return: the batch, cut, and ``(B,)`` bool, where a stop string was found
+    """
+    lengths = batch.completion_lengths.copy()
+    stopped = np.zeros(len(batch), dtype=bool)
+    for row, completion in enumerate(batch.completions):
+        if not any(text in completion for text in stop):
+            continue
+        count = int(lengths[row])
+        searched = 0
+        for tokens, text in enumerate(batch.at([row] * count, range(1, count + 1)).completions, start=1):
+            found = any(string in text[max(0, searched - len(string) + 1) :] for string in stop)
+            if found and tokens >= min_new_tokens:
+                lengths[row], stopped[row] = tokens, True
+                break
+            # U+FFFD at the end stands for a character that isn't complete yet and may be part of a stop string.
+            searched = len(text.rstrip("\ufffd"))
+    return (batch.at(range(len(batch)), lengths), stopped) if stopped.any() else (batch, stopped)
+
+
+def token_texts(batch: PrefixBatch, row: int) -> list[str]:
+    """What each token of a completion adds to its text; together they are the completion.
+
+    Where several tokens make one character, the last of them adds it and the others add ``""``.
+
+    :param batch: complete texts
+    :param row: which of them
+    """
+    count = int(batch.completion_lengths[row])
+    completion = batch.completions[row]
+    ends = [0]
+    for text in batch.at([row] * count, range(1, count + 1)).completions:
+        common = next(
+            (i for i, (a, b) in enumerate(zip(text, completion, strict=False)) if a != b),
+            min(len(text), len(completion)),
+        )
+        ends.append(max(common, ends[-1]))
+    ends[-1] = len(completion)
+    return [completion[start:end] for start, end in itertools.pairwise(ends)]

@@ -1,13 +1,18 @@
-"""Where prompts come from: lists, rows with extra columns, data sets and functions behind one interface."""
+"""Where prompts come from: lists, rows with extra columns, data sets, files and functions behind one interface."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RESERVED_COLUMNS = (
     "prompts",
@@ -66,6 +71,13 @@ class PromptRows(PromptSource):
     def sample(self, rng: np.random.Generator) -> PromptRow:
         return self[int(rng.integers(len(self)))]
 
+    def chosen(self, indices: Sequence[int]) -> PromptRows:
+        """Some of the rows, in the order of ``indices``; they are not copied.
+
+        :raises ValueError: if ``indices`` is empty
+        """
+        return PromptRows(_Chosen(self._rows, indices), self._where)
+
     def __repr__(self) -> str:
         return f"<{len(self)} prompts>"
 
@@ -92,19 +104,42 @@ class PromptFunction(PromptSource):
         row = _as_row({"prompt": made} if isinstance(made, str) else made, where)
         if self._columns is None:
             self._columns = frozenset(row.columns)
-        _check_columns(row.columns, self._columns, where)
+        check_columns(row.columns, self._columns, where)
         return row
 
 
-def as_prompt_source(obj: Any) -> PromptSource:
+class _Chosen(Sequence[Mapping[str, Any]]):
+    """Rows at given places of another sequence."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int] | np.ndarray) -> None:
+        self._rows = rows
+        self._indices = np.asarray(indices, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Chosen: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | _Chosen:
+        if isinstance(index, slice):
+            return _Chosen(self._rows, self._indices[index])
+        return self._rows[int(self._indices[index])]
+
+
+def as_prompt_source(obj: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptSource:
     """Turn what a user may pass as ``prompts=`` into a :class:`PromptSource`.
 
     :param obj: a list or tuple of texts; a list of rows, dicts with a ``"prompt"`` and all with the same
         further columns; a ``datasets.Dataset`` with a ``prompt`` column; a function ``f(rng) -> str | dict``;
-        ``"train"`` or ``"test"`` for the embedded prompts; or None for the embedded training prompts
+        the path of a file or folder that :func:`~textgym.prompt_files.load_prompt_file` reads, as a ``Path`` or a
+        string; ``"train"`` or ``"test"`` for the embedded prompts; or None for the embedded training prompts
+    :param tokenizer: of the language model; its chat template turns conversations in files into prompts
     :raises TypeError: for anything else, or a prompt that is not text
     :raises ValueError: if there are no prompts, one is empty, rows differ in their columns, or a column has a
         name that rewards are called with anyway
+    :raises FileNotFoundError: if there is no such file
     """
     if isinstance(obj, PromptSource):
         return obj
@@ -113,9 +148,14 @@ def as_prompt_source(obj: Any) -> PromptSource:
 
         texts = embedded.load_prompts("test" if obj == "test" else "train")
         return PromptRows([{"prompt": text} for text in texts])
-    if isinstance(obj, str):
+    if isinstance(obj, (str, os.PathLike)):
+        from textgym.prompt_files import load_prompt_file, names_prompt_file
+
+        if isinstance(obj, os.PathLike) or names_prompt_file(obj):
+            return load_prompt_file(obj, tokenizer=tokenizer)
         raise TypeError(
-            f"prompts={obj!r} is a single text; pass a list, [{obj!r}], or 'train' or 'test' for the embedded prompts"
+            f"prompts={obj!r} is a single text; pass a list, [{obj!r}], the path of a file, 'train' or 'test' for the "
+            "embedded prompts, or textgym.prompt_files.load_prompt_file(...) for a data set on the hub"
         )
     if hasattr(obj, "column_names") and hasattr(obj, "__getitem__"):
         return _from_dataset(obj)
@@ -125,8 +165,62 @@ def as_prompt_source(obj: Any) -> PromptSource:
         return PromptFunction(obj)
     raise TypeError(
         "prompts must be a list of texts, a list of dicts with a 'prompt', a datasets.Dataset with a column "
-        f"'prompt', a function f(rng) -> str | dict, 'train', 'test' or None; got {type(obj).__name__}"
+        "'prompt', a function f(rng) -> str | dict, the path of a file, 'train', 'test' or None; "
+        f"got {type(obj).__name__}"
     )
+
+
+def split_prompts(source: Any, held_out: float | int = 0.1, seed: int = 0) -> tuple[PromptRows, PromptRows]:
+    """Divide prompts into those to train on and those to evaluate on, so that no prompt is in both.
+
+    What counts is the prompt's text: rows with the same text stay together, whatever their other columns. Texts are
+    ordered by a hash of the text and the seed and the first are held out, so the same texts are held out on every
+    machine, whatever the order of the rows.
+
+    :param source: whatever :func:`as_prompt_source` takes, but no function
+    :param held_out: the share of the different texts to hold out, rounded to a whole number of texts; or, as a whole
+        number, how many
+    :param seed: another one holds out other texts
+    :return: training rows and held-out rows, each in the order of the source
+    :raises TypeError: if the source is a function, whose prompts can't be counted, or an argument is no number
+    :raises ValueError: if either part would be empty
+
+    >>> train, held_out = split_prompts(["a", "b", "c", "a"], held_out=1)
+    >>> sorted(row.prompt for row in train), sorted(row.prompt for row in held_out)
+    (['b', 'c'], ['a', 'a'])
+    """
+    rows = as_prompt_source(source)
+    if not isinstance(rows, PromptRows):
+        raise TypeError(f"a {type(rows).__name__} has no fixed prompts to divide; give two functions, or a list")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r} must be a whole number")
+    if isinstance(held_out, bool) or not isinstance(held_out, int | float | np.integer):
+        raise TypeError(f"held_out={held_out!r} must be a share between 0 and 1 or a whole number of prompts")
+    texts = [row.prompt for row in rows]
+    different = set(texts)
+    whole = isinstance(held_out, int | np.integer)
+    if not (held_out >= 1 if whole else 0 < held_out < 1):
+        raise ValueError(
+            f"held_out={held_out!r} must be a share greater than 0 and less than 1, or a whole number of prompts, "
+            "at least 1"
+        )
+    count = int(held_out) if whole else round(held_out * len(different))
+    if not 0 < count < len(different):
+        part = "held-out" if count == 0 else "training"
+        raise ValueError(
+            f"held_out={held_out!r} of {len(different)} different prompts leaves none in the {part} part; "
+            f"give a whole number from 1 to {len(different) - 1}"
+            if len(different) > 1
+            else f"held_out={held_out!r}: there is only one prompt, {texts[0][:60]!r}, which can't be in both parts"
+        )
+
+    def rank(text: str) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"{seed}:{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest(), text
+
+    chosen = set(sorted(different, key=rank)[:count])
+    train = [i for i, text in enumerate(texts) if text not in chosen]
+    kept = [i for i, text in enumerate(texts) if text in chosen]
+    return rows.chosen(train), rows.chosen(kept)
 
 
 def _from_sequence(obj: Sequence[Any]) -> PromptSource:
@@ -138,7 +232,7 @@ def _from_sequence(obj: Sequence[Any]) -> PromptSource:
             raise TypeError(f"{where} must be a text, as prompts[0] is, got {type(item).__name__}")
         row = _as_row({"prompt": item} if texts else item, where)
         if rows:
-            _check_columns(row.columns, rows[0].keys() - {"prompt"}, where)
+            check_columns(row.columns, rows[0].keys() - {"prompt"}, where)
         rows.append({"prompt": row.prompt, **row.columns})
     return PromptRows(rows)
 
@@ -150,11 +244,11 @@ def _from_dataset(dataset: Any) -> PromptSource:
         raise TypeError(
             f"prompts is a set of splits ({', '.join(names)}); pass one, e.g. dataset[{next(iter(names))!r}]"
         )
-    _check_names(names, "prompts")
+    check_names(names, "prompts")
     if "prompt" not in names:
         raise ValueError(f"prompts has no column 'prompt'; its columns are {', '.join(names)}")
     for i, prompt in enumerate(dataset["prompt"]):
-        _check_prompt(prompt, f"prompts[{i}]['prompt']")
+        check_prompt(prompt, f"prompts[{i}]['prompt']")
     return PromptRows(dataset)
 
 
@@ -163,20 +257,20 @@ def _as_row(row: Any, where: str) -> PromptRow:
         raise TypeError(f"{where} must be a text or a dict with a 'prompt', got {type(row).__name__}")
     if "prompt" not in row:
         raise ValueError(f"{where} has no 'prompt'; its columns are {', '.join(map(str, row))}")
-    _check_prompt(row["prompt"], where)
+    check_prompt(row["prompt"], where)
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    _check_names(columns, where)
+    check_names(columns, where)
     return PromptRow(row["prompt"], columns)
 
 
-def _check_prompt(prompt: Any, where: str) -> None:
+def check_prompt(prompt: Any, where: str) -> None:
     if not isinstance(prompt, str):
         raise TypeError(f"{where} must be a text, got {type(prompt).__name__}")
     if not prompt:
         raise ValueError(f"{where} is an empty text; a prompt needs at least one character")
 
 
-def _check_names(names: Any, where: str) -> None:
+def check_names(names: Any, where: str) -> None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{where} has the column {name!r}; column names must be texts")
@@ -187,8 +281,8 @@ def _check_names(names: Any, where: str) -> None:
             )
 
 
-def _check_columns(columns: Mapping[str, Any], expected: Any, where: str) -> None:
-    if columns.keys() != expected:
+def check_columns(columns: Iterable[str], expected: Iterable[str], where: str) -> None:
+    if set(columns) != set(expected):
         raise ValueError(
             f"{where} has the columns {sorted(columns)}, the first row has {sorted(expected)}; "
             "all rows need the same columns"

@@ -1,0 +1,373 @@
+"""The command ``textgym``: train, resume, generate, evaluate, plot, and list the environments.
+
+It is a thin layer: options become a :class:`~textgym.agents.runs.RunConfig` or the arguments of a function, and what
+can go wrong with them is said in one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hints
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"the command line needs the package {missing.name}: pip install 'textgym[extra]'"
+    ) from missing
+
+from textgym.agents.runs.config import RunConfig, read_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from textgym.evaluation import Evaluation
+    from textgym.language_model import LanguageModel
+    from textgym.prompts import PromptRow
+    from textgym.rewards import Reward
+
+app = typer.Typer(
+    name="textgym",
+    help="Reinforcement learning on text, token by token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+ALGORITHMS = ("ppo",)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say in one line what is wrong with what the user gave; other errors keep their traceback."""
+    from textgym.agents.checkpoints import CheckpointError
+    from textgym.rewards import RewardError
+
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, RewardError) as error:
+        Console(stderr=True).print(f"[bold red]Error[/bold red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of :class:`RunConfig`; those that are not given are None."""
+    kinds = get_type_hints(RunConfig)
+    hints = {name: hint for name, hint in get_type_hints(command, include_extras=True).items() if name != "options"}
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p.replace(annotation=hints[p.name]) for p in own]
+    for field in dataclasses.fields(RunConfig):
+        kind = kinds[field.name]
+        if type(None) not in getattr(kind, "__args__", ()):
+            kind = Optional[kind]  # noqa: UP045  the type is an object here
+        default = field.default
+        shown = False if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        option = typer.Option(
+            help=field.metadata["help"], rich_help_panel=field.metadata["section"], show_default=shown
+        )
+        hints[field.name] = Annotated[kind, option]
+        parameter = inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[field.name]
+        )
+        parameters.append(parameter)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = hints
+    return command
+
+
+@app.command()
+@_with_run_options
+def train(
+    algorithm: Annotated[Literal["ppo"], typer.Argument(help="the agent")] = "ppo",
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML or JSON file with options; flags win")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the run's folder; default runs/ppo-1, runs/ppo-2, ...")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="go on with the run in this folder; of the options only --timesteps may change"),
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+    **options: Any,
+) -> None:
+    """Train a language model on a reward; the run's folder gets everything that comes of it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    with _plain_errors():
+        from textgym.agents.runs.folder import next_free
+        from textgym.agents.runs.training import Run
+
+        if resume is not None:
+            changed = sorted(set(given) - {"timesteps"})
+            if changed or config is not None or output is not None:
+                others = [f"--{name.replace('_', '-')}" for name in changed]
+                others += ["--config"] * (config is not None) + ["--output"] * (output is not None)
+                raise ValueError(
+                    f"--resume goes on with the run as it was begun; {', '.join(others)} can't be changed, "
+                    "only --timesteps can"
+                )
+            run = Run.resumed(resume, given.get("timesteps"))
+        else:
+            from_file = {} if config is None else read_config(config)
+            algorithm = from_file.pop("algorithm", algorithm)
+            merged = RunConfig.from_mapping({**from_file, **given}, "the configuration")
+            run = Run(algorithm, merged, output or next_free("runs", algorithm))
+        folder = run.folder.path
+        console.print(f"Training in [bold]{folder}[/bold]", highlight=False)
+        if run.resumed_from is not None:
+            console.print(f"  from {run.resumed_from.name}, {run.agent.num_timesteps:,} tokens", highlight=False)
+        try:
+            finished = run.train(progress_bar=progress)
+        except KeyboardInterrupt:
+            console.print(f"\nStopped at once. The newest checkpoint is whole: textgym train --resume {folder}")
+            raise typer.Exit(130) from None
+    _show_progress(run.recorder.evaluations)
+    if finished:
+        console.print(f"Finished after {run.recorder.seconds:.0f} s. In [bold]{folder}[/bold]: curves.png, samples.md,")
+        console.print("metrics.csv, and best/ and model/ (Hugging Face checkpoints that textgym opens as agents, too)")
+    else:
+        console.print(f"Stopped at {run.agent.num_timesteps:,} tokens; go on with: textgym train --resume {folder}")
+
+
+def _show_progress(evaluations: list[dict[str, Any]]) -> None:
+    """The held-out figures of the first and the newest evaluation."""
+    if not evaluations:
+        return
+    first, last = evaluations[0], evaluations[-1]
+    table = Table(title="Held-out prompts")
+    table.add_column("")
+    for evaluation in (first, last):
+        table.add_column(f"{evaluation['timesteps']:,} tokens", justify="right")
+    rows = [("score", "{:+.3f}"), ("kl", "{:.2f}"), ("perplexity", "{:.1f}"), ("distinct_2", "{:.3f}"),
+            ("length", "{:.1f}"), ("eos_rate", "{:.0%}")]  # fmt: skip
+    for name, form in rows:
+        table.add_row(name.replace("_", "-"), form.format(first[name]), form.format(last[name]))
+    console.print(table)
+
+
+# Texts of a trained model
+
+
+@dataclasses.dataclass
+class _Subject:
+    """A model to sample from, with what its texts are measured with."""
+
+    name: str
+    model: LanguageModel
+    config: RunConfig
+
+
+def _open(path: str) -> _Subject:
+    """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes."""
+    from textgym.agents.runs.folder import RunFolder
+    from textgym.agents.runs.training import Run, run_config
+    from textgym.language_model import load_language_model
+
+    folder = RunFolder(path)
+    if folder.config.is_file():
+        _, config = run_config(path)
+        for part in (folder.model, folder.best):
+            if part.is_dir():
+                return _Subject(path, load_language_model(str(part), dtype=config.dtype, device=config.device), config)
+        run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
+        return _Subject(path, run.agent.policy.language_model, config)
+    parent = RunFolder(Path(path).parent)
+    config = run_config(parent.path)[1] if parent.config.is_file() else RunConfig()
+    return _Subject(path, load_language_model(path, dtype=config.dtype, device=config.device), config)
+
+
+def _measures(config: RunConfig, options: dict[str, Any]) -> tuple[RunConfig, LanguageModel, Reward]:
+    """The configuration with the options given, the reference model and the reward."""
+    from textgym.agents.runs.training import load_reward
+    from textgym.language_model import load_language_model
+
+    merged = RunConfig.from_mapping({**config.as_dict(), **{k: v for k, v in options.items() if v is not None}})
+    reference = load_language_model(merged.model, tokenizer=merged.tokenizer, device=merged.device, dtype=merged.dtype)
+    return merged, reference, load_reward(merged.reward)
+
+
+def _held_out(config: RunConfig, number: int) -> list[PromptRow]:
+    from textgym.agents.runs.training import load_prompts
+
+    return list(load_prompts(config)[1])[:number]
+
+
+_Model = Annotated[str, typer.Argument(help="a run's folder, a directory that train wrote, any model, or embedded")]
+_Reward = Annotated[str | None, typer.Option("--reward", help="as for train; default the run's")]
+_Tokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
+_Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]
+_Seed = Annotated[int, typer.Option("--seed", help="of the sampling")]
+
+
+@app.command()
+def generate(
+    model: _Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="a prompt; may be given several times")
+    ] = None,
+    number: Annotated[int, typer.Option("--number", "-n", help="held-out prompts to complete, without --prompt")] = 8,
+    reward: _Reward = None,
+    max_new_tokens: _Tokens = None,
+    temperature: _Temperature = None,
+    deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
+    seed: _Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead, a line a completion")] = False,
+) -> None:
+    """Complete prompts, with every token on the colour of its reward."""
+    with _plain_errors():
+        from textgym.agents.reports import coloured_completion
+        from textgym.evaluation import score_tokens
+
+        subject = _open(model)
+        options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        config, reference, phi = _measures(subject.config, options)
+        prompts: Any = prompt or _held_out(config, number)
+        completions = score_tokens(
+            subject.model,
+            reference,
+            phi,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens,
+            temperature=config.temperature,
+            stop=config.stop,
+            deterministic=deterministic,
+            seed=seed,
+        )
+        for completion in completions:
+            if as_json:
+                print(json.dumps(completion.to_dict(), ensure_ascii=False))
+            else:
+                console.print(coloured_completion(completion))
+                console.print()
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="runs, directories that train wrote, or any models")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder for evaluation.json, .md and .png")
+    ] = None,
+    number: Annotated[int, typer.Option("--number", "-n", help="held-out prompts")] = 256,
+    completions: Annotated[int, typer.Option(help="completions of each prompt")] = 1,
+    reward: _Reward = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="evaluate on all prompts of this file instead; default the held-out ones")
+    ] = None,
+    max_new_tokens: _Tokens = None,
+    temperature: _Temperature = None,
+    reference: Annotated[bool, typer.Option(help="also evaluate the reference model")] = True,
+    seed: _Seed = 0,
+) -> None:
+    """Measure models on held-out prompts side by side, with bootstrap 95 % intervals.
+
+    Prompts, reward, reference and token budget are those of the first model's run.
+    """
+    with _plain_errors():
+        from textgym.agents import reports
+        from textgym.evaluation import evaluate as measure
+        from textgym.prompt_files import load_prompt_file
+
+        subjects = [_open(path) for path in models]
+        options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        config, reference_model, phi = _measures(subjects[0].config, options)
+        rows: Any
+        if prompts is None:
+            rows = _held_out(config, number)
+        else:
+            rows = list(load_prompt_file(prompts, tokenizer=subjects[0].model.tokenizer))[:number]
+        if reference and config.model not in models:
+            subjects.insert(0, _Subject(config.model, reference_model, config))
+        evaluations: dict[str, Evaluation] = {}
+        for subject in subjects:
+            with console.status(f"{subject.name}: {len(rows)} prompts"):
+                evaluations[subject.name] = measure(
+                    subject.model,
+                    reference_model,
+                    phi,
+                    rows,
+                    completions_per_prompt=completions,
+                    max_new_tokens=config.max_new_tokens,
+                    min_new_tokens=config.min_new_tokens,
+                    temperature=config.temperature,
+                    stop=config.stop,
+                    seed=seed,
+                )
+        console.print(reports.comparison_table(evaluations))
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "evaluation.json").write_text(reports.comparison_json(evaluations), encoding="utf-8")
+            (output / "evaluation.md").write_text(reports.comparison_markdown(evaluations), encoding="utf-8")
+            reports.draw_comparison(evaluations, output / "evaluation.png")
+            console.print(f"Wrote evaluation.json, evaluation.md and evaluation.png to [bold]{output}[/bold]")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the picture")] = Path("curves.png"),
+) -> None:
+    """Draw the training curves of runs against each other."""
+    with _plain_errors():
+        from textgym.agents.plots import plot_runs
+
+        plot_runs(runs, output)
+        console.print(f"Wrote [bold]{output}[/bold]")
+
+
+@app.command()
+def envs() -> None:
+    """List the environment ids and their options."""
+    import gymnasium as gym
+
+    import textgym
+    from textgym.envs.options import TextGenOptions
+
+    for name, spec in sorted(gym.registry.items()):
+        if str(spec.entry_point).startswith("textgym."):
+            module, _, attribute = str(spec.entry_point).partition(":")
+            summary = inspect.getdoc(getattr(importlib.import_module(module), attribute)) or ""
+            console.print(f"[bold]{name}[/bold]  {summary.splitlines()[0] if summary else ''}", highlight=False)
+    table = Table(title="Options", show_edge=False)
+    table.add_column("option")
+    table.add_column("default")
+    table.add_column("meaning")
+    described = _described_options(inspect.getdoc(textgym.envs.TextGenEnv) or "")
+    for field in dataclasses.fields(TextGenOptions):
+        default = field.default.value if hasattr(field.default, "value") else field.default
+        table.add_row(field.name, escape(repr(default)), escape(described.get(field.name, "")))
+    console.print(table)
+
+
+def _described_options(manual: str) -> dict[str, str]:
+    """What the environment's manual says of each option, from its table."""
+    described = {}
+    for line in manual.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if line.strip().startswith("| ``") and len(cells) == 3:
+            for name in cells[0].replace("``", "").split(", "):
+                described[name] = cells[2].replace("``", "")
+    return described
+
+
+def main() -> None:
+    """What the console command runs."""
+    warnings.simplefilter("default", UserWarning)
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

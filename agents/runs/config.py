@@ -1,0 +1,235 @@
+# ruff: noqa: RUF009  a field's default is made by _option, which adds its help
+"""The configuration of a training run: one flat table of options, from flags and from a YAML or JSON file.
+
+:class:`RunConfig` is the table. The command line, ``examples/train_ppo.py``, the configuration file and
+``config.yaml`` in the run's folder all come from it, so an option exists once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+def _option(default: Any, section: str, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"section": section, "help": text})
+
+
+MODEL, DATA, REWARD, EPISODE, ALGORITHM, RUN = "Model", "Prompts", "Reward and KL", "Episodes", "PPO", "Run"
+
+
+@dataclass
+class RunConfig:
+    """Options of a training run; ``metadata`` of each field has its section and its help.
+
+    Those of the environment and of PPO have the names and the meaning that they have there, except ``model``
+    (``language_model``), ``rows`` (``num_envs``) and ``normalize_advantage`` (``minibatch``, ``rollout`` or ``none``).
+    """
+
+    model: str = _option("embedded", MODEL, "embedded, smollm2, a directory or a hub id")
+    tokenizer: str | None = _option(None, MODEL, "directory or hub id of another tokenizer than the model's own")
+    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", MODEL, "type of the weights")
+    device: str = _option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps")
+    lora_rank: int | None = _option(None, MODEL, "train LoRA matrices of this rank instead of all weights")
+    lora_alpha: float | None = _option(None, MODEL, "scale of LoRA, divided by the rank; default twice the rank")
+    lora_target_modules: list[str] | None = _option(None, MODEL, "layers that get LoRA; default by architecture")
+    value_head: Literal["linear", "mlp"] = _option("linear", MODEL, "value head on the last hidden states")
+    value_trunk: Literal["shared", "detached"] = _option(
+        "shared", MODEL, "whether the value loss trains the transformer, too"
+    )
+
+    prompts: str = _option(
+        "train",
+        DATA,
+        "train (embedded), a file (.jsonl, .csv, .tsv, .txt, .json, .parquet), a datasets folder, a hub id",
+    )
+    prompt_column: str = _option("prompt", DATA, "column with the prompts")
+    held_out: str = _option(
+        "auto",
+        DATA,
+        "held-out prompts: a share (0.1) or number (200) taken out of the prompts, or another file; auto: the embedded "
+        "test prompts beside the embedded train prompts, else 0.1",
+    )
+
+    reward: str = _option(
+        "embedded",
+        REWARD,
+        "embedded, a directory or hub id of a causal reward model, or file.py:function, module:object",
+    )
+    reward_every: str = _option("1", REWARD, "score every so many tokens and at the end; end: only the finished text")
+    kl_coef: float = _option(0.05, REWARD, "weight of the KL penalty; 0 for none")
+    kl_estimator: Literal["k1", "k2", "k3"] = _option("k1", REWARD, "estimator of the KL per token")
+    kl_target: float | None = _option(None, REWARD, "adapt kl_coef so that the KL per completion approaches this, nats")
+    kl_horizon: float = _option(10_000.0, REWARD, "completions over which kl_coef may change by a factor of about 1.2")
+    missing_eos_penalty: float = _option(0.0, REWARD, "subtracted where the token budget ran out")
+
+    rows: int = _option(64, EPISODE, "texts written side by side")
+    max_new_tokens: int = _option(32, EPISODE, "budget of a completion, tokens")
+    min_new_tokens: int = _option(0, EPISODE, "an end before that many tokens ends nothing")
+    max_prompt_tokens: int | None = _option(
+        None, EPISODE, "longer prompts are cut on the left; default 64 or what fits"
+    )
+    prompt_overflow: Literal["truncate", "error"] = _option("truncate", EPISODE, "what to do with longer prompts")
+    stop: list[str] | None = _option(None, EPISODE, "strings that end the text; may be given several times")
+    temperature: float = _option(1.0, EPISODE, "divides the logits of policy and reference")
+    action_masking: bool = _option(False, EPISODE, "mask special tokens, and the end before min_new_tokens")
+    top_k: int = _option(0, EPISODE, "with masking: only the reference's k most likely tokens; 0 for all")
+    top_p: float = _option(1.0, EPISODE, "with masking: only the reference's likeliest tokens up to this probability")
+
+    learning_rate: float = _option(1e-4, ALGORITHM, "of Adam")
+    lr_schedule: Literal["constant", "linear"] = _option("constant", ALGORITHM, "linear: falls to 0 at the end")
+    n_steps: int | None = _option(None, ALGORITHM, "tokens per row and rollout; default max_new_tokens")
+    batch_size: int | None = _option(None, ALGORITHM, "tokens per minibatch; default 512 or the whole rollout")
+    n_epochs: int = _option(4, ALGORITHM, "passes over a rollout")
+    gamma: float = _option(1.0, ALGORITHM, "discount per token")
+    gae_lambda: float = _option(0.95, ALGORITHM, "of generalised advantage estimation")
+    clip_range: float = _option(0.2, ALGORITHM, "ratios are clipped to 1 ± this")
+    clip_range_vf: float | None = _option(None, ALGORITHM, "values are clipped to this around the old ones")
+    normalize_advantage: Literal["minibatch", "rollout", "none"] = _option(
+        "minibatch", ALGORITHM, "over what advantages are normalised"
+    )
+    ent_coef: float = _option(0.0, ALGORITHM, "weight of the entropy bonus")
+    vf_coef: float = _option(0.1, ALGORITHM, "weight of the value loss")
+    max_grad_norm: float = _option(1.0, ALGORITHM, "gradients are scaled down to this norm")
+    target_kl: float | None = _option(
+        None, ALGORITHM, "stop an update at 1.5 times this KL to the old policy, per token"
+    )
+    whiten_rewards: bool = _option(False, ALGORITHM, "divide the rewards of a rollout by their standard deviation")
+    bootstrap_truncated: bool = _option(False, ALGORITHM, "add V of the last state where the token budget ran out")
+    scoring: Literal["auto", "deferred", "instant"] = _option("auto", ALGORITHM, "when rewards are computed")
+    stats_window_size: int = _option(100, ALGORITHM, "episodes that rollout/* are averaged over")
+
+    timesteps: int = _option(49_152, RUN, "tokens to train on")
+    seed: int = _option(0, RUN, "of everything random")
+    threads: int | None = _option(None, RUN, "CPU threads; default what torch chooses")
+    eval_every: int = _option(8_192, RUN, "tokens between two evaluations on held-out prompts")
+    eval_prompts: int = _option(128, RUN, "held-out prompts that are completed in an evaluation")
+    samples: int = _option(8, RUN, "completions of an evaluation that are kept as a table")
+    checkpoint_every: int = _option(8_192, RUN, "tokens between two checkpoints")
+    keep_checkpoints: int = _option(2, RUN, "newest checkpoints that stay")
+    tensorboard: bool = _option(True, RUN, "write TensorBoard logs")
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _checked(field.name, getattr(self, field.name), kinds[field.name]))
+        for name in ("rows", "timesteps", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.samples < 0:
+            raise ValueError(f"samples={self.samples} must be at least 0")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
+            raise ValueError("lora_alpha and lora_target_modules say how LoRA is to be: they need lora_rank")
+        if self.kl_target is not None and self.kl_coef <= 0:
+            raise ValueError(
+                f"kl_target={self.kl_target} adapts kl_coef by factors, but kl_coef={self.kl_coef}: make it positive"
+            )
+        if self.reward_every != "end" and not (self.reward_every.isdigit() and int(self.reward_every) >= 1):
+            raise ValueError(f"reward_every={self.reward_every!r} must be a whole number of at least 1, or 'end'")
+        rollout = self.rows * (self.n_steps or self.max_new_tokens)
+        if self.batch_size is not None and self.batch_size > rollout:
+            raise ValueError(
+                f"batch_size={self.batch_size} is more than a rollout has, rows * n_steps = {rollout}: make it smaller"
+            )
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
+        """A configuration from a mapping of option names; the rest gets its defaults.
+
+        :param where: what errors call the mapping
+        :raises ValueError: naming an unknown option and the closest known ones, or a wrong value
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"the options are {', '.join(known)}"
+                raise ValueError(f"{where} has the unknown option {name!r}; {hint}")
+        return cls(**options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All options with their values."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The options as YAML, in sections."""
+        lines = []
+        for section, fields in sections().items():
+            lines.append(f"# {section}")
+            values = {field.name: getattr(self, field.name) for field in fields}
+            lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
+        return "\n".join(lines)
+
+
+def sections() -> dict[str, list[dataclasses.Field[Any]]]:
+    """The fields of :class:`RunConfig` by section."""
+    by_section: dict[str, list[dataclasses.Field[Any]]] = {}
+    for field in dataclasses.fields(RunConfig):
+        by_section.setdefault(field.metadata["section"], []).append(field)
+    return by_section
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML or JSON file.
+
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it is neither, or no mapping of options
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config={str(path)!r} is no file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can't be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold a mapping of options, such as 'kl_coef: 0.1'; it holds {options!r:.60}")
+    return options
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """The value in the type that the option has.
+
+    :raises ValueError: if it has another one
+    """
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value not in options:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, options))}")
+        return value
+    if type(None) in options:
+        if value is None:
+            return None
+        return _checked(name, value, Union[tuple(o for o in options if o is not type(None))])  # noqa: UP007
+    if get_origin(kind) is list:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"{name}={value!r} must be a list of texts")
+        return list(items)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be true or false")
+        return value
+    if kind is str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"{name}={value!r} must be a text")
+        return str(value)
+    try:
+        number = kind(value)  # YAML reads 1e-4 as a text
+    except (TypeError, ValueError):
+        number = math.nan
+    whole = kind is int and isinstance(value, float) and not value.is_integer()
+    if isinstance(value, bool) or not math.isfinite(number) or whole:
+        raise ValueError(f"{name}={value!r} must be a {'whole number' if kind is int else 'finite number'}")
+    return number

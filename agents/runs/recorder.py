@@ -1,0 +1,197 @@
+"""What a run does between two rollouts: evaluate on held-out prompts, keep the best model and samples, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from textgym.agents.checkpoints import training_state, write_checkpoint
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.runs.config import RunConfig
+from textgym.agents.runs.folder import GrowingFile, JSONLines, ResumableTensorBoard, RunFolder
+from textgym.envs import TextGenVectorEnv
+from textgym.evaluation import Evaluation, evaluate
+from textgym.prompts import PromptRow
+
+
+class StopRun(Exception):
+    """The run was asked to stop and has written its checkpoint."""
+
+
+class RunRecorder(BaseCallback):
+    """Keeps a run's folder up to date, and stops the run at the next boundary between rollouts when asked to.
+
+    :param config: of the run
+    :param folder: of the run
+    :param envs: the training environment, whose reward and reference the held-out texts are measured with
+    :param held_out: held-out prompts
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, envs: TextGenVectorEnv, held_out: list[PromptRow]) -> None:
+        super().__init__()
+        self.config = config
+        self.folder = folder
+        self.envs = envs
+        self.held_out = held_out[: config.eval_prompts]
+        self.metrics, self.sample_file = GrowingFile(folder.metrics), GrowingFile(folder.samples)
+        self.evaluations: list[dict[str, Any]] = []  # figures of each, with the timesteps
+        self.stop_requested = False
+        self._evaluated: int | None = None  # timesteps of the newest evaluation
+        self._checkpointed: int | None = None
+        self._best = float("-inf")
+        self._seconds = 0.0  # of training, without what was lost after a checkpoint
+        self._resumed_at = time.monotonic()
+
+    def loggers(self, timesteps: int) -> Logger:
+        """The logger of the run.
+
+        :param timesteps: where the run begins; greater than 0 when it is resumed
+        """
+        formats: list[KVWriter] = [JSONLines(self.metrics)]
+        if self.config.tensorboard:
+            formats.append(ResumableTensorBoard(str(self.folder.tensorboard), timesteps))
+        return Logger(str(self.folder.path), formats)
+
+    # What SB3 calls
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_start(self) -> None:
+        self._resumed_at = time.monotonic()
+
+    def _on_rollout_start(self) -> None:
+        self._between_rollouts(last=False)
+
+    def _on_training_end(self) -> None:
+        self._between_rollouts(last=True)
+
+    def _between_rollouts(self, last: bool) -> None:
+        steps = self.model.num_timesteps
+        due = self._evaluated is None or steps - self._evaluated >= self.config.eval_every
+        if due or (last and self._evaluated != steps):
+            self._evaluate(steps)
+        # The figures of an update, which SB3 would write with the next rollout, stand at the tokens they belong to.
+        self.logger.dump(steps)
+        first = self._checkpointed is None and steps == 0
+        due = not first and steps - (self._checkpointed or 0) >= self.config.checkpoint_every
+        if due or ((last or self.stop_requested) and self._checkpointed != steps):
+            self._checkpoint(steps)
+        if self.stop_requested and not last:
+            raise StopRun
+
+    # Parts
+
+    def _evaluate(self, steps: int) -> None:
+        assert isinstance(self.model, TextOnPolicyAlgorithm)
+        evaluation = held_out_evaluation(self.model, self.envs, self.held_out)
+        figures = {name: float(value) for name, value in evaluation.figures().items()}
+        self._evaluated = steps
+        self.evaluations.append({"timesteps": steps, **figures})
+        names = {"score": "score_mean", "length": "ep_len_mean"}
+        for name, value in figures.items():
+            self.logger.record(f"eval/{names.get(name, name)}", value)
+        for i in range(min(self.config.samples, len(evaluation.prompts))):
+            self.sample_file.append(
+                {
+                    "timesteps": steps,
+                    "prompt": evaluation.prompts[i],
+                    "completion": evaluation.completions[i],
+                    "score": float(evaluation.scores[i]),
+                    "kl": float(evaluation.kl[i]),
+                }
+            )
+        if steps and figures["score"] > self._best:
+            self._best = figures["score"]
+            self._keep_best(steps, figures)
+
+    def _keep_best(self, steps: int, figures: dict[str, float]) -> None:
+        """Put the agent into ``best``; whoever looks sees the old one or the new one."""
+        assert isinstance(self.model, TextOnPolicyAlgorithm)
+        partial, old = self.folder.path / ".best-new", self.folder.path / ".best-old"
+        for path in (partial, old):
+            shutil.rmtree(path, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        (partial / "evaluation.json").write_text(json.dumps({"timesteps": steps, **figures}, indent=2) + "\n")
+        if self.folder.best.exists():
+            os.rename(self.folder.best, old)
+        os.rename(partial, self.folder.best)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _checkpoint(self, steps: int) -> Path:
+        assert isinstance(self.model, TextOnPolicyAlgorithm)
+        self._checkpointed = steps
+        state = training_state(self.model, self.locals.get("callback"))
+        return write_checkpoint(self.folder.checkpoints, state, steps, self.config.keep_checkpoints)
+
+    # Checkpoints
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all the processes that took part."""
+        return self._seconds + time.monotonic() - self._resumed_at
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "evaluated": self._evaluated,
+            "checkpointed": self._checkpointed,
+            "best": self._best,
+            "evaluations": self.evaluations,
+            "metrics_bytes": self.metrics.size,
+            "samples_bytes": self.sample_file.size,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._evaluated, self._checkpointed = state["evaluated"], state["checkpointed"]
+        self._best, self.evaluations = state["best"], state["evaluations"]
+        self._seconds = state["seconds"]
+        self.metrics.cut(state["metrics_bytes"])
+        self.sample_file.cut(state["samples_bytes"])
+
+
+def held_out_evaluation(model: TextOnPolicyAlgorithm, envs: TextGenVectorEnv, prompts: list[PromptRow]) -> Evaluation:
+    """One completion of each prompt, sampled as in training and the same in every evaluation of the same weights."""
+    options = envs.options
+    return evaluate(
+        model.policy.language_model,
+        envs.reference_language_model(),
+        envs.reward,
+        prompts,
+        max_new_tokens=envs.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        temperature=envs.temperature,
+        stop=options.stop_strings,
+        seed=0,
+    )
+
+
+def sample_table(rows: list[dict[str, Any]]) -> str:
+    """Samples as a Markdown table: a prompt a row, its completions at the first, the middle and the last evaluation.
+
+    :param rows: the lines of ``samples.jsonl``
+    """
+    steps = sorted({row["timesteps"] for row in rows})
+    shown = [steps[i] for i in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    found = {(row["prompt"], row["timesteps"]): row for row in rows}
+    lines = [
+        "| prompt | " + " | ".join(f"after {step:,} tokens" for step in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    for prompt in prompts:
+        cells = [found.get((prompt, step)) for step in shown]
+        texts = ["" if cell is None else f"{_cell(cell['completion'])} **{cell['score']:+.2f}**" for cell in cells]
+        lines.append(f"| {_cell(prompt)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

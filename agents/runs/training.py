@@ -1,0 +1,284 @@
+"""A training run from its configuration: prompts, environment and agent, and the run's folder from start to end."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import gymnasium as gym
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import LinearSchedule
+
+import textgym  # noqa: F401  registers the environment ids
+from textgym.agents.callbacks import AdaptiveKLCallback
+from textgym.agents.checkpoints import load_training_state, read_latest
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.plots import plot_runs
+from textgym.agents.ppo import PPO
+from textgym.agents.runs.config import RunConfig, read_config
+from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
+from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
+from textgym.envs import TextGenVectorEnv
+from textgym.language_model import load_vocabulary
+from textgym.prompt_files import load_prompt_file
+from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_prompts
+from textgym.rewards import Reward, as_reward
+
+AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {"ppo": PPO}
+
+
+# From options to objects
+
+
+def load_reward(text: str) -> Reward:
+    """The reward that an option names.
+
+    :param text: ``embedded``, a directory or hub id of a causal reward model, or ``where:name`` of a function or
+        reward object, ``where`` being a Python file or a module
+    :raises ValueError: if there is no such file, module or object
+    """
+    if text == "embedded":
+        return as_reward(None)
+    where, colon, name = text.rpartition(":")
+    if not colon or len(where) < 2:  # a drive letter is no module
+        return as_reward(text)
+    if where.endswith(".py"):
+        path = Path(where)
+        if not path.is_file():
+            raise ValueError(f"reward={text!r}: there is no file {where}")
+        specification = importlib.util.spec_from_file_location(f"textgym_reward_{path.stem}", path)
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[specification.name] = module
+        specification.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"reward={text!r}: {error}; give file.py:function or module:object") from error
+    if not hasattr(module, name):
+        raise ValueError(f"reward={text!r}: {where} has nothing named {name!r}")
+    return as_reward(getattr(module, name))
+
+
+def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
+    """Prompts to train on, and held-out ones; no text is in both.
+
+    :raises ValueError: if one of the two is empty or held-out prompts are among the others
+    """
+
+    def rows(source: str) -> PromptRows:
+        if source in ("train", "test"):
+            embedded = as_prompt_source(source)
+            assert isinstance(embedded, PromptRows)
+            return embedded
+        vocabulary = load_vocabulary(config.model, tokenizer=config.tokenizer)
+        return load_prompt_file(source, prompt_column=config.prompt_column, tokenizer=vocabulary.tokenizer)
+
+    train = rows(config.prompts)
+    held_out = config.held_out
+    if held_out == "auto":
+        held_out = "test" if config.prompts == "train" else "0.1"
+    try:
+        amount: float | int | None = int(held_out) if held_out.isdigit() else float(held_out)
+    except ValueError:
+        amount = None
+    if amount is not None:
+        return split_prompts(train, amount, config.seed)
+    other = rows(held_out)
+    both = {row.prompt for row in train} & {row.prompt for row in other}
+    if both:
+        raise ValueError(
+            f"{len(both)} of the prompts in held_out={held_out!r} are in prompts={config.prompts!r}, too, such as "
+            f"{min(both)[:60]!r}: take them out of one of the two"
+        )
+    return train, other
+
+
+def make_envs(config: RunConfig, prompts: Any) -> TextGenVectorEnv:
+    """The training environment."""
+    every = config.reward_every
+    envs = gym.make_vec(
+        "TextGen-v0",
+        num_envs=config.rows,
+        vectorization_mode="vector_entry_point",
+        language_model=config.model,
+        tokenizer=config.tokenizer,
+        prompts=prompts,
+        reward=load_reward(config.reward),
+        reward_every=every if every == "end" else int(every),
+        seed=config.seed,
+        **{name: getattr(config, name) for name in _ENV_OPTIONS},
+    )
+    assert isinstance(envs, TextGenVectorEnv)
+    return envs
+
+
+_ENV_OPTIONS = (
+    "kl_coef kl_estimator max_new_tokens min_new_tokens max_prompt_tokens prompt_overflow stop missing_eos_penalty "
+    "temperature action_masking top_k top_p device dtype"
+).split()
+_AGENT_OPTIONS = (
+    "batch_size n_epochs gamma gae_lambda clip_range clip_range_vf ent_coef vf_coef max_grad_norm target_kl "
+    "whiten_rewards bootstrap_truncated scoring stats_window_size seed device"
+).split()
+
+
+def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> TextOnPolicyAlgorithm:
+    """The agent, with the environment's language model as its policy."""
+    policy: dict[str, Any] = {"value_head": config.value_head, "value_trunk": config.value_trunk}
+    if config.lora_rank is not None:
+        policy["lora"] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
+        if config.lora_target_modules is not None:
+            policy["lora"]["target_modules"] = config.lora_target_modules
+    rate = config.learning_rate
+    return AGENTS[algorithm](
+        "LanguageModelPolicy",
+        envs,
+        learning_rate=rate if config.lr_schedule == "constant" else LinearSchedule(rate, 0.0, 1.0),
+        n_steps=config.n_steps or config.max_new_tokens,
+        normalize_advantage={"minibatch": True, "rollout": "rollout", "none": False}[config.normalize_advantage],
+        policy_kwargs=policy,
+        **{name: getattr(config, name) for name in _AGENT_OPTIONS},
+    )
+
+
+# Runs
+
+
+class Run:
+    """A training run: its configuration, its folder, its environment and its agent.
+
+    :param algorithm: ``"ppo"``
+    :param config: its options
+    :param path: its folder
+    :param resume: go on from the newest checkpoint in the folder; else the folder must be empty
+    """
+
+    def __init__(self, algorithm: str, config: RunConfig, path: str | Path, resume: bool = False) -> None:
+        if algorithm not in AGENTS:
+            raise ValueError(f"algorithm={algorithm!r} must be one of {', '.join(AGENTS)}")
+        self.algorithm, self.config, self.folder = algorithm, config, RunFolder(path)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        # Everything that can be wrong is found before the folder is made.
+        train, held_out = load_prompts(config)
+        self.envs = make_envs(config, train)
+        self.agent = make_agent(algorithm, config, self.envs)
+        if not resume:
+            self.folder.create()
+        held_out_rows: list[PromptRow] = list(held_out)
+        self.recorder = RunRecorder(config, self.folder, self.envs, held_out_rows)
+        self.callbacks: list[BaseCallback] = []
+        if config.kl_target is not None:
+            self.callbacks.append(AdaptiveKLCallback(config.kl_target, config.kl_horizon))
+        self.callbacks.append(self.recorder)  # last, so that its checkpoints see what the others remember
+        self.resumed_from: Path | None = None
+        if resume:
+            self.resumed_from, state = read_latest(self.folder.checkpoints)
+            load_training_state(self.agent, state, self.callbacks)
+            self._note({"resumed_from": self.resumed_from.name})
+        else:
+            self.folder.config.write_text(f"algorithm: {algorithm}\n\n{config.to_yaml()}", encoding="utf-8")
+        self._note({"status": "running"})
+
+    @classmethod
+    def resumed(cls, path: str | Path, timesteps: int | None = None) -> Run:
+        """A run that was stopped, at its newest whole checkpoint.
+
+        :param path: its folder
+        :param timesteps: another number of tokens to train on, counted from the run's beginning
+        :raises FileNotFoundError: if it has no configuration or no checkpoint
+        """
+        algorithm, config = run_config(path)
+        if timesteps is not None:
+            config.timesteps = timesteps
+        return cls(algorithm, config, path, resume=True)
+
+    def train(self, progress_bar: bool = False) -> bool:
+        """Train to the end, or until Ctrl-C or SIGTERM, which end it at the next boundary between rollouts.
+
+        :param progress_bar: whether to show one
+        :return: whether the end was reached
+        :raises KeyboardInterrupt: at a second Ctrl-C; the newest checkpoint stays as it is
+        """
+        begin = self.agent.num_timesteps
+        self.agent.set_logger(self.recorder.loggers(begin))
+        finished = True
+        try:
+            with self._stopping_at_a_boundary():
+                self.agent.learn(
+                    self.config.timesteps - begin,
+                    callback=self.callbacks,
+                    reset_num_timesteps=begin == 0,
+                    progress_bar=progress_bar,
+                )
+            self.agent.save_pretrained(self.folder.model)
+        except StopRun:
+            finished = False
+        finally:
+            self.agent.logger.close()
+        self._write_tables()
+        self._note({"status": "finished" if finished else "stopped", "seconds": round(self.recorder.seconds, 1)})
+        return finished
+
+    @contextmanager
+    def _stopping_at_a_boundary(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a request that the recorder sees; the second one interrupts."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if self.recorder.stop_requested:
+                raise KeyboardInterrupt
+            self.recorder.stop_requested = True
+            print("\nStopping after this rollout and its update; once more to stop at once", file=sys.stderr)
+
+        before: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, request)
+        except ValueError:  # not in the main thread, which alone gets signals
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _write_tables(self) -> None:
+        rows = self.recorder.metrics.rows()
+        write_csv(rows, self.folder.metrics_csv)
+        samples = self.recorder.sample_file.rows()
+        if samples:
+            self.folder.samples_table.write_text(sample_table(samples), encoding="utf-8")
+        if rows:
+            plot_runs([self.folder.path], self.folder.curves)
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        """Put facts into ``run.json``."""
+        path = self.folder.run
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment_of_run()
+        path.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")
+
+
+def run_config(path: str | Path) -> tuple[str, RunConfig]:
+    """The algorithm and the configuration of a run.
+
+    :param path: its folder
+    :raises FileNotFoundError: if it holds none
+    """
+    file = RunFolder(path).config
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no {file.name}: it is not the folder of a run")
+    options = read_config(file)
+    algorithm = str(options.pop("algorithm", "ppo"))
+    return algorithm, RunConfig.from_mapping(options, str(file))
