@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test coverage lint format types assets wheel smoke clean distclean
+.PHONY: help quickstart test coverage lint format types benchmark assets wheel smoke clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ types: $(VENV)/.installed-dev ## check types
 	@for entry in textgym/*; do ln -s "../../$$entry" .typing/textgym/; done
 	@ln -s ../../envs ../../agents .typing/textgym/
 	$(BIN)/mypy .typing/textgym
+
+benchmark: $(VENV)/.installed-dev ## time rollouts against transformers.generate and the update against SB3's PPO
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 assets: $(VENV)/.installed-assets ## rebuild the embedded models and data from their sources (hours)
 	$(BIN)/python -m textgym.embedded.build $(ARGS)

@@ -43,3 +43,11 @@ def test_custom_reward_trains_on_a_function(
     shown = capsys.readouterr().out
     for word in ("before:", "after:", "reward on held-out prompts"):
         assert word in shown
+
+
+def test_train_ppo_is_the_train_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--timesteps", "64", "--rows", "4", "--max-new-tokens", "8", "--eval-prompts", "2", "--no-progress"]
+    with pytest.raises(SystemExit) as stopped:
+        run("train_ppo.py", *options, "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
+    assert stopped.value.code in (0, None)
+    assert (tmp_path / "run" / "model" / "agent.json").is_file()
