@@ -22,6 +22,10 @@ ENVIRONMENTS: dict[str, EntryPoints] = {
         "entry_point": "textgym.envs.env:TextGenEnv",
         "vector_entry_point": "textgym.envs.vector_env:TextGenVectorEnv",
     },
+    "TextWrite-v0": {
+        "entry_point": "textgym.envs.text_write:TextWriteEnv",
+        "vector_entry_point": "textgym.envs.text_write:TextWriteVectorEnv",
+    },
 }
 
 

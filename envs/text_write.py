@@ -1,0 +1,173 @@
+"""``TextWrite-v0``: one text, written piece by piece by an agent that sees and writes strings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from textgym.envs.env import TextGenEnv
+from textgym.envs.options import unshare
+from textgym.envs.text_actions import TextActions, TextObservations
+from textgym.envs.vector_env import TextGenVectorEnv
+
+
+class TextWriteEnv(TextGenEnv):
+    """Text generation in pieces of text: ``TextGen-v0`` for agents that read and write strings.
+
+    ## Description
+    The state is a text: a prompt x and what has been written after it, y. An action appends a piece, which may be a
+    letter, a word, a fragment or a whole turn. It is tokenised and appended token by token, so rewards, KL penalty and
+    budget are those of ``TextGen-v0``. Nothing of it needs to be downloaded::
+
+        >>> import gymnasium as gym, textgym
+        >>> env = gym.make("TextWrite-v0")
+        >>> observation, info = env.reset(seed=0, options={"prompt": "the film is"})
+        >>> for word in (" a", " great", " joy", "."):
+        ...     observation, reward, terminated, truncated, info = env.step(word)
+        >>> observation
+        'the film is a great joy.'
+        >>> observation, reward, terminated, truncated, info = env.step("")
+        >>> terminated, info["finish_reason"], info["score"] > 0
+        (True, 'eos', True)
+        >>> env.close()
+
+    ## Action Space
+    ``UnicodeText``, a ``spaces.Text`` of any characters: what to append, exactly as it stands. ``" good"`` starts a new
+    word, ``"good"`` goes on with the last one. ``""`` ends the text with the end-of-sequence token; with
+    ``end_of_turn=True`` every action does. No special token is read from a text. Longer texts than the space has are
+    tolerated, as the budget of tokens ends them.
+
+    ## Observation Space
+    ``UnicodeText``: prompt and completion so far, without special tokens. A prompt longer than ``max_prompt_tokens`` is
+    cut on the left.
+
+    ## Starting State
+    A prompt drawn from ``prompts`` with the environment's random numbers; the completion is empty.
+    ``reset(options={"prompt": "the film"})`` chooses it.
+
+    ## Rewards
+    The sum of the rewards that ``TextGen-v0`` pays for the piece's tokens: the change of the reward model's score Φ,
+    less ``kl_coef`` times the KL penalty in nats, less ``missing_eos_penalty`` where the budget ran out. Φ's part
+    telescopes over an episode to Φ(x, y) − Φ(x, ∅). For the KL the agent tells with which log-probability it wrote the
+    piece: ``env.unwrapped.report_log_prob(...)`` before ``step``, the sum over the piece or one value for each token
+    of ``env.unwrapped.encode(text)``. Without a report it counts as deterministic, log π = 0.
+
+    ## Episode End
+    - terminated: the end-of-sequence token (after ``min_new_tokens``), or a stop string
+    - truncated: ``max_new_tokens`` are used up
+
+    Either may happen within a piece; the rest of it is not used.
+
+    ## Information
+    At reset ``prompt`` (text). At each step ``tokens`` (ids of the piece, as far as they were appended),
+    ``token_rewards`` (one for each of them), ``unused`` (text that found no room, mostly ``""``), and summed over the
+    tokens ``reward_model``, ``kl`` and ``ref_log_prob`` (nats; left out where ``kl_coef=0`` has loaded no reference
+    model) and ``missing_eos_penalty`` where that is set. At the end ``finish_reason`` (``"eos"``, ``"stop"`` or
+    ``"length"``), ``prompt``, ``completion`` (texts) and ``score`` (Φ(x, y)).
+
+    ## Arguments
+    | option | default | meaning |
+    |---|---|---|
+    | ``end_of_turn`` | ``False`` | append the end-of-sequence token after every action: an action is a whole turn |
+
+    and those of ``TextGen-v0``, see :class:`~textgym.envs.env.TextGenEnv`.
+
+    ## Version History
+    * v0: first version
+    """
+
+    def __init__(self, *, end_of_turn: bool = False, **options: Any) -> None:
+        tokens = TextGenEnv(**options)
+        self._rows = tokens._rows
+        self._actions = TextActions(tokens, end_of_turn=end_of_turn)
+        self._text = TextObservations(self._actions)
+        self.action_space = self._actions.action_space
+        self.observation_space = self._text.observation_space
+        self.render_mode = tokens.render_mode
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens that ``step(text)`` would append in the current state, the budget aside.
+
+        :raises ValueError: if the tokenizer can't write the text
+        """
+        return self._actions.encode(text)
+
+    def report_log_prob(self, log_prob: Any) -> None:
+        """Tell under which log-probability, in nats, the text of the coming step was sampled: a number, or one for
+        each token of :meth:`encode`; see :meth:`TextActions.report_log_prob`.
+
+        :raises ValueError: if a value is no log-probability
+        """
+        self._actions.report_log_prob(log_prob)
+
+    def reset(  # type: ignore[override]
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Begin an episode.
+
+        :param seed: of the random numbers that draw prompts
+        :param options: ``prompt``: a text to start from, instead of a drawn prompt
+        """
+        gym.Env.reset(self, seed=seed)
+        text, info = self._text.reset(seed=seed, options=options)
+        self._show_random_numbers()
+        return text, info
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:  # type: ignore[override]
+        """Append a piece of text."""
+        text, reward, terminated, truncated, info = self._text.step(action)
+        return text, float(reward), terminated, truncated, info
+
+
+class TextWriteVectorEnv(SyncVectorEnv):
+    """N independent ``TextWrite-v0`` episodes one after the other, on one language model and reward.
+
+    Actions and observations are tuples of N texts. Pieces have different numbers of tokens, so rows aren't stepped
+    together as those of ``TextGen-v0`` are; what is saved is the memory of N models. Row i behaves like a single
+    environment that was reset with ``seed + i``. Gymnasium's ``vectorization_mode="async"`` needs
+    ``vector_kwargs={"shared_memory": False}`` here: through shared memory it hands on texts as they were at first. ::
+
+        >>> import gymnasium as gym, textgym
+        >>> envs = gym.make_vec("TextWrite-v0", num_envs=2)
+        >>> texts, infos = envs.reset(seed=0, options={"prompt": "the film is"})
+        >>> texts, rewards, *_ = envs.step((" a joy to watch.", " dull."))
+        >>> texts, bool(rewards[0] > rewards[1])
+        (('the film is a joy to watch.', 'the film is dull.'), True)
+        >>> envs.close()
+
+    :param num_envs: number of rows N
+    :param autoreset_mode: an ``AutoresetMode`` or its value
+    :param options: see :class:`TextWriteEnv`
+    """
+
+    spec = TextGenVectorEnv.spec  # models in it are shared, not copied
+    _spec = None
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **options: Any,
+    ) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"num_envs={num_envs!r} must be a whole number, at least 1")
+        options = {name: unshare(value) for name, value in options.items()}
+        first = TextWriteEnv(**options)
+        rows = first._rows
+        # The model is opened once; what belongs to opening it isn't asked for again.
+        if rows._model is not None:
+            options.pop("tokenizer", None)
+            options["language_model"] = rows._model
+        options["reward"] = rows._reward
+
+        def make(row: int) -> TextWriteEnv:
+            if row == 0:
+                return first
+            seed = options.get("seed")
+            return TextWriteEnv(**{**options, "seed": None if seed is None else seed + row})
+
+        super().__init__([functools.partial(make, row) for row in range(num_envs)], autoreset_mode=autoreset_mode)
