@@ -72,7 +72,7 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
         raise CheckpointError("training has not begun: there is no state to keep before the first rollout")
     return {
         "agent": type(model).__name__,
-        "policy": model.policy.state_dict(),
+        "policy": {name: tensor for name, tensor in model.policy.state_dict().items() if name not in _frozen(model)},
         "optimizer": model.policy.optimizer.state_dict(),
         "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
         "finished_episodes": [dict(episode) for episode in model.ep_info_buffer or []],
@@ -104,7 +104,10 @@ def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], cal
             "make the same ones in the same order"
         )
     env = _text_vec_env(model)
-    model.policy.load_state_dict(state["policy"])
+    wrong = set(state["policy"]) ^ (set(model.policy.state_dict()) - _frozen(model))
+    if wrong:
+        raise ValueError(f"the state's policy has other weights than this one; they differ in {sorted(wrong)[:3]}")
+    model.policy.load_state_dict(state["policy"], strict=False)
     model.policy.optimizer.load_state_dict(state["optimizer"])
     for name, value in state["counters"].items():
         setattr(model, name, value)
@@ -120,6 +123,12 @@ def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], cal
         else:
             vars(part).update(part_state)
     _set_random_state(model, state["random"])  # last: building and loading draw random numbers
+
+
+def _frozen(model: TextOnPolicyAlgorithm) -> set[str]:
+    """Weights that don't learn, such as those beside an adapter: they are where the model was opened from."""
+    parameters = model.policy.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if not parameter.requires_grad}
 
 
 def _text_vec_env(model: TextOnPolicyAlgorithm) -> TextGenVecEnv:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import numbers
 import pathlib
@@ -20,9 +21,10 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from transformers import PreTrainedModel
 
+from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import EpisodeBuffer
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.pretrained import (
@@ -36,7 +38,8 @@ from textgym.agents.pretrained import (
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.options import check_number
 from textgym.envs.sb3 import TextGenVecEnv, as_vec_env, deferrable
-from textgym.language_model import LanguageModel, load_language_model, quiet_progress
+from textgym.language_model import LanguageModel, load_language_model
+from textgym.lora import wants_lora
 from textgym.rewards import RewardError
 
 if TYPE_CHECKING:
@@ -115,6 +118,15 @@ class TextEnvironment:
         model: LanguageModel = self.vec_env.env_method("policy_language_model", device, indices=[0])[0]
         return model
 
+    def shared_language_model(self, device: torch.device) -> LanguageModel:
+        """The environment's language model itself, for an adapter beside its weights; a copy from another process."""
+        if self.rows is not None:
+            return self.rows.reference_language_model()
+        if isinstance(self.vec_env.unwrapped, DummyVecEnv):
+            model: LanguageModel = self.vec_env.env_method("reference_language_model", indices=[0])[0]
+            return model
+        return self.policy_language_model(device)
+
 
 class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     """Rollouts in text environments for Stable-Baselines3's on-policy algorithms.
@@ -161,12 +173,14 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         if self.env is not None:
             environment = self._checked_environment(self.env)
             kwargs.setdefault("temperature", environment.temperature)
-            if "language_model" not in kwargs:
+            if wants_lora(kwargs.get("lora")):
+                self._share_language_model(environment, kwargs)
+            elif "language_model" not in kwargs:
                 kwargs["language_model"] = environment.policy_language_model(self.device)
             elif isinstance(kwargs["language_model"], LanguageModel | PreTrainedModel):
                 # Most likely the object that the environment was made with, too: its reference must not learn.
                 given = load_language_model(kwargs["language_model"], tokenizer=kwargs.pop("tokenizer", None))
-                kwargs["language_model"] = LanguageModel(copy.deepcopy(given.model), given.tokenizer, given.name)
+                kwargs["language_model"] = given.with_model(copy.deepcopy(given.model))
         elif "language_model" not in kwargs:
             raise ValueError("env=None: give an environment, whose language model the policy starts from")
         self.policy_kwargs = kwargs
@@ -177,6 +191,19 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         # What is saved with the agent: no path of this machine, no weights a second time.
         kwargs = {name: value for name, value in kwargs.items() if name != "tokenizer"}
         self.policy_kwargs = {**kwargs, "language_model": self.policy.blueprint()}
+        if "lora" in kwargs:
+            self.policy_kwargs["lora"] = self.policy.lora  # plain data
+
+    def _share_language_model(self, environment: TextEnvironment, kwargs: dict[str, Any]) -> None:
+        """With an adapter nobody's weights change, so the policy gets the environment's model and no copy of it."""
+        given = kwargs.get("language_model")
+        if given is None:
+            kwargs["language_model"] = environment.shared_language_model(self.device)
+        elif isinstance(given, LanguageModelBlueprint):
+            # A loaded agent: while it is rebuilt its weights are still to come, and most likely they are these.
+            shared = environment.shared_language_model(self.device)
+            if dataclasses.replace(LanguageModelBlueprint.of(shared), name=given.name) == given:
+                kwargs["language_model"] = shared
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Go on in another environment, with as many rows and the same spaces.
@@ -418,15 +445,15 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         language model, :meth:`from_pretrained` as the agent. To go on with a training exactly, with the state of the
         optimizer and of every episode, see :mod:`textgym.agents.checkpoints`.
 
+        An adapter is merged into the weights that are written, and stands by itself in ``adapter`` besides.
+
         :param directory: made if it does not exist
         :raises NotADirectoryError: if it is a file
         """
         directory = pathlib.Path(directory)
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(f"directory={str(directory)!r} is a file; a checkpoint is a directory")
-        with quiet_progress():
-            self.policy.language_model.model.save_pretrained(directory)
-        self.policy.language_model.tokenizer.save_pretrained(directory)
+        self.policy.language_model.save_pretrained(directory)
         write_agent(self, directory)
 
     @classmethod
@@ -440,7 +467,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     ) -> Self:
         """Open an agent that :meth:`save_pretrained` wrote; no code in the directory is run.
 
-        The optimizer begins anew.
+        The optimizer begins anew. Of an agent with an adapter the merged weights are opened, and all of them learn;
+        pass ``policy_kwargs={"lora": ...}`` for a new adapter beside them.
 
         :param directory: what was written
         :param env: to learn in; without one the agent predicts and generates

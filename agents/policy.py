@@ -27,6 +27,7 @@ from textgym.agents.episode_buffer import SegmentSamples
 from textgym.cached_model import CachedModel
 from textgym.generation import complete, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution
+from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.rewards import PrefixBatch
 
 Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
@@ -51,6 +52,9 @@ class LanguageModelPolicy(ActorCriticPolicy):
     :param value_head: ``"linear"``, or ``"mlp"`` with one hidden layer; both start as V = 0
     :param value_trunk: ``"shared"`` lets the value loss train the transformer too, ``"detached"`` only the
         value head
+    :param lora: train a low-rank adapter and the value head, and leave the weights as they are: True for the defaults,
+        or arguments of ``peft.LoraConfig``, see :func:`textgym.lora.add_lora`. A model object keeps its weights and
+        shares them with the policy. Needs ``pip install "textgym[lora]"``
     :param optimizer_class: Adam by default, with eps = 1e-5
     :param optimizer_kwargs: its keyword arguments, except the learning rate
     :raises ValueError: if the spaces aren't those of a text environment, or the model does not fit them
@@ -71,6 +75,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         temperature: float = 1.0,
         value_head: str = "linear",
         value_trunk: str = "shared",
+        lora: Lora = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -86,6 +91,9 @@ class LanguageModelPolicy(ActorCriticPolicy):
             language_model = language_model.build()
         # What _build needs must be there before the base class calls it.
         self.language_model = load_language_model(language_model, tokenizer=tokenizer)
+        self.lora = lora_options(lora) if wants_lora(lora) else None
+        if self.lora is not None:
+            self.language_model = add_lora(self.language_model, self.lora)
         self.temperature = float(temperature)
         self.value_head = value_head
         self.value_trunk = value_trunk
@@ -125,8 +133,9 @@ class LanguageModelPolicy(ActorCriticPolicy):
             self.value_net = nn.Sequential(inner, nn.Tanh(), last)  # type: ignore[assignment]
         self.value_net.to(model.device)
         self.eval()
+        trainable = [p for p in self.parameters() if p.requires_grad or self.lora is None]
         self.optimizer = self.optimizer_class(
-            self.parameters(),
+            trainable,
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
@@ -368,6 +377,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             "temperature": self.temperature,
             "value_head": self.value_head,
             "value_trunk": self.value_trunk,
+            "lora": self.lora,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
@@ -376,10 +386,26 @@ class LanguageModelPolicy(ActorCriticPolicy):
         # A LanguageModel is shared when copied; a copy of the policy needs weights and a cache of its own.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        memo.update(self.language_model.shared_in_copies())
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
-        twin.language_model = LanguageModel(twin.transformer, self.language_model.tokenizer, self.language_model.name)
+        twin.language_model = self.language_model.with_model(twin.transformer)
         return twin
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights. The policy's base weights become its own where they differ from those it shares.
+
+        Without an adapter nothing is shared, and it is torch's method.
+        """
+        if self.lora is not None and not assign:
+            # Written in place, they would change the reference model, too.
+            for name, parameter in self.named_parameters():
+                new = state_dict.get(name)
+                if not parameter.requires_grad and new is not None and new.shape == parameter.shape:
+                    new = new.to(parameter.device, parameter.dtype)
+                    if not torch.equal(new, parameter):
+                        parameter.data = new.clone()
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -184,6 +184,10 @@ class TextGenEnv(gym.Env):
         """A trainable copy of the environment's language model."""
         return self._rows.policy_language_model(device)
 
+    def reference_language_model(self) -> LanguageModel:
+        """The frozen model that the KL is measured against; opened now if nothing has needed it yet."""
+        return self._rows.reference_language_model()
+
     def forget_cached(self) -> None:
         """Drop what the models have cached; see :meth:`TextGenVectorEnv.forget_cached`."""
         self._rows.forget_cached()

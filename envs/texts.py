@@ -12,7 +12,6 @@ from textgym.prompts import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
 from textgym.vocabulary import Vocabulary
 
-
 # What a state is made of besides the prompts and the reasons of ending.
 _ARRAYS = ("ids", "lengths", "prompt_lengths", "done", "started", "token_rewards", "token_kl", "_searched")
 

@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deferred": {},
     "instant": {"reward": causal_reward, "arguments": {"scoring": "instant"}},
     "masked": {"action_masking": True, "top_k": 12, "min_new_tokens": 2, "reward": causal_reward},
+    "adapter": {"arguments": {"policy_kwargs": {"lora": {"r": 2}}}},
     "normalized": {"reward": lambda: causal_reward().normalized(), "arguments": {"target_kl": 0.003}},
 }
 
@@ -254,3 +255,11 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
 def test_what_is_no_data_is_refused_by_its_place(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"state/a\[1\]/b is a object"):
         write_state(tmp_path, {"a": [1, {"b": object()}]})
+
+
+def test_a_checkpoint_holds_no_weights_that_do_not_learn(tmp_path: Path) -> None:
+    model, _ = new_training(arguments={"policy_kwargs": {"lora": {"r": 2}}})
+    model.learn(ROLLOUT, callback=TrainingCheckpoints(tmp_path, every=ROLLOUT))
+    _, state = read_latest(tmp_path)
+    assert state["policy"]
+    assert all("lora" in name or "value_net" in name for name in state["policy"])

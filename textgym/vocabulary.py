@@ -19,7 +19,7 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
         self.tokenizer = tokenizer
         self.size = int(config.get_text_config().vocab_size)
-        self.context_limit = context_limit(config)
+        self.context_limit = position_limit(config)
         self._known = set(tokenizer.get_vocab().values())
         tokens = max(len(self._known), max(self._known, default=-1) + 1)
         if tokens > self.size:
@@ -54,20 +54,35 @@ class Vocabulary:
         return ids
 
 
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Most tokens of a row that the model was built for.
+
+    :return: the limit in tokens, None when the configuration names none
+    """
+    text: Any = config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        # Where the longest row of a batch passes that length, LongRoPE turns the keys of all rows by other angles.
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return _smallest(limits)
+
+
 def context_limit(config: PreTrainedConfig) -> int | None:
     """Most tokens the slot cache serves exactly: the model's positions, or its attention window if that is smaller.
 
     :return: the limit in tokens, None when the configuration names none
     """
     text: Any = config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None)]
+    limits = [position_limit(config)]
     layer_types = getattr(text, "layer_types", None)
-    slides = layer_types is None or "sliding_attention" in layer_types
-    if slides and getattr(text, "use_sliding_window", True):
+    if (layer_types is None or "sliding_attention" in layer_types) and getattr(text, "use_sliding_window", True):
         limits.append(getattr(text, "sliding_window", None))
-    rope: Any = getattr(text, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):
-        # Where the longest row of a batch passes that length, LongRoPE turns the keys of all rows by other angles.
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
-            limits.append(parameters.get("original_max_position_embeddings"))
+    if layer_types is None or "chunked_attention" in layer_types:
+        limits.append(getattr(text, "attention_chunk_size", None))
+    return _smallest(limits)
+
+
+def _smallest(limits: list[int | None]) -> int | None:
     return min((limit for limit in limits if limit is not None and limit > 0), default=None)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from .language_model import general_text, nats, training_text
 from .reward_model import agreement, end_scores, position_scores
 from .sources import CACHE, Snippet, fetch, movie_snippets
 from .text import words
-from .trigram import MixedTrigram
+from .trigram import InterpolatedTrigram, MixedTrigram
 
 
 @torch.inference_mode()
@@ -60,31 +61,36 @@ def perplexities(model: LlamaForCausalLM) -> dict[str, Any]:
     """Return held-out perplexities per word (punctuation marks and the text's end count as words)."""
     snippets = movie_snippets()
     real, sampled, general = ([words(text) for text in part] for part in (*training_text(), general_text()))
-    trigram = MixedTrigram(
-        {"real": real, "sampled": sampled, "real and sampled": real + sampled, "general": general},
-        [words(s.text) for s in snippets["validation"]],
+    validation = [words(s.text) for s in snippets["validation"]]
+    interpolated = InterpolatedTrigram(real * 2 + sampled + general, validation)  # as often as the model saw each
+    mixed = MixedTrigram(
+        {"real": real, "sampled": sampled, "real and sampled": real + sampled, "general": general}, validation
     )
     texts = [s.text for s in snippets["test"]]
     pieces = tokenizer.load()
-    sums = {"all": [0.0, 0.0, 0], "known": [0.0, 0.0, 0]}
+    sums = {"all": np.zeros(3), "known": np.zeros(3)}  # nats of the language model and of the two trigrams
+    counts = {"all": 0, "known": 0}
     piece_count = 0
     for text in texts:
         ids = [tokenizer.BOS, *pieces.encode(text), tokenizer.EOS]
         tokens = words(text)
         with torch.inference_mode():
             ours = nats(model, [ids], "sum").item()
-        theirs = trigram.nats(tokens)
         piece_count += len(ids) - 1
-        for key in ["all"] + ["known"] * (set(tokens) <= trigram.known):
-            sums[key][0] += ours
-            sums[key][1] += theirs
-            sums[key][2] += len(tokens) + 1
+        for key in ["all"] + ["known"] * (set(tokens) <= mixed.known):
+            sums[key] += [ours, interpolated.nats(tokens), mixed.nats(tokens)]
+            counts[key] += len(tokens) + 1
     result: dict[str, Any] = {}
-    for key, (ours, theirs, count) in sums.items():
-        a, b = math.exp(ours / count), math.exp(theirs / count)
-        result[key] = {"words": count, "language_model": a, "trigram": b, "lower_by": 1 - a / b}
+    for key, count in counts.items():
+        model_perplexity, *trigrams = np.exp(sums[key] / count).tolist()
+        result[key] = {"words": count, "language_model": model_perplexity}
+        for name, value in zip(("interpolated_trigram", "kneser_ney_mixture"), trigrams, strict=True):
+            result[key][name] = {"perplexity": value, "lower_by": 1 - model_perplexity / value}
     result["language_model_per_piece"] = math.exp(sums["all"][0] / piece_count)
-    result["trigram_weights"] = dict(zip(trigram.names, trigram.weights, strict=True))
+    result["weights"] = {
+        name: dict(zip(model.names, model.weights, strict=True))
+        for name, model in (("interpolated_trigram", interpolated), ("kneser_ney_mixture", mixed))
+    }
     return result
 
 
@@ -225,22 +231,27 @@ def _markdown(figures: dict[str, Any], samples: list[str]) -> str:
         "## Language model",
         "",
         f"{figures['parameters']['language_model'] / 1e6:.2f} million parameters. Perplexity per word (punctuation "
-        "marks and the end of the text count as words) beside a",
-        "modified Kneser-Ney trigram on the same training text; unknown words are spelled by both.",
+        "marks and the end of the text count as words), beside those",
+        "of an interpolated trigram on the same training text and of a mixture of four modified Kneser-Ney trigrams on "
+        "its parts, all with",
+        "weights tuned on the validation snippets. Unknown words are spelled by all three.",
         "",
-        "| test snippets | words | language model | trigram | lower by |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| test snippets | words | language model | interpolated trigram | lower by | Kneser-Ney mixture | lower by |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for key, name in (("all", "all"), ("known", "those of known words only")):
         row = perplexity[key]
-        lines.append(
-            f"| {name} | {row['words']} | {row['language_model']:.1f} | {row['trigram']:.1f} | {row['lower_by']:.1%} |"
-        )
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in perplexity["trigram_weights"].items())
+        cells = [f"{row['language_model']:.1f}"]
+        for trigram in ("interpolated_trigram", "kneser_ney_mixture"):
+            cells += [f"{row[trigram]['perplexity']:.1f}", f"{row[trigram]['lower_by']:.1%}"]
+        lines.append(f"| {name} | {row['words']} | {' | '.join(cells)} |")
+    weights = "; ".join(
+        f"of the {model.replace('_', ' ')} " + ", ".join(f"{name} {weight:.2f}" for name, weight in parts.items())
+        for model, parts in perplexity["weights"].items()
+    )
     lines += [
         "",
-        f"Language model per piece: {perplexity['language_model_per_piece']:.1f}. Mixture weights of the trigram: "
-        f"{weights}.",
+        f"Language model per piece: {perplexity['language_model_per_piece']:.1f}. Weights {weights}.",
         "",
         f"Of the words in 500 samples at temperature 1, {known['share']:.2%} occur in the training text "
         f"({known['share_without_general_text']:.2%} in its snippets alone; of the words in the test snippets, "

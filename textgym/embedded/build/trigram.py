@@ -1,10 +1,12 @@
-"""The yardstick for the language model: an interpolated trigram over words, modified Kneser-Ney.
+"""The yardsticks for the language model: two trigram models over words that learn from the same text.
 
-It learns from the same text as the language model: one Kneser-Ney trigram from the real snippets, one from the
-sampled ones, one from both and one from the general text, mixed linearly with weights tuned on the validation
-snippets (Chen and Goodman 1999, equations 26 to 29). Words outside the training text are spelled by a character
-model, so that the mixture is, like the language model, a probability distribution over texts and no word is left
-out of the comparison.
+:class:`InterpolatedTrigram` is the plain one: relative frequencies of one, two and three words, interpolated linearly
+with weights that fit the validation snippets best (Jelinek and Mercer 1980). :class:`MixedTrigram` is about as good as
+a trigram gets: interpolated modified Kneser-Ney (Chen and Goodman 1999, equations 26 to 29), one from the real
+snippets, one from the sampled ones, one from both and one from the general text, mixed linearly with tuned weights.
+
+Words outside the training text are spelled by a character model, so that each is, like the language model, a
+probability distribution over texts and no word is left out of the comparison.
 """
 
 import math
@@ -68,32 +70,40 @@ class KneserNey:
         return p
 
 
-class MixedTrigram:
-    """Kneser-Ney trigrams of several texts, mixed with weights that fit the validation text best."""
+class WordMixture:
+    """Probabilities of words from several models, mixed linearly with weights that fit the validation text best.
 
-    def __init__(self, texts: dict[str, list[list[str]]], validation: list[list[str]]) -> None:
-        self.names = list(texts)
-        self.models = [KneserNey(3, text) for text in texts.values()]
-        self.known = {word for text in texts.values() for sequence in text for word in sequence}
-        self.spelling = KneserNey(5, [list(word) for word in sorted(self.known)])
-        unknown = sum(word not in self.known for sequence in validation for word in sequence)
+    :param names: of the models
+    :param known: all words of the training text
+    :param validation: what the weights are tuned on
+    """
+
+    def __init__(self, names: list[str], known: set[str], validation: list[list[str]]) -> None:
+        self.names = names
+        self.known = known
+        self.spelling = KneserNey(5, [list(word) for word in sorted(known)])
+        unknown = sum(word not in known for sequence in validation for word in sequence)
         total = sum(len(sequence) + 1 for sequence in validation)
         self.unknown_rate = (unknown + 1) / (total + 1)
         rows = [
-            [model.probability(word, context) for model in self.models]
+            self.parts(word, context)
             for sequence in validation
             for word, context in self._events(sequence)
             if word != UNKNOWN
         ]
-        self.weights = [1 / len(self.models)] * len(self.models)
+        self.weights = [1 / len(names)] * len(names)
         for _ in range(40):  # expectation-maximisation of the mixture weights
-            shares = [0.0] * len(self.models)
+            shares = [0.0] * len(names)
             for row in rows:
                 parts = [w * p for w, p in zip(self.weights, row, strict=True)]
                 whole = sum(parts)
                 for i, part in enumerate(parts):
                     shares[i] += part / whole
             self.weights = [share / len(rows) for share in shares]
+
+    def parts(self, word: str, context: tuple[str, str]) -> list[float]:
+        """What each of the models says of a known word."""
+        raise NotImplementedError
 
     def _events(self, sequence: list[str]) -> list[tuple[str, tuple[str, str]]]:
         symbols = [START, START, *(word if word in self.known else UNKNOWN for word in sequence), END]
@@ -111,6 +121,42 @@ class MixedTrigram:
                     total -= math.log(self.spelling.probability(letter, tuple(history[-4:])))
                     history.append(letter)
             else:
-                p = sum(w * m.probability(symbol, context) for w, m in zip(self.weights, self.models, strict=True))
+                p = sum(w * part for w, part in zip(self.weights, self.parts(symbol, context), strict=True))
                 total -= math.log((1 - self.unknown_rate) * p)
         return total
+
+
+class MixedTrigram(WordMixture):
+    """Kneser-Ney trigrams of several texts."""
+
+    def __init__(self, texts: dict[str, list[list[str]]], validation: list[list[str]]) -> None:
+        self.models = [KneserNey(3, text) for text in texts.values()]
+        known = {word for text in texts.values() for sequence in text for word in sequence}
+        super().__init__(list(texts), known, validation)
+
+    def parts(self, word: str, context: tuple[str, str]) -> list[float]:
+        return [model.probability(word, context) for model in self.models]
+
+
+class InterpolatedTrigram(WordMixture):
+    """Relative frequencies of a word alone, after one word and after two, and equal shares for all words."""
+
+    def __init__(self, text: list[list[str]], validation: list[list[str]]) -> None:
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.totals: Counter[tuple[str, ...]] = Counter()
+        for sequence in text:
+            padded = [START, START, *sequence, END]
+            for i in range(2, len(padded)):
+                for n in range(3):
+                    self.counts[tuple(padded[i - n : i + 1])] += 1
+                    self.totals[tuple(padded[i - n : i])] += 1
+        known = {word for sequence in text for word in sequence}
+        self.vocabulary_size = len(known) + 1  # with the end
+        super().__init__(["trigram", "bigram", "unigram", "equal"], known, validation)
+
+    def parts(self, word: str, context: tuple[str, str]) -> list[float]:
+        found = [
+            self.counts[(*before, word)] / total if (total := self.totals[before]) else 0.0
+            for before in (context, context[1:], ())
+        ]
+        return [*found, 1 / self.vocabulary_size]

@@ -1,0 +1,249 @@
+"""Models that the slot cache can't serve are stepped exactly, by whole prefixes; those that can't be are refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_agents import PROMPTS, count_liked, logs_of_learning, tiny_ppo, tiny_vector_env, values_of
+from tiny_models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from textgym.cached_model import CachedModel
+from textgym.generation import complete
+from textgym.language_model import LanguageModel
+from textgym.prefix_model import PrefixModel
+from textgym.vocabulary import context_limit, position_limit
+
+IDS = {"vocab_size": len(VOCABULARY), "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+LLAMA_SHAPE = {**SHAPE, "intermediate_size": 64, "max_position_embeddings": CONTEXT}
+WINDOW = 6
+
+SLOW = {
+    "mamba": lambda: MambaForCausalLM(
+        MambaConfig(**IDS, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.2)
+    ),
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(
+            **IDS, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=16, n_groups=1, chunk_size=4
+        )
+    ),
+    "bloom": lambda: BloomForCausalLM(
+        BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.2, hidden_dropout=0.1)
+    ),
+    # Masks by the length of the batch: right while all rows begin together, wrong afterwards.
+    "gpt_neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            **IDS,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=WINDOW,
+            initializer_range=0.2,
+            max_position_embeddings=CONTEXT,
+        )
+    ),
+}
+WINDOWED = {
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**IDS, **LLAMA_SHAPE, num_key_value_heads=1, sliding_window=WINDOW)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **IDS,
+            **LLAMA_SHAPE,
+            num_key_value_heads=1,
+            head_dim=16,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+}
+FAST = {
+    **{name: (lambda name=name: tiny_model(name)) for name in ("qwen2", "gpt_neox", "opt")},
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**IDS, **LLAMA_SHAPE, num_key_value_heads=1, head_dim=16)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**IDS, **LLAMA_SHAPE)),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {**SLOW, **WINDOWED, **FAST}[name]().eval()
+
+
+def opened(name: str, context: int = 24) -> LanguageModel:
+    """The language model; that it is slow has been said already."""
+    lm = LanguageModel(build(name), tiny_tokenizer())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        lm.cached(context)
+    return lm
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel, ids: np.ndarray, length: int) -> Tensor:
+    """Next-token logits ``(V,)`` after ``length`` tokens of one row, from transformers' forward of these alone."""
+    return model(input_ids=torch.as_tensor(ids[None, :length]), use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize("name", [*SLOW, *WINDOWED, *FAST])
+def test_steps_and_teacher_forced_rows_equal_the_plain_forward_of_each_prefix(name):
+    lm, rng = opened(name), np.random.default_rng(0)
+    model, machine = lm.model, lm.cached(24)
+    assert isinstance(machine, PrefixModel) == (name not in FAST)
+    ids, lengths = rng.integers(4, len(VOCABULARY), (4, 24)), np.array([9, 1, 4, 16])
+    for step in range(8):
+        stepped = lm.head(machine.last_hidden(ids, lengths))
+        forced = lm.head(machine.hidden_states(torch.as_tensor(ids)))[range(4), lengths - 1].detach()
+        for row, length in enumerate(lengths.tolist()):
+            expected = plain_logits(model, ids[row], length)
+            torch.testing.assert_close(stepped[row], expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(forced[row], expected, atol=2e-5, rtol=1e-5)
+        lengths = lengths + 1
+        if step == 4:  # one row ended and another began
+            ids[2], lengths[2] = rng.integers(4, len(VOCABULARY), 24), 3
+
+
+@pytest.mark.parametrize("name", [*SLOW, *WINDOWED])
+def test_gradients_equal_those_of_the_plain_forward(name):
+    lm, rng = opened(name), np.random.default_rng(1)
+    ids, lengths = rng.integers(4, len(VOCABULARY), (3, 20)), np.array([20, 7, 13])
+    parameters = [p for p in lm.model.parameters() if p.requires_grad]
+    hidden = lm.cached(24).hidden_states(torch.as_tensor(ids))[range(3), lengths - 1]
+    got = torch.autograd.grad(lm.head(hidden).square().sum(), parameters)
+    losses = [
+        lm.model(input_ids=torch.as_tensor(row[None, :length]), use_cache=False).logits[0, -1].square().sum()
+        for row, length in zip(ids, lengths, strict=True)
+    ]
+    expected = torch.autograd.grad(sum(losses), parameters)
+    assert max(float(g.abs().max()) for g in got) > 0
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_the_warning_names_model_and_reason_and_comes_once_for_a_model_and_its_copies(name):
+    lm = LanguageModel(build(name), tiny_tokenizer(), "mine")
+    with pytest.warns(
+        UserWarning, match=r"language_model=mine: .*exact but slow: with a cache|exact but slow: a cache"
+    ):
+        lm.cached(10)
+    lm.cached(24)  # warnings are errors
+    lm.trainable_copy().cached(10)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_makes_only_rows_slow_that_are_longer(name):
+    lm = LanguageModel(build(name), tiny_tokenizer())
+    assert type(lm.cached(WINDOW)) is CachedModel
+    with pytest.warns(UserWarning, match=f"rows of 20 tokens are longer than its attention window of {WINDOW}"):
+        assert isinstance(lm.cached(20), PrefixModel)
+    assert type(lm.cached(WINDOW)) is CachedModel
+    assert context_limit(lm.model.config) == WINDOW
+    assert position_limit(lm.model.config) == lm.vocabulary.context_limit == CONTEXT
+    with pytest.raises(ValueError, match=rf"context={CONTEXT + 1} tokens is more than .* \({CONTEXT}\)"):
+        lm.cached(CONTEXT + 1)
+
+
+def test_rows_seen_before_and_weights_unchanged_cost_nothing():
+    lm = opened("mamba")
+    forwards: list[tuple[int, ...]] = []
+    lm.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwards.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    ids, lengths = np.random.default_rng(0).integers(4, 60, (3, 24)), np.array([5, 9, 2])
+    first = lm.cached(24).last_hidden(ids, lengths).clone()
+    assert torch.equal(lm.cached(24).last_hidden(ids[[1]], lengths[[1]], np.array([1])), first[[1]])
+    assert forwards == [(3, 9)]
+    lm.cached(24).last_hidden(ids, lengths + np.array([0, 1, 0]))
+    assert forwards == [(3, 9), (1, 10)]
+    with torch.no_grad():
+        lm.model.backbone.layers[0].mixer.in_proj.weight.mul_(2.0)
+    assert (lm.cached(24).last_hidden(ids, lengths) - first).abs().max() > 1e-3
+
+
+def test_a_small_budget_changes_nothing(monkeypatch):
+    lm = opened("bloom")
+    ids, lengths = np.random.default_rng(0).integers(4, 60, (5, 20)), np.array([20, 3, 11, 2, 17])
+    expected = lm.cached(24).last_hidden(ids, lengths).clone()
+    monkeypatch.setattr("textgym.cached_model.PREFILL_TOKENS", 25)
+    assert (PrefixModel(lm.model, 20).last_hidden(ids, lengths) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral"])
+def test_deterministic_completions_equal_those_of_generate(name):
+    lm = opened(name)
+    prompts = [[5, 6, 7], [20, 21], [30, 31, 32, 33, 34, 35]]
+    for prompt, completion in zip(prompts, complete(lm, prompts, 12, deterministic=True), strict=True):
+        ids = torch.tensor([prompt])
+        generated = lm.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, use_cache=name == "mistral"
+        )
+        assert completion == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("scoring", ["deferred", "instant"])
+@pytest.mark.parametrize("name", ["bloom", "mamba", "mistral"])
+def test_ppo_learns_with_ratio_one_first_and_no_kl_at_the_start(name, scoring):
+    env = tiny_vector_env(3, language_model=opened(name), prompts=PROMPTS, reward=count_liked)
+    agent = tiny_ppo(env, scoring=scoring, n_steps=8, batch_size=12, n_epochs=2, learning_rate=1e-2)
+    before = agent.policy.parameters_to_vector()
+    logs = logs_of_learning(agent, 72)
+    assert max(values_of(logs, "train/ratio_first")) < 1e-4
+    assert abs(values_of(logs, "rollout/kl_ref")[0]) < 1e-4  # of the first rollout
+    assert abs(values_of(logs, "rollout/kl_ref")[-1]) > 1e-3
+    assert not np.allclose(before, agent.policy.parameters_to_vector())
+
+
+# --- refused
+
+
+def refuse(model: PreTrainedModel, match: str, **attributes: Any) -> None:
+    with pytest.raises(ValueError, match=match):
+        LanguageModel(model.eval(), tiny_tokenizer(), "mine")
+
+
+def test_an_encoder_is_refused():
+    model = BertLMHeadModel(BertConfig(**IDS, **LLAMA_SHAPE))
+    refuse(model, r"language_model=mine: the hidden states of BertLMHeadModel change by .* when tokens follow")
+
+
+def test_a_model_with_more_than_a_linear_layer_behind_its_hidden_states_is_refused():
+    model = BertLMHeadModel(BertConfig(**IDS, **LLAMA_SHAPE, is_decoder=True))
+    refuse(model, r"logits of BertLMHeadModel differ by .* without further layers")
+
+
+def test_an_encoder_decoder_is_refused():
+    shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    model = BartForConditionalGeneration(BartConfig(**IDS, **shape, **heads))
+    refuse(model, "BartForConditionalGeneration is an encoder-decoder model; textgym needs a causal")

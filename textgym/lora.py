@@ -1,0 +1,224 @@
+"""Low-rank adapters on a language model whose own weights stay as they are, through ``peft``.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) adds B·A to some weight matrices and trains only B and A. B
+starts at zero, so the adapted model starts as its base. The base weights are shared, not copied: the reference model of
+an environment and the policy that learns in it are the same weights in memory, without and with the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import safetensors.torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from textgym.language_model import LanguageModel
+from textgym.shared_weights import copy_sharing_weights, sharing_memo
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+Lora: TypeAlias = "bool | Mapping[str, Any] | LoraConfig | None"
+DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# Everything else that peft offers would train or change the base weights, begin elsewhere than at the base model, or
+# need dropout, which never acts here.
+OPTIONS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+)
+STARTS_AT_BASE = (True, "gaussian", "orthogonal")
+ADAPTER = "default"  # what peft calls the one adapter of a model
+FOLDER = "adapter"
+
+
+class AdaptedLanguageModel(LanguageModel):
+    """A language model with an adapter beside frozen base weights; made by :func:`add_lora`.
+
+    :param model: with ``peft`` layers in it
+    :param tokenizer: its tokenizer
+    :param name: what the base model was loaded from
+    :param like: see :class:`LanguageModel`
+    """
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model with its adapter merged into the weights, and the adapter by itself in ``adapter``.
+
+        The directory is an ordinary checkpoint. ``peft.PeftModel.from_pretrained(base, directory / "adapter")``
+        puts the adapter on the base model again. Merging rounds to the dtype of the base weights.
+        """
+        LanguageModel(self.merged(), self.tokenizer, self.name, like=self).save_pretrained(directory)
+        self.save_adapter(Path(directory, FOLDER))
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapter alone, as ``peft`` does."""
+        from peft import get_peft_model_state_dict
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
+        named = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = copy.deepcopy(self.model.peft_config[ADAPTER])
+        config.inference_mode = True  # as peft saves it: whoever opens the adapter gets it frozen
+        config.save_pretrained(str(directory))
+
+    def merged(self) -> PreTrainedModel:
+        """A plain model in which the adapter is part of the weights. What no adapter is on shares its memory."""
+        model = copy_sharing_weights(self.model)
+        for name, layer in list(_adapted_layers(model)):
+            layer.merge(safe_merge=True, adapter_names=[ADAPTER])  # into a copy of the weight
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+        del model.peft_config
+        model.requires_grad_(False)
+        return model
+
+    def trainable_copy(self) -> LanguageModel:
+        """A plain model with weights of its own and the adapter merged into them, all of them trainable."""
+        return LanguageModel(self.merged(), self.tokenizer, self.name, like=self).trainable_copy()
+
+    def shared_in_copies(self) -> dict[int, Any]:
+        """The base weights: copies of a policy need an adapter of their own, and no more."""
+        memo = sharing_memo(self.model)
+        return {id(p): memo[id(p)] for p in self.model.parameters() if not p.requires_grad}
+
+
+def add_lora(lm: LanguageModel, lora: Lora) -> AdaptedLanguageModel:
+    """A language model that shares the weights of ``lm``, frozen, and has an adapter to be trained.
+
+    The adapter is in fp32 whatever the base is: the steps of an optimizer are too small for bf16.
+
+    :param lm: the base; its modules and whether its weights are trainable stay as they are
+    :param lora: True for the defaults, or ``peft.LoraConfig`` or its arguments as a dictionary; without
+        ``target_modules`` all linear layers but the output layer get an adapter
+    :raises ModuleNotFoundError: without ``peft``
+    :raises ValueError: if an option is unknown or has no place here, or no layer fits ``target_modules``
+    """
+    options = lora_options(lora)
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    if isinstance(lm, AdaptedLanguageModel):
+        raise ValueError(f"language_model={lm.name} has an adapter already; give its merged() model, or no lora")
+    config = LoraConfig(**options, task_type="CAUSAL_LM", base_model_name_or_path=lm.name)
+    model = copy_sharing_weights(lm.model)
+    try:
+        with warnings.catch_warnings():
+            # GPT-2's layers have their matrices transposed; peft notices and says so.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True`")  # refused below
+            inject_adapter_in_model(config, model, ADAPTER)
+    except (ValueError, TypeError, NotImplementedError) as e:
+        raise ValueError(
+            f"lora: target_modules={options['target_modules']!r} does not fit language_model={lm.name} "
+            f"({type(lm.model).__name__}): {e}. Its linear layers are called {', '.join(_linear_layers(lm.model))}"
+        ) from e
+    _check_targets(lm, model, options)
+    cast_adapter_dtype(model, ADAPTER)
+    return AdaptedLanguageModel(model.eval(), lm.tokenizer, lm.name, like=lm)
+
+
+def wants_lora(lora: Lora) -> bool:
+    """Whether an argument asks for an adapter; an empty dictionary does, for the default one."""
+    return lora is not None and lora is not False
+
+
+def lora_options(lora: Lora) -> dict[str, Any]:
+    """The options of an adapter as plain data, defaults filled in.
+
+    :param lora: what :func:`add_lora` takes
+    :raises ModuleNotFoundError: without ``peft``
+    :raises TypeError: if it is none of these
+    :raises ValueError: if an option is unknown or has no place here
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ModuleNotFoundError('lora needs the package peft: pip install "textgym[lora]"')
+    from peft import LoraConfig
+
+    if lora is True:
+        given: dict[str, Any] = {}
+    elif isinstance(lora, LoraConfig):
+        metadata = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+        untouched = LoraConfig()
+        given = {
+            field.name: getattr(lora, field.name)
+            for field in dataclasses.fields(lora)
+            if field.name not in metadata and getattr(lora, field.name) != getattr(untouched, field.name)
+        }
+        given = {"r": lora.r, "lora_alpha": lora.lora_alpha, **given}
+    elif isinstance(lora, Mapping):
+        given = dict(lora)
+    else:
+        raise TypeError(f"lora={lora!r} must be True, a dictionary of peft.LoraConfig's arguments, or a LoraConfig")
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, OPTIONS)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"the options are {', '.join(OPTIONS)}"
+            raise ValueError(f"lora has no option {name!r}; {hint}")
+        if name not in OPTIONS:
+            raise ValueError(
+                f"lora: {name}={value!r} can't be used here: only the adapter is trained, it begins at the base model, "
+                f"and dropout never acts; the options are {', '.join(OPTIONS)}"
+            )
+    options = {**DEFAULTS, **{name: _plain(value) for name, value in given.items() if value is not None}}
+    start = options.get("init_lora_weights", True)
+    if not any(start is allowed or (isinstance(start, str) and start == allowed) for allowed in STARTS_AT_BASE):
+        raise ValueError(
+            f"lora: init_lora_weights={start!r} doesn't begin at the base model or changes its weights; "
+            f"give one of {', '.join(map(repr, STARTS_AT_BASE))}"
+        )
+    rank = options["r"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"lora: r={rank!r} must be a whole number, at least 1")
+    return options
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset | tuple) else value
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    """The names, without what they stand in, of linear layers."""
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    return sorted(linear)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _check_targets(lm: LanguageModel, model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Two names for one matrix can't be merged each with an adapter of its own."""
+    ends = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
+    if ends[0] is None or getattr(ends[0], "weight", None) is not ends[1].weight:
+        return
+    tied = {name for name, module in lm.model.named_modules() if any(module is end for end in ends)}
+    for name in tied.intersection(name for name, _ in _adapted_layers(model)):
+        raise ValueError(
+            f"lora: target_modules={options['target_modules']!r} includes {name}, whose weights language_model="
+            f"{lm.name} uses both for reading and for predicting tokens; leave it out"
+        )
