@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test coverage lint format types benchmark assets wheel smoke clean distclean
+.PHONY: help quickstart test coverage lint format types benchmark docs assets wheel smoke clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ types: $(VENV)/.installed-dev ## check types
 benchmark: $(VENV)/.installed-dev ## time rollouts against transformers.generate and the update against SB3's PPO
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
+docs: $(VENV)/.installed-docs ## build the documentation site into site/
+	$(BIN)/mkdocs build --strict --quiet
+
 assets: $(VENV)/.installed-assets ## rebuild the embedded models and data from their sources (hours)
 	$(BIN)/python -m textgym.embedded.build $(ARGS)
 
@@ -66,7 +69,7 @@ smoke: wheel ## install the wheel into a fresh environment outside the checkout 
 	venv/bin/python -I wheel_smoke.py
 
 clean: ## remove build products and caches
-	rm -rf build dist *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf build dist site *.egg-info .typing .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find textgym envs agents tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## remove the virtual environment, too

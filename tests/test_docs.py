@@ -1,0 +1,140 @@
+"""The pages of docs/ and the README: their Python runs, their commands exist, and the site builds from them."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from textgym.agents import PPO
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(
+    r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+# What a page takes for granted: the reader's own reward.
+MY_FUNCTION = "def my_function(prompts, completions, **columns): return [len(text) / 100 for text in completions]"
+TAKEN_FOR_GRANTED = {"README.md": MY_FUNCTION, "README.zh.md": MY_FUNCTION}
+SLOW = {"README.md", "README.zh.md", "index.md", "runs.md"}  # whole runs, and rollouts of 64 rows
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    code: str
+    skipped: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(text.count("\n", 0, match.start("code")) + 1, match["language"], match["code"], bool(match["skip"]))
+        for match in FENCE.finditer(text)
+    ]
+
+
+def pages_with(language: str) -> list[Any]:
+    found = [page for page in PAGES if any(block.language == language for block in blocks(page))]
+    marks = {page: [pytest.mark.slow] if page.name in SLOW and language == "python" else [] for page in found}
+    return [pytest.param(page, id=page.name, marks=marks[page]) for page in found]
+
+
+@pytest.fixture
+def one_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings that would take minutes end after one rollout and its update."""
+    learn = PPO.learn
+
+    def short(self: PPO, total_timesteps: int, *args: Any, **kwargs: Any) -> PPO:
+        budget = self.n_steps * self.n_envs if total_timesteps > 1_000 else total_timesteps
+        return learn(self, budget, *args, **kwargs)
+
+    monkeypatch.setattr(PPO, "learn", short)
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, one_rollout):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(TAKEN_FOR_GRANTED.get(page.name, ""), namespace)
+    for block in blocks(page):
+        if block.language == "python" and not block.skipped:
+            # Line numbers in tracebacks are those of the page.
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_the_commands_of_a_page_have_the_options_it_names(page):
+    typer = pytest.importorskip("typer")
+    from textgym.agents.cli import app
+
+    commands = typer.main.get_command(app).commands
+    for block in blocks(page):
+        for line in block.code.splitlines() if block.language == "bash" else []:
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["textgym"]:
+                continue
+            known = {"--help"} | {option for parameter in commands[words[1]].params for option in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= known, f"{page.name}: {line}"
+
+
+def test_every_page_of_the_docs_is_in_the_navigation():
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(named) == sorted(pages)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as ``make docs`` builds it; a warning is an error there."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+NEEDS_MKDOCS = pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs")
+
+
+@NEEDS_MKDOCS
+@pytest.mark.slow
+def test_the_site_builds_and_takes_nothing_from_other_hosts(site):
+    loads = re.compile(
+        r"<(?:script|img|iframe)[^>]*\ssrc=\"?https?:|<link[^>]*rel=\"?(?:stylesheet|preconnect)\"?[^>]*https?:"
+    )
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        assert not loads.search(page.read_text(encoding="utf-8")), page.name
+
+
+@NEEDS_MKDOCS
+@pytest.mark.slow
+def test_the_reference_has_the_docstrings_of_all_three_folders_and_no_sphinx_roles(site):
+    for page, name in {"envs": "TextGenEnv", "agents": "LanguageModelPolicy", "kl": "kl_estimate"}.items():
+        text = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
+        assert f'id="textgym.{page}.{name}"' in text
+        assert ":class:" not in text
+        assert ":param" not in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("griffe") is None, reason="needs griffe, which comes with mkdocstrings")
+def test_the_examples_of_the_griffe_extension_hold():
+    path = ROOT / "docs" / "sphinx_roles.py"
+    specification = importlib.util.spec_from_file_location("sphinx_roles", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
