@@ -199,7 +199,7 @@ def test_generate_evaluate_and_plot_read_a_run(finished: RunFolder, tmp_path: Pa
     result = invoke("generate", str(finished.path), "-n", "3", "--json")
     rows = [json.loads(line) for line in result.output.splitlines()]
     assert len(rows) == 3
-    assert all(len(row["rewards"]) == len(row["tokens"]) for row in rows)
+    assert all(len(row["token_rewards"]) == len(row["tokens"]) > 0 for row in rows)
 
     result = invoke("evaluate", str(finished.model), str(finished.best), "-n", "6", "-o", str(tmp_path / "e"))
     assert result.exit_code == 0, result.output
