@@ -436,7 +436,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
                 raise ValueError(message)
             if names:
                 warnings.warn(f"{message}. trust=True says that you do", TrustWarning, stacklevel=2)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        vec_env = None if env is None else as_vec_env(env)
+        return super().load(path, vec_env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def save_pretrained(self, directory: str | pathlib.Path) -> None:
         """Write the agent as files without code: a Hugging Face checkpoint, the value head and the configuration.
@@ -487,7 +488,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         }
         model = cls(
             "LanguageModelPolicy",
-            env,
+            None if env is None else as_vec_env(env),  # type: ignore[arg-type]
             policy_kwargs=policy_kwargs,
             device=device,
             _init_setup_model=env is not None,

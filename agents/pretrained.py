@@ -97,7 +97,7 @@ def load_value_head(model: TextOnPolicyAlgorithm, folder: Path) -> None:
 def stored_spaces(configuration: dict[str, Any]) -> tuple[spaces.Dict, spaces.Discrete]:
     """The spaces of the environment that the agent was trained in."""
     context, vocab_size = configuration["context"], configuration["vocab_size"]
-    observation = {
+    observation: dict[str, spaces.Space[Any]] = {
         "input_ids": spaces.Box(0, vocab_size - 1, (context,), np.int64),
         "attention_mask": spaces.Box(0, 1, (context,), np.int8),
         "prompt_length": spaces.Box(0, context, (1,), np.int64),
@@ -135,7 +135,7 @@ def pickled_names(path: str | Path | io.BufferedIOBase) -> list[str]:
     """
     if isinstance(path, str | Path) and not Path(path).exists():
         path = f"{path}.zip"
-    with zipfile.ZipFile(path) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(path) as archive:
         data = json.loads(archive.read("data"))
     if isinstance(path, io.BufferedIOBase):
         path.seek(0)

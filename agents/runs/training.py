@@ -33,7 +33,7 @@ from textgym.prompt_files import load_prompt_file
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_prompts
 from textgym.rewards import Reward, as_reward
 
-AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {"ppo": PPO}
+AGENTS = {"ppo": PPO}
 
 
 # From options to objects
@@ -142,12 +142,13 @@ def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> Tex
         if config.lora_target_modules is not None:
             policy["lora"]["target_modules"] = config.lora_target_modules
     rate = config.learning_rate
+    normalize: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}
     return AGENTS[algorithm](
         "LanguageModelPolicy",
         envs,
         learning_rate=rate if config.lr_schedule == "constant" else LinearSchedule(rate, 0.0, 1.0),
         n_steps=config.n_steps or config.max_new_tokens,
-        normalize_advantage={"minibatch": True, "rollout": "rollout", "none": False}[config.normalize_advantage],
+        normalize_advantage=normalize[config.normalize_advantage],
         policy_kwargs=policy,
         **{name: getattr(config, name) for name in _AGENT_OPTIONS},
     )
@@ -242,17 +243,17 @@ class Run:
             self.recorder.stop_requested = True
             print("\nStopping after this rollout and its update; once more to stop at once", file=sys.stderr)
 
-        before: dict[int, Any] = {}
+        before: dict[signal.Signals, Any] = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, request)
+            for which in (signal.SIGINT, signal.SIGTERM):
+                before[which] = signal.signal(which, request)
         except ValueError:  # not in the main thread, which alone gets signals
             pass
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for which, handler in before.items():
+                signal.signal(which, handler)
 
     def _write_tables(self) -> None:
         rows = self.recorder.metrics.rows()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -239,13 +240,13 @@ def distil(passes: float, learning_rate: float = 1e-3, real_weight: int = 2, bat
                 mean.update_parameters(model)
             if time.time() - reported > 45:
                 reported = time.time()
-                held = held_out_nats(mean.module, held_out)
+                held = held_out_nats(cast(LlamaForCausalLM, mean.module), held_out)
                 print(
                     f"distillation: step {step}/{total} {time.time() - started:.0f} s loss {running:.3f} "
                     f"held out, mean of weights {held:.4f}",
                     flush=True,
                 )
-    model = mean.module
+    model = cast(LlamaForCausalLM, mean.module)
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config.do_sample = True
     model.generation_config.max_length = 64
