@@ -39,6 +39,7 @@ def check_files() -> None:
         check(Path(module.__file__).parent == package / name, f"textgym.{name} can be imported")
     check(bool(textgym.embedded.load_prompts("test")), "prompts are there")
     check(bool(textgym.embedded.WordSentiment()), "the judge is there")
+    check(textgym.hyperparams.hyperparams_file("ppo").is_file(), "the hyperparameters for rl_zoo3 are there")
 
 
 def check_environment() -> None:
