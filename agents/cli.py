@@ -170,7 +170,7 @@ class _Subject:
     config: RunConfig
 
 
-def _open(path: str) -> _Subject:
+def _open(path: str, trusted: bool) -> _Subject:
     """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes."""
     from textgym.agents.runs.folder import RunFolder
     from textgym.agents.runs.training import Run, run_config
@@ -182,11 +182,23 @@ def _open(path: str) -> _Subject:
         for part in (folder.model, folder.best):
             if part.is_dir():
                 return _Subject(path, load_language_model(str(part), dtype=config.dtype, device=config.device), config)
+        _check_trusted(config, path, trusted)
         run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
         return _Subject(path, run.agent.policy.language_model, config)
     parent = RunFolder(Path(path).parent)
     config = run_config(parent.path)[1] if parent.config.is_file() else RunConfig()
     return _Subject(path, load_language_model(path, dtype=config.dtype, device=config.device), config)
+
+
+def _check_trusted(config: RunConfig, path: str, trusted: bool) -> None:
+    """:raises ValueError: if the run's reward is Python code that the user hasn't asked for"""
+    from textgym.agents.runs.training import names_code
+
+    if names_code(config.reward) and not trusted:
+        raise ValueError(
+            f"the reward of the run {path} is Python code, {config.reward}, and would be run now: give --trust-code if "
+            "the run is yours, or name a reward with --reward"
+        )
 
 
 def _measures(config: RunConfig, options: dict[str, Any]) -> tuple[RunConfig, LanguageModel, Reward]:
@@ -205,8 +217,18 @@ def _held_out(config: RunConfig, number: int) -> list[PromptRow]:
     return list(load_prompts(config)[1])[:number]
 
 
+def _prompt_room(config: RunConfig, model: LanguageModel) -> int:
+    """Most tokens of a prompt, as in the run's environment."""
+    from textgym.envs.options import prompt_room
+
+    return prompt_room(config.max_prompt_tokens, config.max_new_tokens, model.vocabulary.context_limit)
+
+
 _Model = Annotated[str, typer.Argument(help="a run's folder, a directory that train wrote, any model, or embedded")]
 _Reward = Annotated[str | None, typer.Option("--reward", help="as for train; default the run's")]
+_TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="run the Python file or module that the run has as its reward")
+]
 _Tokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
 _Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]
 _Seed = Annotated[int, typer.Option("--seed", help="of the sampling")]
@@ -220,6 +242,7 @@ def generate(
     ] = None,
     number: Annotated[int, typer.Option("--number", "-n", help="held-out prompts to complete, without --prompt")] = 8,
     reward: _Reward = None,
+    trust_code: _TrustCode = False,
     max_new_tokens: _Tokens = None,
     temperature: _Temperature = None,
     deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
@@ -231,7 +254,9 @@ def generate(
         from textgym.agents.reports import coloured_completion
         from textgym.evaluation import score_tokens
 
-        subject = _open(model)
+        subject = _open(model, trust_code)
+        if reward is None:
+            _check_trusted(subject.config, model, trust_code)
         options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
         config, reference, phi = _measures(subject.config, options)
         prompts: Any = prompt or _held_out(config, number)
@@ -244,6 +269,7 @@ def generate(
             min_new_tokens=config.min_new_tokens,
             temperature=config.temperature,
             stop=config.stop,
+            max_prompt_tokens=None if prompt else _prompt_room(config, subject.model),
             deterministic=deterministic,
             seed=seed,
         )
@@ -264,6 +290,7 @@ def evaluate(
     number: Annotated[int, typer.Option("--number", "-n", help="held-out prompts")] = 256,
     completions: Annotated[int, typer.Option(help="completions of each prompt")] = 1,
     reward: _Reward = None,
+    trust_code: _TrustCode = False,
     prompts: Annotated[
         str | None, typer.Option(help="evaluate on all prompts of this file instead; default the held-out ones")
     ] = None,
@@ -281,7 +308,9 @@ def evaluate(
         from textgym.evaluation import evaluate as measure
         from textgym.prompt_files import load_prompt_file
 
-        subjects = [_open(path) for path in models]
+        subjects = [_open(path, trust_code) for path in models]
+        if reward is None:
+            _check_trusted(subjects[0].config, models[0], trust_code)
         options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
         config, reference_model, phi = _measures(subjects[0].config, options)
         rows: Any
@@ -304,6 +333,7 @@ def evaluate(
                     min_new_tokens=config.min_new_tokens,
                     temperature=config.temperature,
                     stop=config.stop,
+                    max_prompt_tokens=_prompt_room(config, subject.model),
                     seed=seed,
                 )
         console.print(reports.comparison_table(evaluations))

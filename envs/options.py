@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.kl import KL_ESTIMATORS
 
+DEFAULT_MAX_PROMPT_TOKENS = 64
 RENDER_MODES = ("ansi", "human", "rgb_array")
 
 
@@ -167,3 +168,26 @@ def _check_int(name: str, value: Any, low: int, also: str = "") -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(c) for c in choices)}")
+
+
+def prompt_room(max_prompt_tokens: int | None, max_new_tokens: int, context_limit: int | None) -> int:
+    """Most tokens of a prompt: as asked, or 64, or what the model's context leaves.
+
+    :param max_prompt_tokens: the option, None where it isn't given
+    :param max_new_tokens: the option
+    :param context_limit: most tokens that the model takes, None for any number
+    :raises ValueError: if the two options are together more than that
+    """
+    room = None if context_limit is None else context_limit - max_new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model's context is {context_limit}"
+        )
+    if max_prompt_tokens is None:
+        return DEFAULT_MAX_PROMPT_TOKENS if room is None else min(DEFAULT_MAX_PROMPT_TOKENS, room)
+    if room is not None and max_prompt_tokens > room:
+        raise ValueError(
+            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} are together more than the "
+            f"model's context of {context_limit} tokens"
+        )
+    return max_prompt_tokens

@@ -20,7 +20,7 @@ from textgym.envs.action_masks import ActionMasks
 from textgym.envs.calibration import calibrate
 from textgym.envs.deferred import PendingSteps
 from textgym.envs.infos import VectorInfos
-from textgym.envs.options import TextGenOptions, check_number, share
+from textgym.envs.options import TextGenOptions, check_number, prompt_room, share
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
 from textgym.envs.scoring import DeferredScores, Scorer
 from textgym.envs.texts import Texts
@@ -33,8 +33,6 @@ from textgym.language_model import (
 )
 from textgym.prompts import PromptRow, as_prompt_source
 from textgym.rewards import Reward, as_reward
-
-DEFAULT_MAX_PROMPT_TOKENS = 64
 
 
 class TextGenVectorEnv(VectorEnv):
@@ -83,7 +81,9 @@ class TextGenVectorEnv(VectorEnv):
         self._prompts = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
         self.vocab_size = self.vocabulary.size
         self.max_new_tokens = self.options.max_new_tokens
-        self.max_prompt_tokens = self._prompt_room(self.vocabulary.context_limit)
+        self.max_prompt_tokens = prompt_room(
+            self.options.max_prompt_tokens, self.max_new_tokens, self.vocabulary.context_limit
+        )
         self.context = self.max_prompt_tokens + self.max_new_tokens
         self._kl_coef = float(self.options.kl_coef)
         self._scorer = Scorer(
@@ -494,10 +494,7 @@ class TextGenVectorEnv(VectorEnv):
                 UserWarning,
                 stacklevel=2,
             )
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[0] == bos and self.max_prompt_tokens > 1:
-            return [bos, *ids[-(self.max_prompt_tokens - 1) :]]  # models trained with BOS expect it
-        return ids[-self.max_prompt_tokens :]
+        return self.vocabulary.cut_left(ids, self.max_prompt_tokens)
 
     def _add_reset_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
         infos.put("prompt", rows, [self._texts.prompts[row].prompt for row in rows], object)
@@ -535,23 +532,6 @@ class TextGenVectorEnv(VectorEnv):
             device=self.options.device,
             dtype=self.options.dtype,
         )
-
-    def _prompt_room(self, limit: int | None) -> int:
-        """Most prompt tokens: as asked, or 64, or what the model's context leaves."""
-        room = None if limit is None else limit - self.max_new_tokens
-        if room is not None and room < 1:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt: the model's context is {limit}"
-            )
-        asked = self.options.max_prompt_tokens
-        if asked is None:
-            return DEFAULT_MAX_PROMPT_TOKENS if room is None else min(DEFAULT_MAX_PROMPT_TOKENS, room)
-        if room is not None and asked > room:
-            raise ValueError(
-                f"max_prompt_tokens={asked} and max_new_tokens={self.max_new_tokens} are together more than the "
-                f"model's context of {limit} tokens"
-            )
-        return asked
 
     def _seed_rows(self, seed: Any, rows: np.ndarray) -> None:
         if seed is None and self._seeds is None and self.options.seed is not None:

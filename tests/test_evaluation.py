@@ -307,6 +307,7 @@ def test_evaluating_twice_gives_the_same_bits_with_a_reward_model() -> None:
         ({"min_new_tokens": 99}, ValueError, "min_new_tokens=99 is more than max_new_tokens=32"),
         ({"batch_size": 1.5}, ValueError, "batch_size=1.5 must be a whole number"),
         ({"temperature": 0.0}, ValueError, "temperature=0.0 must be finite and greater than 0"),
+        ({"max_prompt_tokens": 0}, ValueError, "max_prompt_tokens=0 must be a whole number, at least 1"),
         ({"stop": [""]}, ValueError, r"stop=\[''\] must be a non-empty string"),
     ],
 )
@@ -320,3 +321,14 @@ def test_impossible_evaluations_are_refused_before_anything_is_sampled(
 def test_a_reference_with_other_tokens_is_refused(models: tuple[LanguageModel, LanguageModel]) -> None:
     with pytest.raises(ValueError, match="the reference embedded has another vocabulary than the model LlamaForCausal"):
         evaluate(models[0], load_language_model(), FunctionReward(words), PROMPTS)
+
+
+def test_long_prompts_are_cut_on_the_left_as_in_the_environment(models: tuple[LanguageModel, LanguageModel]) -> None:
+    model, reference = models
+    prompts = ["the film is good " * 40, "the film"]
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than max_prompt_tokens=5 and were cut on the left"):
+        cut = evaluate(model, reference, FunctionReward(words), prompts, max_prompt_tokens=5, seed=3)
+    end = model.tokenizer.decode(model.encode(prompts[0])[-5:])
+    short = evaluate(model, reference, FunctionReward(words), [end, "the film"], seed=3)
+    assert cut.completions == short.completions
+    np.testing.assert_allclose(cut.ref_log_prob, short.ref_log_prob, atol=1e-6)

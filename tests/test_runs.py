@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,3 +310,30 @@ def test_a_reward_is_a_function_in_a_file_or_an_object_in_a_module(tmp_path: Pat
     file.write_text("def short(prompts, completions, **columns):\n    return [1 / (1 + len(c)) for c in completions]\n")
     reward = load_reward(f"{file}:short")
     assert reward(prompts=["a"], completions=["abc"]) == [0.25]
+
+
+def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.py"
+    ran = tmp_path / "ran"
+    file.write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "def short(prompts, completions, **columns):\n    return [1 / (1 + len(c)) for c in completions]\n"
+    )
+    path = tmp_path / "run"
+    assert Run("ppo", RunConfig(**{**SMALL, "timesteps": 24, "reward": f"{file}:short"}), path).train()
+    ran.unlink()
+    for arguments in (("generate", str(path), "-n", "1"), ("evaluate", str(path), "-n", "2")):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert "is Python code" in result.output
+        assert not ran.exists()
+        assert invoke(*arguments, "--reward", "embedded").exit_code == 0
+        assert not ran.exists()
+    result = invoke("generate", str(path), "-n", "1", "--trust-code")
+    assert result.exit_code == 0, result.output
+    assert ran.exists()
+    for folder in (RunFolder(path).model, RunFolder(path).best):  # as after a run that was stopped early
+        shutil.rmtree(folder, ignore_errors=True)
+    ran.unlink()
+    assert invoke("generate", str(path), "-n", "1", "--reward", "embedded").exit_code == 2
+    assert not ran.exists()

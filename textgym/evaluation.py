@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -220,6 +221,7 @@ def evaluate(
     min_new_tokens: int = 0,
     temperature: float = 1.0,
     stop: str | Sequence[str] | None = None,
+    max_prompt_tokens: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -237,6 +239,8 @@ def evaluate(
     :param completions_per_prompt: how many of each prompt
     :param temperature: of sampling; log-probabilities are taken at the same temperature, as the environment does
     :param stop: strings that end a completion, with the token that completes one
+    :param max_prompt_tokens: longer prompts are cut on the left, with one warning, as the environment does; None for
+        prompts that all have to fit the model's context
     :param batch_size: completions written side by side
     :param seed: of the sampling
     :param progress: called after each batch with the number of texts done and of all texts
@@ -251,9 +255,8 @@ def evaluate(
     _check_at_least("completions_per_prompt", completions_per_prompt, 1)
     rows = [row for row in _as_rows(prompts, model) for _ in range(completions_per_prompt)]
     parts, finish_reasons = [], []
-    for batch, reasons in _sampled(
-        model, rows, max_new_tokens, min_new_tokens, temperature, _as_stop_strings(stop), batch_size, seed
-    ):
+    sampling = _Sampling(max_new_tokens, min_new_tokens, temperature, _as_stop_strings(stop), max_prompt_tokens)
+    for batch, reasons in sampling.batches(model, rows, batch_size, seed):
         log_prob = completion_log_probs(model, batch, temperature)
         ref_log_prob = completion_log_probs(reference, batch, temperature)
         reward.forget(batch.rows)  # what was scored before must not show, not even in the last bits
@@ -277,7 +280,8 @@ def evaluate(
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
             "temperature": temperature,
-            "stop": list(_as_stop_strings(stop)),
+            "stop": list(sampling.stop),
+            "max_prompt_tokens": max_prompt_tokens,
             "batch_size": batch_size,
             "seed": seed,
         },
@@ -332,6 +336,7 @@ def score_tokens(
     temperature: float = 1.0,
     deterministic: bool = False,
     stop: str | Sequence[str] | None = None,
+    max_prompt_tokens: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[ScoredCompletion]:
@@ -343,17 +348,10 @@ def score_tokens(
     The other parameters and what is raised: as for :func:`evaluate`.
     """
     scored = []
-    for batch, reasons in _sampled(
-        model,
-        _as_rows(prompts, model),
-        max_new_tokens,
-        min_new_tokens,
-        temperature,
-        _as_stop_strings(stop),
-        batch_size,
-        seed,
-        deterministic,
-    ):
+    sampling = _Sampling(
+        max_new_tokens, min_new_tokens, temperature, _as_stop_strings(stop), max_prompt_tokens, deterministic
+    )
+    for batch, reasons in sampling.batches(model, _as_rows(prompts, model), batch_size, seed):
         kl: list[np.ndarray] | list[None] = [None] * len(batch)
         if reference is not None:
             own, other = (token_log_probs(one, batch, temperature) for one in (model, reference))
@@ -397,56 +395,76 @@ def token_log_probs(model: LanguageModel, batch: PrefixBatch, temperature: float
     return np.split(chosen.double().cpu().numpy(), np.cumsum(counts)[:-1])
 
 
-def _sampled(
-    model: LanguageModel,
-    rows: Sequence[PromptRow],
-    max_new_tokens: int,
-    min_new_tokens: int,
-    temperature: float,
-    stop: Sequence[str],
-    batch_size: int,
-    seed: int,
-    deterministic: bool = False,
-) -> Iterator[tuple[PrefixBatch, list[str]]]:
-    """Batches of completions, and why each of them ended."""
-    _check_at_least("max_new_tokens", max_new_tokens, 1)
-    _check_at_least("min_new_tokens", min_new_tokens, 0)
-    _check_at_least("batch_size", batch_size, 1)
-    if min_new_tokens > max_new_tokens:
-        raise ValueError(f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature!r} must be finite and greater than 0")
-    starts = [_encoded(model, row.prompt, max_new_tokens) for row in rows]  # all of them before the first is completed
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    for start in range(0, len(rows), batch_size):
-        batch = complete_rows(
-            model,
-            rows[start : start + batch_size],
-            starts[start : start + batch_size],
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            temperature=temperature,
-            deterministic=deterministic,
-            generator=generator,
-        )
-        batch, stopped = cut_at_stop_strings(batch, stop, min_new_tokens)
-        ends = zip(batch.finished.tolist(), stopped.tolist(), strict=True)
-        yield batch, ["eos" if at_eos else "stop" if at_stop else "length" for at_eos, at_stop in ends]
+@dataclass
+class _Sampling:
+    """How completions are written; the names are those of :func:`evaluate`."""
 
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    stop: tuple[str, ...]
+    max_prompt_tokens: int | None
+    deterministic: bool = False
 
-def _encoded(model: LanguageModel, prompt: str, max_new_tokens: int) -> list[int]:
-    ids = model.encode(prompt)
-    if not ids:
-        raise ValueError(
-            f"the tokenizer makes no token of the prompt {prompt[:60]!r}; give prompts that have at least one"
-        )
-    limit = model.vocabulary.context_limit
-    if limit is not None and len(ids) + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} are together more than the context of "
-            f"{limit} tokens that {model.name} has: {prompt[:60]!r}..."
-        )
-    return ids
+    def __post_init__(self) -> None:
+        _check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        _check_at_least("min_new_tokens", self.min_new_tokens, 0)
+        if self.max_prompt_tokens is not None:
+            _check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature!r} must be finite and greater than 0")
+
+    def batches(
+        self, model: LanguageModel, rows: Sequence[PromptRow], batch_size: int, seed: int
+    ) -> Iterator[tuple[PrefixBatch, list[str]]]:
+        """Batches of completions, and why each of them ended."""
+        _check_at_least("batch_size", batch_size, 1)
+        starts = self._encoded(model, [row.prompt for row in rows])  # all of them before the first is completed
+        generator = torch.Generator(device=model.device).manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            batch = complete_rows(
+                model,
+                rows[start : start + batch_size],
+                starts[start : start + batch_size],
+                max_new_tokens=self.max_new_tokens,
+                min_new_tokens=self.min_new_tokens,
+                temperature=self.temperature,
+                deterministic=self.deterministic,
+                generator=generator,
+            )
+            batch, stopped = cut_at_stop_strings(batch, self.stop, self.min_new_tokens)
+            ends = zip(batch.finished.tolist(), stopped.tolist(), strict=True)
+            yield batch, ["eos" if at_eos else "stop" if at_stop else "length" for at_eos, at_stop in ends]
+
+    def _encoded(self, model: LanguageModel, prompts: list[str]) -> list[list[int]]:
+        """Token ids of the prompts, cut where that was asked for."""
+        encoded = []
+        cut: list[str] = []
+        for prompt in prompts:
+            ids = model.encode(prompt)
+            if not ids:
+                raise ValueError(
+                    f"the tokenizer makes no token of the prompt {prompt[:60]!r}; give prompts that have at least one"
+                )
+            if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+                ids = model.vocabulary.cut_left(ids, self.max_prompt_tokens)
+                cut.append(prompt)
+            limit = model.vocabulary.context_limit
+            if limit is not None and len(ids) + self.max_new_tokens > limit:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} are together more than "
+                    f"the context of {limit} tokens that {model.name} has: {prompt[:60]!r}..."
+                )
+            encoded.append(ids)
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(prompts)} prompts are longer than max_prompt_tokens={self.max_prompt_tokens} and "
+                f"were cut on the left, such as {cut[0][:60]!r}...",
+                stacklevel=4,
+            )
+        return encoded
 
 
 def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:

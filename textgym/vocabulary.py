@@ -53,6 +53,19 @@ class Vocabulary:
             ids = ids[:-1]  # a prompt is to be continued
         return ids
 
+    def cut_left(self, ids: list[int], limit: int) -> list[int]:
+        """The last ``limit`` token ids of a prompt; a BOS at its start, which models trained with one expect, stays.
+
+        :param ids: of the prompt
+        :param limit: most tokens to keep, at least 1
+        """
+        if len(ids) <= limit:
+            return ids
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[0] == bos and limit > 1:
+            return [bos, *ids[-(limit - 1) :]]
+        return ids[-limit:]
+
 
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Most tokens of a row that the model was built for.

@@ -169,6 +169,7 @@ def held_out_evaluation(model: TextOnPolicyAlgorithm, envs: TextGenVectorEnv, pr
         min_new_tokens=options.min_new_tokens,
         temperature=envs.temperature,
         stop=options.stop_strings,
+        max_prompt_tokens=envs.max_prompt_tokens,
         seed=0,
     )
 

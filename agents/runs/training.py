@@ -39,6 +39,12 @@ AGENTS = {"ppo": PPO}
 # From options to objects
 
 
+def names_code(reward: str) -> bool:
+    """Whether loading a reward of that name runs a Python file or imports a module."""
+    where, colon, _ = reward.rpartition(":")
+    return bool(colon) and len(where) > 1  # a drive letter is no module
+
+
 def load_reward(text: str) -> Reward:
     """The reward that an option names.
 
@@ -48,9 +54,9 @@ def load_reward(text: str) -> Reward:
     """
     if text == "embedded":
         return as_reward(None)
-    where, colon, name = text.rpartition(":")
-    if not colon or len(where) < 2:  # a drive letter is no module
+    if not names_code(text):
         return as_reward(text)
+    where, _, name = text.rpartition(":")
     if where.endswith(".py"):
         path = Path(where)
         if not path.is_file():

@@ -37,6 +37,7 @@ from .text import words
 
 FOLDER = CACHE / "soft_labels"
 WIDTH = 24  # the teacher's pieces kept at each place
+REAL_WEIGHT = 2  # how often a real snippet is seen for each time a sampled one is
 REAL_HARD = 0.2  # how much of a real snippet's loss is the ordinary one
 
 
@@ -198,23 +199,25 @@ def soft_nats(model: LlamaForCausalLM, batch: list[LabelledText], hard: Tensor) 
     return ((1 - hard) * soft - hard * of_actual).mean()
 
 
-def distil(passes: float, learning_rate: float = 1e-3, real_weight: int = 2, batch_size: int = 160) -> None:
-    """Go on from the language model trained on text alone, now with soft labels; store float16, the shipped form.
+def distil(
+    passes: float, start: str, name: str, seed: int = 0, learning_rate: float = 1e-3, batch_size: int = 160
+) -> None:
+    """Go on from the model of one stage, now with soft labels; store float16, the shipped form, as another stage.
 
     What is stored is the mean of the weights over the last three quarters of the steps, at a constant learning rate
     (stochastic weight averaging, Izmailov et al. 2018): a learning rate that falls to zero fits the texts too closely
     here, the perplexity on held-out snippets rises while the loss falls.
     """
-    folder = CACHE / "distilled_model"
+    folder = CACHE / name
     if (folder / "model.safetensors").exists():
         return
-    torch.manual_seed(0)
-    rng = random.Random(0)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
     started = reported = time.time()
-    model = AutoModelForCausalLM.from_pretrained(CACHE / "language_model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(CACHE / start, dtype=torch.float32)
     mean = AveragedModel(model)
     # a person wrote the real snippets, so what really follows is worth something there; elsewhere it is the teacher's
-    texts = [(text, REAL_HARD) for text in load("real") * real_weight] + [(text, 0.0) for text in load("sampled")]
+    texts = [(text, REAL_HARD) for text in load("real") * REAL_WEIGHT] + [(text, 0.0) for text in load("sampled")]
     held_out = encode([s.text for s in movie_snippets()["validation"]])
     total = round(passes * len(texts) / batch_size)
     print(f"distillation: {len(texts)} texts, {total} steps", flush=True)
@@ -247,9 +250,30 @@ def distil(passes: float, learning_rate: float = 1e-3, real_weight: int = 2, bat
                     flush=True,
                 )
     model = cast(LlamaForCausalLM, mean.module)
+    save(model, folder)
+    (folder / "seconds.json").write_text(json.dumps(round(time.time() - started)))
+
+
+def average(first: str, second: str, name: str, temperature: float) -> None:
+    """Store the mean of the weights of two stages, its logits divided by ``temperature`` through the last norm.
+
+    Two models on from the same beginning average to a better one than either (Wortsman et al. 2022, "Model soups").
+    """
+    folder = CACHE / name
+    if (folder / "model.safetensors").exists():
+        return
+    model = AutoModelForCausalLM.from_pretrained(CACHE / first, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(CACHE / second, dtype=torch.float32)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_((mine + theirs) / 2)
+        model.model.norm.weight /= temperature
+    save(model, folder)
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config.do_sample = True
     model.generation_config.max_length = 64
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.copy_files(folder)
-    (folder / "seconds.json").write_text(json.dumps(round(time.time() - started)))
