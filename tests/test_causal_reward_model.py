@@ -16,9 +16,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -49,6 +55,13 @@ def classifier(architecture: str) -> torch.nn.Module:
         }
         return Qwen2ForSequenceClassification(
             Qwen2Config(**shape, **sizes, intermediate_size=64, max_position_embeddings=CONTEXT)
+        )
+    if architecture == "bloom":  # positions come from the attention mask: no slot cache can serve it
+        return BloomForSequenceClassification(BloomConfig(**shape, hidden_size=32, n_layer=2, n_head=2))
+    if architecture == "mistral":  # its attention window is shorter than the texts
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        return MistralForSequenceClassification(
+            MistralConfig(**shape, **sizes, intermediate_size=64, max_position_embeddings=CONTEXT, sliding_window=5)
         )
     return tiny_causal_reward_model()
 
@@ -116,6 +129,29 @@ def test_stepping_with_the_cache_equals_one_pass_equals_hugging_face(architectur
             assert stepped[row] == pytest.approx(in_one_pass[row][length], abs=ATOL)
             ids = PROMPTS[row] + COMPLETIONS[row][:length]
             assert stepped[row] == pytest.approx(hugging_face_score(model, ids), abs=ATOL)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mistral"])
+def test_what_the_slot_cache_can_not_serve_is_stepped_by_whole_prefixes(architecture, batch):
+    model = classifier(architecture)
+    reward = CausalRewardModel(model, TOKENIZER)
+    steps = [np.minimum(step, batch.completion_lengths) for step in range(max(map(len, COMPLETIONS)) + 1)]
+    with pytest.warns(UserWarning, match=f"reward={type(model).__name__}: every new token .* exact but slow"):
+        stepped_scores = [reward.potentials(batch.at(np.arange(3), lengths)) for lengths in steps]
+    in_one_pass = reward.prefix_potentials(batch, all_lengths(batch))
+    for lengths, stepped in zip(steps, stepped_scores, strict=True):
+        for row, length in enumerate(lengths):
+            score = hugging_face_score(model, PROMPTS[row] + COMPLETIONS[row][:length])
+            assert stepped[row] == pytest.approx(score, abs=ATOL)
+            assert in_one_pass[row][length] == pytest.approx(score, abs=ATOL)
+
+
+def test_a_model_that_reads_both_ways_is_no_causal_reward_model():
+    shape = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(**shape, intermediate_size=64, num_labels=1))
+    model.score = model.classifier
+    with pytest.raises(ValueError, match="hidden states of BertForSequenceClassification change by"):
+        CausalRewardModel(model, TOKENIZER)
 
 
 def test_texts_are_scored_with_the_end_of_sequence_token(model, reward):

@@ -6,94 +6,161 @@ through the model the plain way and through the machinery when it is opened, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from textgym.cached_model import CachedModel
 from textgym.prefix_model import PrefixModel
 from textgym.shared_weights import copy_sharing_weights
-from textgym.vocabulary import context_limit
-
-if TYPE_CHECKING:
-    from textgym.language_model import LanguageModel
+from textgym.vocabulary import context_limit, position_limit
 
 TOKENS = 8  # of the rows that are tried; less where the model's context is shorter
 FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError)
 
 
+@dataclass(frozen=True)
+class SteppedModel:
+    """A model whose trunk is stepped and whose head textgym applies itself.
+
+    - ``name``: what messages call it, such as ``language_model=embedded``
+    - ``head``: what textgym makes of hidden states ``(..., H)``: ``(..., V)``
+    - ``output``: what the model itself makes of one row of token ids ``(1, L)`` at its last token: ``(V,)``
+    """
+
+    model: PreTrainedModel
+    name: str
+    vocab_size: int
+    head: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor], Tensor]
+
+
+class Stepping:
+    """Gives the machinery that steps a model exactly: with a slot cache where that can be, else by whole prefixes.
+
+    :param stepped: the model
+    :param like: of a model with the same architecture; what was found out about that one is not tried again
+    :raises ValueError: if the model is none that predicts each token from those before it
+    """
+
+    def __init__(self, stepped: SteppedModel, like: Stepping | None = None) -> None:
+        self._stepped = stepped
+        self._why_uncached: str | None = why_uncached(stepped) if like is None else like._why_uncached
+        self._cached: CachedModel | None = None
+        self._uncached: PrefixModel | None = None
+        self._told: set[str] = set() if like is None else like._told  # that it is slow, and why
+
+    def machine(self, context: int) -> CachedModel:
+        """The machinery for rows of at most ``context`` tokens.
+
+        Where the slot cache would not give the model's own probabilities, it is a :class:`PrefixModel`: as exact, but
+        slower. A warning says so, once for a model and its copies.
+
+        :raises ValueError: if the model was not built for so many tokens
+        """
+        stepped, reason, limit = self._stepped, self._why_uncached, context_limit(self._stepped.model.config)
+        if reason is None and limit is not None and context > limit:
+            reason = f"rows of {context} tokens are longer than its attention window of {limit}"
+        if reason is None:
+            if self._cached is None or self._cached.context < context:
+                self._cached = CachedModel(stepped.model, context)
+            return self._cached
+        if self._uncached is None or self._uncached.context < context:
+            self._uncached = PrefixModel(stepped.model, context)
+            check_prefixes(stepped, position_limit(stepped.model.config))
+        if not self._told:
+            self._told.add(reason)
+            warnings.warn(
+                f"{stepped.name}: every new token of {type(stepped.model).__name__} costs a forward over the whole "
+                f"text before it, which is exact but slow: {reason}",
+                stacklevel=3,
+            )
+        return self._uncached
+
+    def forget(self, rows: np.ndarray | None = None) -> None:
+        """Drop what is cached, of some rows or of all."""
+        for machine in (self._cached, self._uncached):
+            if machine is not None:
+                machine.forget(rows)
+
+
 @torch.no_grad()
-def why_uncached(lm: LanguageModel) -> str | None:
+def why_uncached(stepped: SteppedModel) -> str | None:
     """Why the slot cache doesn't give this model's own probabilities; None where it does.
 
     :raises ValueError: if the model is none that predicts each token from those before it, or does more to its
         last hidden states than a linear layer
     """
-    limit = context_limit(lm.model.config)
-    plain = check_prefixes(lm, limit)  # (S, 2, H)
-    ids, stages = _rows(lm, limit)
-    expected = lm.model(input_ids=ids[1:, : stages[-1, 1]], use_cache=False).logits[0, -1].float()  # (V,)
-    logits = lm.head(plain)  # (S, 2, V)
+    limit = context_limit(stepped.model.config)
+    plain = check_prefixes(stepped, limit)  # (S, 2, H)
+    ids, stages = _rows(stepped, limit)
+    expected = stepped.output(ids[1:, : stages[-1, 1]]).float()  # (V,)
+    logits = stepped.head(plain)  # (S, 2, V)
     error = _largest(logits[-1, 1] - expected)
-    if not error <= _tolerance(lm, expected):
+    if not error <= _tolerance(stepped, expected):
         raise ValueError(
-            f"language_model={lm.name}: the logits of {type(lm.model).__name__} differ by {error:.2g} from its output "
+            f"{stepped.name}: the logits of {type(stepped.model).__name__} differ by {error:.2g} from its output "
             "layer applied to its last hidden states, and textgym computes them that way; use a decoder-only "
-            "language model without further layers behind the last"
+            "model without further layers behind the last"
         )
     try:
         # Some models note in their modules what they did with a cache, and would read it in the next forward.
-        stepper = CachedModel(copy_sharing_weights(lm.model), ids.shape[1])
-        stepped = torch.stack([lm.head(stepper.last_hidden(ids, lengths)) for lengths in stages])
+        stepper = CachedModel(copy_sharing_weights(stepped.model), ids.shape[1])
+        cached = torch.stack([stepped.head(stepper.last_hidden(ids, lengths)) for lengths in stages])
         whole = stepper.hidden_states(ids)  # (2, L, H)
-        forced = torch.stack([lm.head(whole[[0, 1], lengths - 1]) for lengths in stages])
+        forced = torch.stack([stepped.head(whole[[0, 1], lengths - 1]) for lengths in stages])
     except FAILURES as e:
         return f"a cache of keys and values can't drive it ({type(e).__name__}: {first_line(e)})"
-    error = _largest(torch.stack([stepped - logits, forced - logits]))
-    if error <= _tolerance(lm, logits):
+    error = _largest(torch.stack([cached - logits, forced - logits]))
+    if error <= _tolerance(stepped, logits):
         return None
     return f"with a cache of keys and values its logits differ by {error:.2g} from its plain forward"
 
 
 @torch.no_grad()
-def check_prefixes(lm: LanguageModel, limit: int | None) -> Tensor:
+def check_prefixes(stepped: SteppedModel, limit: int | None) -> Tensor:
     """Make sure that forwards of rows padded on the right give the model's own hidden states at their real tokens.
 
     :param limit: most tokens of a row
     :return: ``(S, 2, H)`` the hidden states that were compared, from forwards of one row each
     :raises ValueError: if they don't
     """
-    kind, advice = type(lm.model).__name__, "textgym needs a causal (decoder-only) language model"
-    if getattr(lm.model.config, "is_encoder_decoder", False):
-        raise ValueError(f"language_model={lm.name}: {kind} is an encoder-decoder model; {advice}")
-    ids, stages = _rows(lm, limit)
+    kind, advice = type(stepped.model).__name__, "textgym needs a causal (decoder-only) language model"
+    if getattr(stepped.model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{stepped.name}: {kind} is an encoder-decoder model; {advice}")
+    ids, stages = _rows(stepped, limit)
     try:
-        stepper = PrefixModel(lm.model, ids.shape[1])
-        stepped = torch.stack([stepper.last_hidden(ids, lengths) for lengths in stages]).float()  # (S, 2, H)
+        stepper = PrefixModel(stepped.model, ids.shape[1])
+        prefixes = torch.stack([stepper.last_hidden(ids, lengths) for lengths in stages]).float()  # (S, 2, H)
         whole = stepper.hidden_states(ids)  # (2, L, H)
         forced = torch.stack([whole[[0, 1], lengths - 1] for lengths in stages]).float()
-        plain = _each_alone(lm.model.base_model, ids, stages)
+        plain = _each_alone(stepped.model.base_model, ids, stages)
     except FAILURES as e:
         raise ValueError(
-            f"language_model={lm.name}: {kind} can't be run on token ids alone ({type(e).__name__}: {first_line(e)}); "
-            f"{advice}"
+            f"{stepped.name}: {kind} can't be run on token ids alone ({type(e).__name__}: {first_line(e)}); {advice}"
         ) from e
-    error = _largest(torch.stack([stepped - plain, forced - plain]))
-    if not error <= _tolerance(lm, plain):
+    error = _largest(torch.stack([prefixes - plain, forced - plain]))
+    if not error <= _tolerance(stepped, plain):
         raise ValueError(
-            f"language_model={lm.name}: the hidden states of {kind} change by {error:.2g} when tokens follow, as in "
+            f"{stepped.name}: the hidden states of {kind} change by {error:.2g} when tokens follow, as in "
             f"an encoder-only model such as BERT; {advice}"
         )
-    return plain.to(lm.model.dtype)
+    return plain.to(stepped.model.dtype)
 
 
-def _rows(lm: LanguageModel, limit: int | None) -> tuple[Tensor, np.ndarray]:
+def _rows(stepped: SteppedModel, limit: int | None) -> tuple[Tensor, np.ndarray]:
     """Two rows of random tokens ``(2, L)``, and the lengths ``(S, 2)`` they have at each stage of a rollout."""
     longest = TOKENS if limit is None else min(limit, TOKENS)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, lm.vocab_size, (2, longest), generator=generator).to(lm.device)
+    ids = torch.randint(0, stepped.vocab_size, (2, longest), generator=generator).to(stepped.model.device)
+    pad = stepped.model.config.get_text_config().pad_token_id
+    if pad is not None:  # a sequence classifier looks for the last token that is none
+        ids[ids == pad] = (pad + 1) % stepped.vocab_size
     # Two rows are begun, then go on from different places with different numbers of tokens, then with one each.
     stages = np.array([[longest - 3, 1], [longest - 1, longest - 2], [longest, longest - 1]])
     return ids, stages.clip(1, longest)
@@ -109,9 +176,9 @@ def _each_alone(trunk: nn.Module, ids: Tensor, stages: np.ndarray) -> Tensor:
     return torch.stack(parts).view(len(stages), 2, -1).float()
 
 
-def _tolerance(lm: LanguageModel, values: Tensor) -> float:
+def _tolerance(stepped: SteppedModel, values: Tensor) -> float:
     """Rounding differs between forwards of different shapes; a wrong mask or position shows in the first digit."""
-    if lm.model.dtype != torch.float32:
+    if stepped.model.dtype != torch.float32:
         relative = 5e-2
     else:  # TF32 and the like round to three digits
         relative = 3e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-2

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
-from textgym.exactness import check_prefixes, first_line, why_uncached
-from textgym.prefix_model import PrefixModel
-from textgym.vocabulary import Vocabulary, context_limit
+from textgym.exactness import SteppedModel, Stepping, first_line
+from textgym.vocabulary import Vocabulary
 
 HEAD_ELEMENTS = 2**24  # most logits held at once while scoring tokens (64 MiB in fp32); bounds memory, not results
 
@@ -64,10 +62,8 @@ class LanguageModel:
         self._multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        self._why_uncached: str | None = why_uncached(self) if like is None else like._why_uncached
-        self._cached: CachedModel | None = None
-        self._uncached: PrefixModel | None = None
-        self._told: set[str] = set() if like is None else like._told  # that it is slow, and why
+        stepped = SteppedModel(model, f"language_model={self.name}", self.vocab_size, self.head, self._last_logits)
+        self._stepping: Stepping = Stepping(stepped, None if like is None else like._stepping)
 
     @property
     def device(self) -> torch.device:
@@ -92,29 +88,17 @@ class LanguageModel:
     def cached(self, context: int) -> CachedModel:
         """The stepping machinery over this model's trunk, for rows of at most ``context`` tokens.
 
-        Where the slot cache would not give the model's own probabilities, it is a :class:`PrefixModel`: as exact, but
-        slower. A warning says so, once for a model and its copies.
+        Where the slot cache would not give the model's own probabilities, it is a
+        :class:`~textgym.prefix_model.PrefixModel`: as exact, but slower. A warning says so, once for a model and its
+        copies.
 
         :raises ValueError: if the model was not built for so many tokens
         """
-        reason, limit = self._why_uncached, context_limit(self.model.config)
-        if reason is None and limit is not None and context > limit:
-            reason = f"rows of {context} tokens are longer than its attention window of {limit}"
-        if reason is None:
-            if self._cached is None or self._cached.context < context:
-                self._cached = CachedModel(self.model, context)
-            return self._cached
-        if self._uncached is None or self._uncached.context < context:
-            self._uncached = PrefixModel(self.model, context)
-            check_prefixes(self, self.vocabulary.context_limit)
-        if not self._told:
-            self._told.add(reason)
-            warnings.warn(
-                f"language_model={self.name}: every new token of {type(self.model).__name__} costs a forward over the "
-                f"whole text before it, which is exact but slow: {reason}",
-                stacklevel=2,
-            )
-        return self._uncached
+        return self._stepping.machine(context)
+
+    def _last_logits(self, ids: Tensor) -> Tensor:
+        """The model's own logits ``(V,)`` behind one row of token ids ``(1, L)``."""
+        return self.model(input_ids=ids, use_cache=False).logits[0, -1]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states.

@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from textgym.cached_model import CachedModel
+from textgym.exactness import SteppedModel, Stepping
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
-from textgym.vocabulary import context_limit
+from textgym.vocabulary import context_limit, position_limit
 
 Activation = Literal["identity", "tanh", "sigmoid"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,8 +53,8 @@ class CausalRewardModel(Reward):
     :param dtype: what to convert the weights to; by default they stay as they are
     :param append_eos: whether the model was trained on texts that end in its end-of-sequence token. It then
         also reads that token where a completion ended by itself; otherwise it never sees it.
-    :raises ValueError: if the model has more than one label or no head called ``score``, the activation is
-        unknown, or ``append_eos`` is set and the tokenizer has no end-of-sequence token
+    :raises ValueError: if the model has more than one label or no head called ``score`` or is not causal, the
+        activation is unknown, or ``append_eos`` is set and the tokenizer has no end-of-sequence token
     """
 
     def __init__(
@@ -86,9 +87,14 @@ class CausalRewardModel(Reward):
         self.tokenizer = tokenizer
         self.activation = activation
         self.append_eos = append_eos
-        self._name = type(model).__name__
-        self._limit = context_limit(model.config)
-        self._cached: CachedModel | None = None
+        self._name = Path(model.name_or_path).name or type(model).__name__
+        self._limit = position_limit(model.config)
+        vocab_size = int(model.config.get_text_config().vocab_size)
+        self._stepping = Stepping(
+            SteppedModel(
+                model, f"reward={self._name}", vocab_size, lambda hidden: model.score(hidden), self._own_output
+            )
+        )
         # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
         self._vocabularies: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
 
@@ -125,15 +131,13 @@ class CausalRewardModel(Reward):
                 f"{str(path)!r} is not a trained reward model: it has no weights for {', '.join(missing[:3])}"
                 f"{' and others' if len(missing) > 3 else ''}"
             )
-        reward = cls(
+        return cls(
             model,
             AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer,
             activation=activation,
             device=device,
             append_eos=append_eos,
         )
-        reward._name = Path(path).name
-        return reward
 
     @property
     def name(self) -> str:
@@ -206,8 +210,7 @@ class CausalRewardModel(Reward):
         return np.split(self._checked(np.concatenate(scores), origin), bounds)
 
     def forget(self, rows: np.ndarray) -> None:
-        if self._cached is not None:
-            self._cached.forget(rows)
+        self._stepping.forget(rows)
 
     def _reads_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether that tokenizer's ids mean the same to this model."""
@@ -284,10 +287,15 @@ class CausalRewardModel(Reward):
         The cache is allocated for as long as rows have been, in powers of two, not for the model's whole
         context.
         """
-        if self._cached is None or self._cached.context < longest:
-            room = max(64, 1 << (longest - 1).bit_length())
-            self._cached = CachedModel(self.model, room if self._limit is None else min(room, self._limit))
-        return self._cached
+        room = max(64, 1 << (longest - 1).bit_length())
+        window = context_limit(self.model.config)
+        if window is not None and longest <= window:
+            room = min(room, window)
+        return self._stepping.machine(room if self._limit is None else min(room, self._limit))
+
+    def _own_output(self, ids: Tensor) -> Tensor:
+        """What the model itself says of one row of token ids ``(1, L)``: ``(1,)``."""
+        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
 
     def _check_lengths(self, lengths: np.ndarray, origin: Origin) -> None:
         limit = np.inf if self._limit is None else self._limit
