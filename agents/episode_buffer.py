@@ -35,6 +35,11 @@ class Segment:
     steps: int
     prefix: np.ndarray
 
+    @property
+    def length(self) -> int:
+        """Tokens that a forward over the segment reads."""
+        return len(self.prefix) + self.steps - 1
+
 
 class SegmentSamples(NamedTuple):
     """A minibatch of B segments with M transitions in all, flat in SB3's fields.
@@ -43,15 +48,17 @@ class SegmentSamples(NamedTuple):
     from.
     """
 
-    input_ids: Tensor  # (B, L) prefix and actions, right-padded
-    rows: Tensor  # (M,)
-    positions: Tensor  # (M,)
+    input_ids: np.ndarray  # (B, L) prefix and actions, right-padded
+    lengths: np.ndarray  # (B,) how many of these are real
+    rows: np.ndarray  # (M,)
+    positions: np.ndarray  # (M,)
     actions: Tensor  # (M,)
     old_values: Tensor  # (M,)
     old_log_prob: Tensor  # (M,)
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,)
     action_masks: Tensor | None  # (M, V) bool
+    importance: Tensor | None  # (M,) weights of tokens that were drawn from other than the old probabilities
 
 
 class EpisodeBuffer(RolloutBuffer):
@@ -93,6 +100,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.log_probs = np.zeros(shape, dtype=np.float32)
         self.advantages = np.zeros(shape, dtype=np.float32)
         self.packed_masks: np.ndarray | None = None  # (T, N, V / 8) uint8
+        self.importance: np.ndarray | None = None  # (T, N)
         self._prefixes: dict[tuple[int, int], np.ndarray] = {}  # (row, step) a segment begins at: its prefix
         self._expected = np.zeros((self.n_envs, self.context), dtype=np.int64)  # last observation plus action
         self._expected_lengths = np.zeros(self.n_envs, dtype=np.int64)
@@ -178,6 +186,11 @@ class EpisodeBuffer(RolloutBuffer):
         for part in np.split(order, _even_cuts(sizes, batches)):
             yield self.samples([segments[i] for i in part])
 
+    def places(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """Where the arrays ``(T, N)`` have the M transitions of some segments: steps and rows, ``(M,)`` each."""
+        steps = np.concatenate([np.arange(s.start, s.start + s.steps) for s in segments])
+        return steps, np.repeat([s.row for s in segments], [s.steps for s in segments])
+
     def samples(self, segments: list[Segment]) -> SegmentSamples:
         """One minibatch of the given segments.
 
@@ -186,8 +199,7 @@ class EpisodeBuffer(RolloutBuffer):
         steps = np.array([s.steps for s in segments])
         which = np.repeat(np.arange(len(segments)), steps)  # (M,) segment of each transition
         offset = np.concatenate([np.arange(n) for n in steps])  # (M,) its place in the segment
-        starts, env_rows = (np.array([getattr(s, name) for s in segments])[which] for name in ("start", "row"))
-        at = (starts + offset, env_rows)  # where the arrays (T, N) have it
+        at = self.places(segments)
         positions = np.array([len(s.prefix) for s in segments])[which] - 1 + offset
         actions = self.actions[at][:, 0]
 
@@ -203,15 +215,17 @@ class EpisodeBuffer(RolloutBuffer):
             bits = np.unpackbits(self.packed_masks[at], axis=1, count=int(self.action_space.n))
             masks = self.to_torch(bits.astype(bool))
         return SegmentSamples(
-            input_ids=self.to_torch(ids),
-            rows=self.to_torch(which),
-            positions=self.to_torch(positions),
+            input_ids=ids,
+            lengths=positions[np.cumsum(steps) - 1] + 1,
+            rows=which,
+            positions=positions,
             actions=self.to_torch(actions),
             old_values=self.to_torch(self.values[at]),
             old_log_prob=self.to_torch(self.log_probs[at]),
             advantages=self.to_torch(self.advantages[at]),
             returns=self.to_torch(self.returns[at]),
             action_masks=masks,
+            importance=None if self.importance is None else self.to_torch(self.importance[at]),
         )
 
     def as_single_steps(self) -> DictRolloutBuffer:

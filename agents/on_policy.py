@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
+EVALUATE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass over a rollout; bounds memory, not results
 SCORINGS = ("auto", "deferred", "instant")
 
 
@@ -143,6 +144,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
       mean
     - ``finished_episodes``: the episodes that ended in the last rollout, each with ``r`` (return), ``l``
       (tokens), ``kl`` (nats), ``score``, ``finish_reason``, ``prompt`` and ``completion``
+    - ``importance_cap``: where tokens were drawn with a copy of the weights (``rollout_dtype``), each counts in
+      the loss by the ratio of its probabilities under the weights and the copy, at most this (truncated importance
+      sampling); None for no such weights
     - ``bootstrap_truncated``: add γ·V(last state) to the last reward where the token budget ran out, as SB3
       does
     """
@@ -152,6 +156,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     scoring: str
     whiten_rewards: bool
     bootstrap_truncated: bool
+    importance_cap: float | None
     finished_episodes: list[dict[str, Any]]
     _last_obs: Any
 
@@ -285,7 +290,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.reset()
         # Nothing cached reaches from one rollout into the next: a run resumed between two of them is the same run.
         environment.forget_cached()
-        self.policy.language_model.cached(self.policy.context).forget()
+        self.policy.forget_cached()
         self.finished_episodes = []
         bootstrap = np.zeros((n_rollout_steps, env.num_envs), dtype=np.float32)
         n_steps = 0
@@ -314,15 +319,18 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
                 return False
             n_steps += 1
 
+        acted_with_copy = self.policy.rollout_dtype is not None
+        if acted_with_copy:
+            self._evaluate_anew(rollout_buffer)
         if deferred is not None:
-            scores = deferred.score_deferred()
+            scores = deferred.score_deferred(rollout_buffer.log_probs if acted_with_copy else None)
             rollout_buffer.rewards[:] = scores.rewards[-n_rollout_steps:]
             self._note_finished(scores.episodes)
         if self.whiten_rewards:
             rollout_buffer.rewards = whitened(rollout_buffer.rewards)
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += bootstrap
-        last_values = self.policy.predict_values(self._last_obs)
+        last_values = (self.policy.forced_values if acted_with_copy else self.policy.predict_values)(self._last_obs)
         rollout_buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
 
         callback.update_locals(locals())
@@ -338,8 +346,29 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         if len(rows):
             last = [infos[row]["terminal_observation"] for row in rows]
             obs = {name: np.stack([o[name] for o in last]) for name in last[0]}
-            values[rows] = self.policy.predict_values(obs, rows).flatten().cpu().numpy()
+            exact = self.policy.rollout_dtype is not None
+            last_values = self.policy.forced_values(obs) if exact else self.policy.predict_values(obs, rows)
+            values[rows] = last_values.flatten().cpu().numpy()
         return values
+
+    @torch.no_grad()
+    def _evaluate_anew(self, buffer: EpisodeBuffer) -> None:
+        """Put the trained weights' log-probabilities and values in the place of those of the copy that acted."""
+        drawn_with = buffer.log_probs.copy()
+        segments = sorted(buffer.segments, key=lambda segment: -segment.length)
+        start = 0
+        while start < len(segments):
+            part = segments[start : start + max(1, EVALUATE_TOKENS // segments[start].length)]
+            start += len(part)
+            values, log_prob, _ = self.policy.evaluate_segments(buffer.samples(part))
+            at = buffer.places(part)
+            buffer.values[at] = values.flatten().cpu().numpy()
+            buffer.log_probs[at] = np.minimum(log_prob.cpu().numpy(), 0.0)  # a sure token may come out at +1e-7
+        log_ratio = buffer.log_probs - drawn_with
+        if self.importance_cap is not None:
+            buffer.importance = np.minimum(np.exp(log_ratio), self.importance_cap)
+        self.logger.record("rollout/log_ratio_abs", np.abs(log_ratio).mean())
+        self.logger.record("rollout/log_ratio_max", np.abs(log_ratio).max())
 
     # Statistics
 

@@ -8,8 +8,10 @@ temperature and without dropout, so that their log-probs agree.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,11 +24,12 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.agents.acting_copy import ActingCopy
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.cached_model import CachedModel
 from textgym.generation import complete, sample_tokens
-from textgym.language_model import LanguageModel, load_language_model, log_distribution
+from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.rewards import PrefixBatch
 
@@ -55,7 +58,14 @@ class LanguageModelPolicy(ActorCriticPolicy):
     :param lora: train a low-rank adapter and the value head, and leave the weights as they are: True for the defaults,
         or arguments of ``peft.LoraConfig``, see :func:`textgym.lora.add_lora`. A model object keeps its weights and
         shares them with the policy. Needs ``pip install "textgym[lora]"``
-    :param optimizer_class: Adam by default, with eps = 1e-5
+    :param dtype: type of the trained weights; by default they stay as they are. Where the environment's models are
+        bfloat16, float32 lets small updates add up
+    :param autocast: ``"bfloat16"`` or ``"float16"``: learning computes matrix products in that type, from weights that
+        stay as they are (``torch.autocast``)
+    :param rollout_dtype: acting uses a copy of the weights in that type, such as ``"bfloat16"``; see
+        :mod:`textgym.agents.acting_copy`
+    :param compile: acting runs through ``torch.compile``: the first steps take up to some minutes, the others less time
+    :param optimizer_class: Adam by default, with eps = 1e-5, fused where torch has that
     :param optimizer_kwargs: its keyword arguments, except the learning rate
     :raises ValueError: if the spaces aren't those of a text environment, or the model does not fit them
     """
@@ -76,6 +86,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
         value_head: str = "linear",
         value_trunk: str = "shared",
         lora: Lora = None,
+        dtype: str | torch.dtype | None = None,
+        autocast: str | torch.dtype | None = None,
+        rollout_dtype: str | torch.dtype | None = None,
+        compile: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -87,13 +101,27 @@ class LanguageModelPolicy(ActorCriticPolicy):
         if value_trunk not in VALUE_TRUNKS:
             raise ValueError(f"value_trunk={value_trunk!r} must be one of {VALUE_TRUNKS}")
         check_spaces(observation_space, action_space)
+        if not isinstance(compile, bool):
+            raise ValueError(f"compile={compile!r} must be True or False")
+        self.autocast = _dtype_name(autocast)
+        if self.autocast not in (None, "bfloat16", "float16"):
+            raise ValueError(f"autocast={autocast!r} must be 'bfloat16', 'float16' or None")
+        self.rollout_dtype = _dtype_name(rollout_dtype)
+        self.compile_acting = compile
+        self._acting_copy: ActingCopy | None = None
         if isinstance(language_model, LanguageModelBlueprint):
             language_model = language_model.build()
         # What _build needs must be there before the base class calls it.
         self.language_model = load_language_model(language_model, tokenizer=tokenizer)
         self.lora = lora_options(lora) if wants_lora(lora) else None
         if self.lora is not None:
+            if dtype is not None:
+                raise ValueError(
+                    f"dtype={dtype!r} with lora: the weights are the reference model's and stay as they are"
+                )
             self.language_model = add_lora(self.language_model, self.lora)
+        elif dtype is not None:
+            self.language_model.model.to(resolve_dtype(dtype))
         self.temperature = float(temperature)
         self.value_head = value_head
         self.value_trunk = value_trunk
@@ -103,7 +131,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             lr_schedule,
             net_arch=[],
             optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
+            optimizer_kwargs=_with_fused(optimizer_class, optimizer_kwargs),
         )
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -120,6 +148,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
                 "as a reference's are; give the policy its trainable_copy()"
             )
         self.context = int(self.observation_space["input_ids"].shape[0])  # type: ignore[index]
+        self.language_model.compile_decoding = self.compile_acting and self.rollout_dtype is None
         self.language_model.cached(self.context)  # raises now if the model's context is too short
         self.transformer = model
         width = int(model.get_output_embeddings().weight.shape[1])  # H
@@ -161,7 +190,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :return: actions ``(B,)``, values ``(B, 1)`` and log-probs ``(B,)``
         """
         hidden = self._cached_hidden(obs)  # (B, H)
-        log_probs = self._log_distribution(hidden, action_masks)  # (B, V)
+        log_probs = self._log_distribution(self.acting_model, hidden, action_masks)  # (B, V)
         actions = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs)
         return actions, self._values(hidden), log_probs.gather(1, actions[:, None]).squeeze(1)
 
@@ -207,6 +236,11 @@ class LanguageModelPolicy(ActorCriticPolicy):
         """
         return self._values(self._cached_hidden(obs, rows))
 
+    @torch.no_grad()
+    def forced_values(self, obs: Observation) -> Tensor:
+        """Values ``(B, 1)`` from a forward over the whole rows with the trained weights, without gradients."""
+        return self._values(self._forced_hidden(obs))
+
     def get_distribution(
         self, obs: Observation, action_masks: np.ndarray | Tensor | None = None
     ) -> CategoricalDistribution:
@@ -215,9 +249,13 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param obs: observations of B rows
         :param action_masks: ``(B, V)`` bool
         """
-        hidden = self._forced_hidden(obs) if torch.is_grad_enabled() else self._cached_hidden(obs)
         distribution = CategoricalDistribution(int(self.action_space.n))
-        return distribution.proba_distribution(self._log_distribution(hidden, action_masks))
+        if torch.is_grad_enabled():
+            with self._autocast():
+                log_probs = self._log_distribution(self.language_model, self._forced_hidden(obs), action_masks)
+        else:
+            log_probs = self._log_distribution(self.acting_model, self._cached_hidden(obs), action_masks)
+        return distribution.proba_distribution(log_probs)
 
     @torch.no_grad()
     def generate(
@@ -290,43 +328,73 @@ class LanguageModelPolicy(ActorCriticPolicy):
         values, log_prob, entropy = self._evaluate(hidden, tokens, self._as_mask(action_masks, len(hidden)))
         return values, log_prob, entropy
 
-    def evaluate_segments(self, segments: SegmentSamples) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_segments(
+        self, segments: SegmentSamples, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate the M transitions of a minibatch of segments in one teacher-forced forward.
 
         :param segments: from :meth:`EpisodeBuffer.get`
+        :param entropy_gradient: whether gradients are to flow through the entropies; without, they cost less
         :return: values ``(M, 1)``, log-probs ``(M,)`` and entropies ``(M,)``
         """
-        hidden = self._stepper.hidden_states(segments.input_ids)  # (B, L, H)
-        chosen = hidden[segments.rows, segments.positions]  # (M, H)
-        return self._evaluate(chosen, segments.actions, segments.action_masks)
+        with self._autocast():
+            hidden = self._stepper.hidden_at(
+                segments.input_ids, segments.lengths, segments.rows, segments.positions
+            )  # (M, H)
+        return self._evaluate(hidden, segments.actions, segments.action_masks, entropy_gradient)
 
-    def _evaluate(self, hidden: Tensor, actions: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        log_prob, entropy = self.language_model.token_log_probs(hidden, actions, self.temperature, masks)
+    def _evaluate(
+        self, hidden: Tensor, actions: Tensor, masks: Tensor | None, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with self._autocast():
+            log_prob, entropy = self.language_model.token_log_probs(
+                hidden, actions, self.temperature, masks, entropy_gradient=entropy_gradient
+            )
         assert entropy is not None
         return self._values(hidden), log_prob, entropy
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Where learning computes in a smaller type."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, resolve_dtype(self.autocast))
 
     def _values(self, hidden: Tensor) -> Tensor:
         """:param hidden: ``(B, H)``; the value head is fp32 whatever the transformer is."""
         return self.value_net((hidden.detach() if self.value_trunk == "detached" else hidden).float())
 
-    def _log_distribution(self, hidden: Tensor, action_masks: np.ndarray | Tensor | None) -> Tensor:
+    def _log_distribution(self, lm: LanguageModel, hidden: Tensor, action_masks: np.ndarray | Tensor | None) -> Tensor:
         masks = self._as_mask(action_masks, len(hidden))
-        return log_distribution(self.language_model.head(hidden), self.temperature, masks)
+        return log_distribution(lm.head(hidden), self.temperature, masks)
 
     @property
     def _stepper(self) -> CachedModel:
+        """Of the trained weights."""
         return self.language_model.cached(self.context)
+
+    @property
+    def acting_model(self) -> LanguageModel:
+        """What tokens are drawn from: the language model itself, or its copy in ``rollout_dtype``."""
+        if self.rollout_dtype is None:
+            return self.language_model
+        if self._acting_copy is None:
+            self._acting_copy = ActingCopy(self.language_model, resolve_dtype(self.rollout_dtype))
+            self._acting_copy.current().compile_decoding = self.compile_acting
+        return self._acting_copy.current()
+
+    def forget_cached(self) -> None:
+        """Drop what acting has cached."""
+        self.acting_model.cached(self.context).forget()
 
     def _cached_hidden(self, obs: Observation, rows: np.ndarray | None = None) -> Tensor:
         """``(B, H)`` from the cache."""
-        return self._stepper.last_hidden(*self._tokens(obs), rows)
+        return self.acting_model.cached(self.context).last_hidden(*self._tokens(obs), rows)
 
     def _forced_hidden(self, obs: Observation) -> Tensor:
         """``(B, H)`` from a forward over the whole rows, with gradients where enabled."""
         ids, lengths = self._tokens(obs)
-        rows = torch.as_tensor(ids[:, : int(lengths.max())], device=self.device)
-        last = torch.as_tensor(lengths - 1, device=self.device)
-        return self._stepper.hidden_states(rows)[torch.arange(len(rows), device=self.device), last]
+        with self._autocast():
+            return self._stepper.hidden_at(ids, lengths, np.arange(len(ids)), lengths - 1)
 
     def _tokens(self, obs: Observation) -> tuple[np.ndarray, np.ndarray]:
         """Checked token ids ``(B, L)`` and lengths ``(B,)`` of an observation."""
@@ -378,6 +446,9 @@ class LanguageModelPolicy(ActorCriticPolicy):
             "value_head": self.value_head,
             "value_trunk": self.value_trunk,
             "lora": self.lora,
+            "autocast": self.autocast,
+            "rollout_dtype": self.rollout_dtype,
+            "compile": self.compile_acting,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
@@ -388,7 +459,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         memo[id(self)] = twin
         memo.update(self.language_model.shared_in_copies())
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            twin.__dict__[name] = None if name == "_acting_copy" else copy.deepcopy(value, memo)
         twin.language_model = self.language_model.with_model(twin.transformer)
         return twin
 
@@ -406,6 +477,23 @@ class LanguageModelPolicy(ActorCriticPolicy):
                     if not torch.equal(new, parameter):
                         parameter.data = new.clone()
         return super().load_state_dict(state_dict, strict, assign)
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """As a word, which every way of saving can store."""
+    return None if dtype is None else str(resolve_dtype(dtype)).removeprefix("torch.")
+
+
+def _with_fused(
+    optimizer_class: type[torch.optim.Optimizer], optimizer_kwargs: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The optimizer's arguments; Adam's own step is a fifth of a small update unless it is fused."""
+    adam = issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW)
+    if optimizer_kwargs is None:
+        optimizer_kwargs = {"eps": 1e-5} if optimizer_class is torch.optim.Adam else {}  # as SB3 does
+    if adam and not {"fused", "foreach", "capturable", "differentiable"} & set(optimizer_kwargs):
+        optimizer_kwargs = {**optimizer_kwargs, "fused": True}
+    return optimizer_kwargs
 
 
 def _check_temperature(temperature: float) -> None:

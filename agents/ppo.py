@@ -69,6 +69,7 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
     :param whiten_rewards: see :class:`TextOnPolicyAlgorithm`
     :param bootstrap_truncated: see :class:`TextOnPolicyAlgorithm`
     :param scoring: see :class:`TextOnPolicyAlgorithm`
+    :param importance_cap: see :class:`TextOnPolicyAlgorithm`
     :param stats_window_size: episodes that ``rollout/*`` are averaged over
     :param tensorboard_log: where TensorBoard logs go
     :param policy_kwargs: further arguments of the policy, such as ``value_head`` or a ``language_model`` of
@@ -104,6 +105,7 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
         whiten_rewards: bool = False,
         bootstrap_truncated: bool = False,
         scoring: str = "auto",
+        importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -127,6 +129,8 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
         if target_kl is not None:
             check_number("target_kl", target_kl, low=0.0, open_low=True)
         check_choice("scoring", scoring, SCORINGS)
+        if importance_cap is not None:
+            check_number("importance_cap", importance_cap, low=1.0)
         vec_env = self.make_vec_env(env)
         rollout = n_steps * (1 if vec_env is None else vec_env.num_envs)
         if batch_size is None:
@@ -170,6 +174,7 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
         self.whiten_rewards = whiten_rewards
         self.bootstrap_truncated = bootstrap_truncated
         self.scoring = scoring
+        self.importance_cap = importance_cap
         if _init_setup_model:
             self._setup_model()
 
@@ -192,7 +197,7 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
         for epoch in range(self.n_epochs):
             approx_kls = []
             for batch in buffer.get(self.batch_size):
-                values, log_prob, entropy = self.policy.evaluate_segments(batch)  # (M, 1), (M,), (M,)
+                values, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
                 values = values.flatten()
                 advantages = batch.advantages
                 if self.normalize_advantage is True and len(advantages) > 1:
@@ -202,7 +207,10 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
                 log_ratio = log_prob - batch.old_log_prob
                 ratio = log_ratio.exp()
                 clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
+                surrogate = torch.min(advantages * ratio, advantages * clipped)
+                if batch.importance is not None:
+                    surrogate = surrogate * batch.importance
+                policy_loss = -surrogate.mean()
 
                 if clip_range_vf is not None:
                     change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)

@@ -49,6 +49,13 @@ class PendingSteps:
         if allowed is not None:
             self._masks.append(np.packbits(allowed, axis=1))
 
+    def replace_log_probs(self, log_probs: np.ndarray) -> None:
+        """:param log_probs: ``(K, N)`` of the newest K steps, instead of what was reported."""
+        shape = (len(self._log_probs), *self._scored.shape)
+        if log_probs.ndim != 2 or log_probs.shape[1] != shape[1] or len(log_probs) > shape[0]:
+            raise ValueError(f"log_probs has shape {log_probs.shape}; {shape} steps of rows wait to be scored")
+        self._log_probs[shape[0] - len(log_probs) :] = list(log_probs.astype(np.float64))
+
     def finish(self, rows: np.ndarray, completions: list[str]) -> None:
         """Note the episodes that ended with the newest step, before others begin in their rows."""
         for row, completion in zip(rows.tolist(), completions, strict=True):

@@ -242,18 +242,18 @@ class Scorer:
         while start < len(order):
             width = len(stretches[order[start]].ids)
             part = [stretches[i] for i in order[start : start + max(1, SCORE_TOKENS // width)]]
-            ids = torch.as_tensor(batch.input_ids[order[start : start + len(part)], :width], device=device)
-            hidden = reference.cached(self.context).hidden_states(ids)  # (B, L, H)
+            ids = batch.input_ids[order[start : start + len(part)], :width]  # (B, L)
             rows = np.concatenate([np.full(s.end - s.start, i) for i, s in enumerate(part)])
             at = np.concatenate([s.prompt_length + np.arange(s.start, s.end) for s in part])
             steps = np.concatenate([s.first_step + np.arange(s.end - s.start) for s in part])
             columns = np.array([s.row for s in part])[rows]
-            tokens = ids[torch.as_tensor(rows), torch.as_tensor(at)]
+            tokens = torch.as_tensor(ids[rows, at], device=device)
             mask = None
             if allowed is not None:
                 packed = np.stack([allowed[step][column] for step, column in zip(steps, columns, strict=True)])
                 mask = np.unpackbits(packed, axis=1, count=reference.vocab_size).astype(bool)
-            predicting = hidden[torch.as_tensor(rows), torch.as_tensor(at - 1)]  # (M, H)
+            lengths = np.array([len(s.ids) for s in part])
+            predicting = reference.cached(self.context).hidden_at(ids, lengths, rows, at - 1)  # (M, H)
             ref_log_prob[steps, columns] = self._token_log_probs(predicting, tokens, mask)
             start += len(part)
 

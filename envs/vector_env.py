@@ -343,13 +343,17 @@ class TextGenVectorEnv(VectorEnv):
             if len(fresh):
                 self._scorer.start_rows(self._texts.batch(fresh))
 
-    def score_deferred(self) -> DeferredScores:
+    def score_deferred(self, log_probs: np.ndarray | None = None) -> DeferredScores:
         """Score all steps since the last call: rewards ``(S, N)`` and the episodes that ended in them.
 
+        :param log_probs: ``(K, N)`` log-probabilities, in nats, of the last K steps' actions, where the agent knows
+            better by now than when it reported them
         :raises RuntimeError: if deferred scoring is off or no step was taken
         """
         if not self._deferred or not len(self._pending):
             raise RuntimeError("nothing to score: defer_scoring(True), then step")
+        if log_probs is not None:
+            self._pending.replace_log_probs(log_probs)
         return self._pending.score(self._kl_coef)
 
     # ------------------------------------------------------------------ the state, for checkpoints

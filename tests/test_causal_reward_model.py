@@ -30,6 +30,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
+from textgym.cached_model import CachedModel
 from textgym.rewards import CausalRewardModel, Reward, RewardError, as_reward
 from textgym.rewards import causal as causal_module
 
@@ -277,8 +278,8 @@ def test_new_weights_are_noticed(reward, model, batch):
 
 def test_inside_arithmetic_it_still_runs_in_one_pass(reward, batch, monkeypatch):
     passes = []
-    forward = causal_module.CachedModel.hidden_states
-    monkeypatch.setattr(causal_module.CachedModel, "hidden_states", lambda *args: passes.append(1) or forward(*args))
+    forward = CachedModel.hidden_at
+    monkeypatch.setattr(CachedModel, "hidden_at", lambda *args: passes.append(1) or forward(*args))
     composed = (2 * reward.clip(-1, 1) + (lambda completions: [len(c) / 100 for c in completions])).normalized(0.5, 2)
     at = all_lengths(batch)
     values = composed.prefix_potentials(batch, at)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
+from textgym.packing import pack, worth_packing
 from textgym.slot_cache import SlotCache
 from textgym.vocabulary import context_limit
 
@@ -29,11 +30,14 @@ class CachedModel:
 
     :param model: a Hugging Face causal transformer, with any head; only its trunk is used, in evaluation mode
     :param context: most tokens a row can have; at most what the model was built for
+    :param compile: whether decode steps run through ``torch.compile``: the first ones take up to minutes, the others
+        less time. All slots then take part in every step, whoever asks
     :raises ValueError: if ``context`` is larger than the model's positions or attention window
     """
 
-    def __init__(self, model: PreTrainedModel, context: int) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, compile: bool = False) -> None:
         self.model = model
+        self._compiled = torch.compile(self._run) if compile else None
         self.trunk: nn.Module = model.base_model
         limit = self._limit()
         if limit is not None and context > limit:
@@ -144,6 +148,37 @@ class CachedModel:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return self.trunk(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
 
+    def hidden_at(
+        self, input_ids: np.ndarray | Tensor, lengths: np.ndarray, rows: np.ndarray, positions: np.ndarray
+    ) -> Tensor:
+        """Hidden states at some places of whole rows, from one teacher-forced pass; gradients flow where enabled.
+
+        Where most of the padded rows would be padding they are packed (:mod:`textgym.packing`).
+
+        :param input_ids: ``(B, L)`` right-padded token ids
+        :param lengths: ``(B,)`` how many tokens of each row are to be read, at least 1
+        :param rows: ``(M,)`` which rows are meant
+        :param positions: ``(M,)`` and which of their tokens
+        :return: ``(M, H)``
+        """
+        width = int(lengths.max())
+        window = context_limit(self.model.config)
+        # A mask of our own would show tokens that lie before a sliding window.
+        if not worth_packing(lengths, width) or (window is not None and width > window):
+            ids = torch.as_tensor(input_ids[:, :width], device=self.device)
+            hidden = self.hidden_states(ids, torch.as_tensor(lengths, device=self.device))
+            return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
+        self._forbid_dropout()
+        packed = pack(_as_numpy(input_ids), lengths)
+        hidden = self.trunk(
+            input_ids=torch.as_tensor(packed.input_ids, device=self.device),
+            attention_mask=self._attention_mask(torch.as_tensor(packed.visible(), device=self.device))[:, None],
+            position_ids=torch.as_tensor(packed.positions, device=self.device),
+            use_cache=False,
+        ).last_hidden_state  # (R, W, H)
+        into = torch.as_tensor(packed.into[rows], device=self.device)
+        return hidden[into, torch.as_tensor(packed.offset[rows] + positions, device=self.device)]
+
     def _forbid_dropout(self) -> None:
         """Back to evaluation mode, should the model's owner have left it in training mode."""
         if self.trunk.training:
@@ -179,7 +214,7 @@ class CachedModel:
         slots = self._cache.slots
         if len(rows) == slots and (rows == np.arange(slots)).all():
             hidden = self._forward(None, tokens[:, None], positions[:, None], positions[:, None])
-        elif 2 * len(rows) > slots:
+        elif 2 * len(rows) > slots or self._compiled is not None:
             all_tokens, all_positions = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
             write = np.full(slots, self.context)  # rows that sit out write to the scratch place
             all_tokens[rows], all_positions[rows], write[rows] = tokens, positions, positions
@@ -200,19 +235,27 @@ class CachedModel:
     def _forward(self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray) -> Tensor:
         """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""
         assert self._cache is not None
+        # What is compiled must always have the same shapes, and the cache's memory must be there.
+        decoding = rows is None and tokens.shape[1] == 1 and self._cache.is_initialized
+        run = self._compiled if self._compiled is not None and decoding else self._run
         device = self._cache.device
-        used = int(positions.max()) + 1
-        position_ids = torch.as_tensor(positions, device=device)  # (B, T)
-        visible = torch.arange(used, device=device) <= position_ids[:, :, None]  # (B, T, used)
-        self._cache.announce(
+        return run(
             None if rows is None else torch.as_tensor(rows, device=device),
+            torch.as_tensor(tokens, device=device),
+            torch.as_tensor(positions, device=device),
             torch.as_tensor(write, device=device),
-            used,
+            int(positions.max()) + 1,
         )
+
+    def _run(self, rows: Tensor | None, tokens: Tensor, positions: Tensor, write: Tensor, used: int) -> Tensor:
+        """:meth:`_forward` on tensors; no token sees a position of ``used`` or more."""
+        assert self._cache is not None
+        visible = torch.arange(used, device=tokens.device) <= positions[:, :, None]  # (B, T, used)
+        self._cache.announce(rows, write, used)
         output = self.trunk(
-            input_ids=torch.as_tensor(tokens, device=device),
+            input_ids=tokens,
             attention_mask=self._attention_mask(visible)[:, None],
-            position_ids=position_ids,
+            position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
         )

@@ -385,13 +385,12 @@ def token_log_probs(model: LanguageModel, batch: PrefixBatch, temperature: float
 
     :return: B arrays ``(T,)`` float64
     """
-    ids = torch.as_tensor(batch.input_ids, device=model.device)
-    hidden = model.cached(ids.shape[1]).hidden_states(ids)  # (B, L, H)
     counts = batch.completion_lengths
     rows = np.repeat(np.arange(len(batch)), counts)
     at = np.concatenate([np.arange(p, n) for p, n in zip(batch.prompt_lengths, batch.lengths, strict=True)])
-    i, t = torch.as_tensor(rows, device=model.device), torch.as_tensor(at, device=model.device)
-    chosen, _ = model.token_log_probs(hidden[i, t - 1], ids[i, t], temperature, with_entropy=False)
+    hidden = model.cached(batch.input_ids.shape[1]).hidden_at(batch.input_ids, batch.lengths, rows, at - 1)  # (M, H)
+    tokens = torch.as_tensor(batch.input_ids[rows, at], device=model.device)
+    chosen, _ = model.token_log_probs(hidden, tokens, temperature, with_entropy=False)
     return np.split(chosen.double().cpu().numpy(), np.cumsum(counts)[:-1])
 
 

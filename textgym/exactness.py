@@ -49,6 +49,7 @@ class Stepping:
     """
 
     def __init__(self, stepped: SteppedModel, like: Stepping | None = None) -> None:
+        self.compile = False if like is None else like.compile  # whether the slot cache's decode steps are compiled
         self._stepped = stepped
         self._why_uncached: str | None = why_uncached(stepped) if like is None else like._why_uncached
         self._cached: CachedModel | None = None
@@ -68,7 +69,7 @@ class Stepping:
             reason = f"rows of {context} tokens are longer than its attention window of {limit}"
         if reason is None:
             if self._cached is None or self._cached.context < context:
-                self._cached = CachedModel(stepped.model, context)
+                self._cached = CachedModel(stepped.model, context, self.compile)
             return self._cached
         if self._uncached is None or self._uncached.context < context:
             self._uncached = PrefixModel(stepped.model, context)
@@ -81,6 +82,11 @@ class Stepping:
                 stacklevel=3,
             )
         return self._uncached
+
+    def set_compile(self, on: bool) -> None:
+        """Compile the decode steps from now on, or no longer."""
+        self.compile = on
+        self._cached = None
 
     def forget(self, rows: np.ndarray | None = None) -> None:
         """Drop what is cached, of some rows or of all."""
@@ -114,9 +120,10 @@ def why_uncached(stepped: SteppedModel) -> str | None:
         cached = torch.stack([stepped.head(stepper.last_hidden(ids, lengths)) for lengths in stages])
         whole = stepper.hidden_states(ids)  # (2, L, H)
         forced = torch.stack([stepped.head(whole[[0, 1], lengths - 1]) for lengths in stages])
+        packed = torch.stack([stepped.head(_packed(stepper, ids, lengths)) for lengths in stages])
     except FAILURES as e:
         return f"a cache of keys and values can't drive it ({type(e).__name__}: {first_line(e)})"
-    error = _largest(torch.stack([cached - logits, forced - logits]))
+    error = _largest(torch.stack([cached - logits, forced - logits, packed - logits]))
     if error <= _tolerance(stepped, logits):
         return None
     return f"with a cache of keys and values its logits differ by {error:.2g} from its plain forward"
@@ -164,6 +171,13 @@ def _rows(stepped: SteppedModel, limit: int | None) -> tuple[Tensor, np.ndarray]
     # Two rows are begun, then go on from different places with different numbers of tokens, then with one each.
     stages = np.array([[longest - 3, 1], [longest - 1, longest - 2], [longest, longest - 1]])
     return ids, stages.clip(1, longest)
+
+
+def _packed(stepper: CachedModel, ids: Tensor, lengths: np.ndarray) -> Tensor:
+    """Hidden states ``(2, H)`` at the last tokens of the two rows, which are packed behind a third."""
+    three = torch.cat([ids, ids[:1]])
+    whole = np.array([*lengths, ids.shape[1]])
+    return stepper.hidden_at(three, whole, np.arange(2), lengths - 1)
 
 
 def _each_alone(trunk: nn.Module, ids: Tensor, stages: np.ndarray) -> Tensor:

@@ -24,7 +24,7 @@ from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
 from textgym.vocabulary import Vocabulary
 
-HEAD_ELEMENTS = 2**24  # most logits held at once while scoring tokens (64 MiB in fp32); bounds memory, not results
+HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
 
 
 class LanguageModel:
@@ -96,6 +96,16 @@ class LanguageModel:
         """
         return self._stepping.machine(context)
 
+    @property
+    def compile_decoding(self) -> bool:
+        """Whether steps from the cache run through ``torch.compile``; to be set before they are first asked for."""
+        return self._stepping.compile
+
+    @compile_decoding.setter
+    def compile_decoding(self, on: bool) -> None:
+        if on != self._stepping.compile:
+            self._stepping.set_compile(on)
+
     def _last_logits(self, ids: Tensor) -> Tensor:
         """The model's own logits ``(V,)`` behind one row of token ids ``(1, L)``."""
         return self.model(input_ids=ids, use_cache=False).logits[0, -1]
@@ -120,6 +130,7 @@ class LanguageModel:
         temperature: float = 1.0,
         allowed: Tensor | None = None,
         with_entropy: bool = True,
+        entropy_gradient: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each token, and the entropy of the distribution it was drawn from, in nats.
 
@@ -131,6 +142,7 @@ class LanguageModel:
         :param temperature: logits are divided by it
         :param allowed: ``(N, V)`` bool; the distribution is restricted to these tokens and renormalised
         :param with_entropy: whether to compute the entropy as well
+        :param entropy_gradient: whether gradients flow through the entropy, where they are enabled
         :return: log-probabilities ``(N,)`` and entropies ``(N,)`` or None
         """
 
@@ -139,9 +151,10 @@ class LanguageModel:
             chosen = log_probs.gather(1, token[:, None]).squeeze(1)
             if not with_entropy:
                 return chosen, chosen.new_zeros(0)
-            # 0 · (−inf) is 0 here: a token that can't occur adds nothing to the entropy.
-            finite = log_probs if mask is None else log_probs.masked_fill(~mask, 0.0)
-            return chosen, -(log_probs.exp() * finite).sum(1)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+                # 0 · (−inf) is 0 here: a token that can't occur adds nothing to the entropy.
+                finite = log_probs if mask is None else log_probs.masked_fill(~mask, 0.0)
+                return chosen, -(log_probs.exp() * finite).sum(1)
 
         size = max(1, HEAD_ELEMENTS // self.vocab_size)
         if len(tokens) <= size:

@@ -36,6 +36,13 @@ class PrefixModel(CachedModel):
         self._forbid_dropout()
         return self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
+    def hidden_at(
+        self, input_ids: np.ndarray | Tensor, lengths: np.ndarray, rows: np.ndarray, positions: np.ndarray
+    ) -> Tensor:
+        """See :meth:`CachedModel.hidden_at`; such models are not told positions, so nothing is packed."""
+        hidden = self.hidden_states(torch.as_tensor(input_ids[:, : int(lengths.max())], device=self.device))
+        return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
+
     def _reserve(self, slots: int) -> None:
         pass  # nothing to keep beyond the last hidden states
 

@@ -38,6 +38,13 @@ class RunConfig:
     tokenizer: str | None = _option(None, MODEL, "directory or hub id of another tokenizer than the model's own")
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", MODEL, "type of the weights")
     device: str = _option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps")
+    autocast: Literal["bfloat16", "float16"] | None = _option(
+        None, MODEL, "learn with matrix products in this type; the trained weights are then float32, whatever dtype is"
+    )
+    rollout_dtype: Literal["bfloat16", "float16", "float32"] | None = _option(
+        None, MODEL, "act with a copy of the weights in this type"
+    )
+    compile: bool = _option(False, MODEL, "act through torch.compile: some minutes of patience, then faster")
     lora_rank: int | None = _option(None, MODEL, "train LoRA matrices of this rank instead of all weights")
     lora_alpha: float | None = _option(None, MODEL, "scale of LoRA, divided by the rank; default twice the rank")
     lora_target_modules: list[str] | None = _option(None, MODEL, "layers that get LoRA; default by architecture")
@@ -105,6 +112,9 @@ class RunConfig:
     whiten_rewards: bool = _option(False, ALGORITHM, "divide the rewards of a rollout by their standard deviation")
     bootstrap_truncated: bool = _option(False, ALGORITHM, "add V of the last state where the token budget ran out")
     scoring: Literal["auto", "deferred", "instant"] = _option("auto", ALGORITHM, "when rewards are computed")
+    importance_cap: float | None = _option(
+        2.0, ALGORITHM, "most that a token drawn with rollout_dtype counts for its probability under the weights"
+    )
     stats_window_size: int = _option(100, ALGORITHM, "episodes that rollout/* are averaged over")
 
     timesteps: int = _option(49_152, RUN, "tokens to train on")

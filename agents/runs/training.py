@@ -136,13 +136,16 @@ _ENV_OPTIONS = (
 ).split()
 _AGENT_OPTIONS = (
     "batch_size n_epochs gamma gae_lambda clip_range clip_range_vf ent_coef vf_coef max_grad_norm target_kl "
-    "whiten_rewards bootstrap_truncated scoring stats_window_size seed device"
+    "whiten_rewards bootstrap_truncated scoring importance_cap stats_window_size seed device"
 ).split()
 
 
 def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> TextOnPolicyAlgorithm:
     """The agent, with the environment's language model as its policy."""
-    policy: dict[str, Any] = {"value_head": config.value_head, "value_trunk": config.value_trunk}
+    names = ("value_head", "value_trunk", "autocast", "rollout_dtype", "compile")
+    policy: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if config.autocast is not None and config.lora_rank is None:
+        policy["dtype"] = "float32"
     if config.lora_rank is not None:
         policy["lora"] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
         if config.lora_target_modules is not None:

@@ -265,11 +265,7 @@ class CausalRewardModel(Reward):
             which = np.repeat(np.arange(len(part)), [len(positions[row]) for row in part])  # (K,)
             where = np.concatenate([positions[row] for row in part])  # (K,)
             with torch.inference_mode():
-                hidden = machine.hidden_states(
-                    torch.as_tensor(padded, device=machine.device),
-                    torch.as_tensor(needed[part], device=machine.device),
-                )  # (b, L, H)
-                values = self._head(hidden[torch.as_tensor(which), torch.as_tensor(where)])  # (K,)
+                values = self._head(machine.hidden_at(padded, needed[part], which, where))  # (K,)
             bounds = np.cumsum([len(positions[row]) for row in part])[:-1]
             for row, row_values in zip(part, np.split(values, bounds), strict=True):
                 scores[row] = row_values
