@@ -155,6 +155,13 @@ def test_a_model_that_reads_both_ways_is_no_causal_reward_model():
         CausalRewardModel(model, TOKENIZER)
 
 
+def test_ids_that_only_the_policy_has_are_read_as_the_text_they_are_not(reward):
+    unknown = len(VOCABULARY) + 7
+    batch = prefix_batch(TOKENIZER, PROMPTS, [[*c[:2], unknown, *c[2:]] for c in COMPLETIONS])
+    without = prefix_batch(TOKENIZER, PROMPTS, COMPLETIONS)
+    np.testing.assert_allclose(reward.potentials(batch), reward.potentials(without), atol=ATOL)
+
+
 def test_texts_are_scored_with_the_end_of_sequence_token(model, reward):
     prompts, completions = ["the film", "i"], [" is good .", " love it"]
     texts = [p + c for p, c in zip(prompts, completions, strict=True)]

@@ -89,12 +89,9 @@ class CausalRewardModel(Reward):
         self.append_eos = append_eos
         self._name = Path(model.name_or_path).name or type(model).__name__
         self._limit = position_limit(model.config)
-        vocab_size = int(model.config.get_text_config().vocab_size)
-        self._stepping = Stepping(
-            SteppedModel(
-                model, f"reward={self._name}", vocab_size, lambda hidden: model.score(hidden), self._own_output
-            )
-        )
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
+        stepped = SteppedModel(model, f"reward={self._name}", self._vocab_size, model.score, self._own_output)
+        self._stepping = Stepping(stepped)
         # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
         self._vocabularies: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
 
@@ -165,7 +162,7 @@ class CausalRewardModel(Reward):
 
         if len(batch) == 0:
             return np.zeros(0)
-        if not self._reads_tokens_of(batch.tokenizer):
+        if not self._reads_tokens(batch):
             return self._score_texts(batch.texts, batch.finished, origin)
         lengths = batch.lengths - self._unread(batch.finished)
         self._check_lengths(lengths, origin)
@@ -187,7 +184,7 @@ class CausalRewardModel(Reward):
         :raises ValueError: if ``at`` does not fit the batch
         """
         counts = wanted_per_row(batch, at)
-        if not self._reads_tokens_of(batch.tokenizer):
+        if not self._reads_tokens(batch):
             return super().prefix_potentials(batch, at)
         if sum(counts) == 0:
             return [np.zeros(0) for _ in at]
@@ -211,6 +208,11 @@ class CausalRewardModel(Reward):
 
     def forget(self, rows: np.ndarray) -> None:
         self._stepping.forget(rows)
+
+    def _reads_tokens(self, batch: PrefixBatch) -> bool:
+        """Whether it reads the batch's token ids; else it reads the text."""
+        known = batch.input_ids.max(initial=0) < self._vocab_size  # a policy may have ids that its tokenizer lacks
+        return known and self._reads_tokens_of(batch.tokenizer)
 
     def _reads_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether that tokenizer's ids mean the same to this model."""

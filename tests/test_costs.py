@@ -1,0 +1,192 @@
+"""What a rollout and an update cost, counted and not timed: forwards, tokens and memory. A change that makes one grow
+fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
+from tiny_models import CONTEXT, tiny_causal_reward_model, tiny_tokenizer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from textgym import language_model as language_model_module
+from textgym.agents import PPO
+from textgym.language_model import LanguageModel
+from textgym.rewards import CausalRewardModel
+
+ROWS, PROMPT = 4, 3
+PROMPTS = ["the film is"]  # three tokens
+
+
+@dataclass
+class Forwards:
+    """Calls of a transformer's trunk: how many, and over how many tokens, padding included."""
+
+    tokens: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def counted(self, trunk: nn.Module) -> Iterator[None]:
+        def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.tokens.append(kwargs["input_ids"].numel())
+
+        hook = trunk.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def agent(new_tokens: int, *, ends: bool = False, language_model: Any = None, **arguments: Any) -> PPO:
+    """PPO with a reference and a causal reward model of its tokenizer, all completions of ``new_tokens`` tokens."""
+    env = tiny_vector_env(
+        ROWS,
+        prompts=PROMPTS,
+        language_model=language_model or tiny_language_model(),
+        max_new_tokens=new_tokens,
+        min_new_tokens=0 if ends else new_tokens,
+        reward=CausalRewardModel(tiny_causal_reward_model(), tiny_tokenizer()),
+    )
+    return tiny_ppo(env, n_steps=new_tokens, batch_size=ROWS * new_tokens // 2, n_epochs=2, **arguments)
+
+
+def collect(model: PPO) -> None:
+    callback = model._setup_learn(10_000)[1]
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+
+
+def trunks(model: PPO) -> dict[str, nn.Module]:
+    env = model.env.text_env
+    return {
+        "policy": model.policy.transformer.base_model,
+        "reference": env.reference_language_model().model.base_model,
+        "reward": env.reward.model.base_model,
+    }
+
+
+def counts(model: PPO, run: Any) -> dict[str, list[int]]:
+    forwards = {name: Forwards() for name in trunks(model)}
+    with forwards["policy"].counted(trunks(model)["policy"]), forwards["reference"].counted(
+        trunks(model)["reference"]
+    ), forwards["reward"].counted(trunks(model)["reward"]):  # fmt: skip
+        run(model)
+    return {name: counted.tokens for name, counted in forwards.items()}
+
+
+@pytest.mark.parametrize("new_tokens", [8, 16, 32])
+def test_a_deferred_rollout_forwards_each_token_once_with_each_model(new_tokens):
+    model = agent(new_tokens)
+    counted = counts(model, collect)
+    # The prompts, then a token a row and step. The last action is not read; for V of the next episode's first state the
+    # last token of its prompt is, the rest of which is cached.
+    assert counted["policy"] == [ROWS * PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
+    assert counted["reference"] == [ROWS * (PROMPT + new_tokens)]
+    # Φ of the prompts that the first episodes begin with, of all prefixes, and of the prompts of the next episodes.
+    assert counted["reward"] == [ROWS * PROMPT, ROWS * (PROMPT + new_tokens), ROWS * PROMPT]
+
+
+@pytest.mark.parametrize("new_tokens", [8, 16, 32])
+def test_an_instant_rollout_forwards_each_token_once_with_each_model(new_tokens):
+    model = agent(new_tokens, scoring="instant")
+    counted = counts(model, collect)
+    assert counted["policy"] == [ROWS * PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
+    assert counted["reference"] == [ROWS * PROMPT, *[ROWS] * (new_tokens - 1)]
+    # Nothing cached reaches into a rollout, so the prompts are read again with the first token.
+    assert counted["reward"] == [ROWS * PROMPT, ROWS * (PROMPT + 1), *[ROWS] * new_tokens]
+
+
+@pytest.mark.parametrize("new_tokens", [8, 16, 32])
+def test_an_update_forwards_each_episode_once_an_epoch(new_tokens):
+    model = agent(new_tokens)
+    collect(model)
+    counted = counts(model, lambda m: m.train())
+    each = 2 * (PROMPT + new_tokens - 1)  # two episodes a minibatch; the last action is predicted and not read
+    assert counted == {"policy": [each] * 4, "reference": [], "reward": []}
+
+
+def test_ragged_episodes_are_packed_and_not_padded():
+    model = agent(40, ends=True)
+    with torch.no_grad():  # some end at once, some never
+        model.policy.transformer.get_output_embeddings().weight[2] *= 4
+    collect(model)
+    segments = model.rollout_buffer.segments
+    lengths = [len(s.prefix) + s.steps - 1 for s in segments]
+    assert min(lengths) < max(lengths) / 3
+    counted = counts(model, lambda m: m.train())
+    assert sum(counted["policy"]) < 1.35 * 2 * sum(lengths)  # in two epochs
+    assert sum(lengths) < 0.6 * len(lengths) * max(lengths), "padding would have cost much more"
+
+
+def test_instant_and_deferred_scoring_act_alike():
+    lengths = []
+    for scoring in ("deferred", "instant"):
+        model = agent(16, scoring=scoring)
+        lengths.append(len(counts(model, collect)["policy"]))
+    assert lengths[0] == lengths[1]
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors that operations made, and the largest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {a.untyped_storage().data_ptr() for a in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(a)}
+        out = func(*args, **(kwargs or {}))
+        for made in torch.utils._pytree.tree_leaves(out):
+            if torch.is_tensor(made) and made.untyped_storage().data_ptr() not in known:
+                self.total += made.untyped_storage().nbytes()
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return out
+
+
+def allocations(run: Any, *args: Any) -> Allocations:
+    with Allocations() as counted:
+        run(*args)
+    return counted
+
+
+def test_memory_of_a_rollout_and_an_update_grows_with_the_tokens_and_not_faster():
+    totals = {}
+    for new_tokens in (8, 32):
+        model = agent(new_tokens)
+        collect(model)  # what is allocated once is not counted
+        model.train()
+        totals[new_tokens] = allocations(collect, model).total, allocations(model.train).total
+    for small, large in zip(totals[8], totals[32], strict=True):
+        assert large < 6 * small, "four times the tokens; attention's own share grows faster"
+
+
+def test_no_tensor_has_the_logits_of_all_tokens(monkeypatch):
+    vocab = 2048
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=CONTEXT, **shape))
+    learner = agent(32, language_model=LanguageModel(model, tiny_tokenizer()))
+    collect(learner)
+    everything = ROWS * 32 // 2 * vocab * 4  # bytes of a minibatch's logits
+    whole = allocations(learner.train).largest
+    assert whole >= everything, "they are small enough here to be computed at once"
+    monkeypatch.setattr(language_model_module, "HEAD_ELEMENTS", 8 * vocab)
+    assert allocations(learner.train).largest <= everything / 4
+
+
+def test_a_longer_context_than_needed_costs_no_forwards():
+    lm = tiny_language_model()
+    machine = lm.cached(CONTEXT)
+    forwards = Forwards()
+    ids = np.random.default_rng(0).integers(4, lm.vocab_size, (2, CONTEXT))
+    with forwards.counted(machine.trunk):
+        for length in range(4, 10):
+            machine.last_hidden(ids, np.array([length, length]))
+            machine.last_hidden(ids, np.array([length, length]))  # asked again: nothing to do
+    assert forwards.tokens == [8, 2, 2, 2, 2, 2]
