@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from textgym.agents.acting_copy import ActingCopy
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import SegmentSamples
+from textgym.agents.gradient_checkpointing import checkpointable_layers, checkpointed
 from textgym.cached_model import CachedModel
 from textgym.generation import complete, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
@@ -62,6 +63,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
         bfloat16, float32 lets small updates add up
     :param autocast: ``"bfloat16"`` or ``"float16"``: learning computes matrix products in that type, from weights that
         stay as they are (``torch.autocast``)
+    :param gradient_checkpointing: learning keeps no activations inside the transformer's blocks and computes them
+        again: less memory, a third more time
     :param rollout_dtype: acting uses a copy of the weights in that type, such as ``"bfloat16"``; see
         :mod:`textgym.agents.acting_copy`
     :param compile: acting runs through ``torch.compile``: the first steps take up to some minutes, the others less time
@@ -88,6 +91,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         lora: Lora = None,
         dtype: str | torch.dtype | None = None,
         autocast: str | torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
         rollout_dtype: str | torch.dtype | None = None,
         compile: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
@@ -101,8 +105,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
         if value_trunk not in VALUE_TRUNKS:
             raise ValueError(f"value_trunk={value_trunk!r} must be one of {VALUE_TRUNKS}")
         check_spaces(observation_space, action_space)
-        if not isinstance(compile, bool):
-            raise ValueError(f"compile={compile!r} must be True or False")
+        for name, value in (("compile", compile), ("gradient_checkpointing", gradient_checkpointing)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
+        self.gradient_checkpointing = gradient_checkpointing
         self.autocast = _dtype_name(autocast)
         if self.autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast={autocast!r} must be 'bfloat16', 'float16' or None")
@@ -146,6 +152,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
             raise ValueError(
                 f"all weights of the language model {self.language_model.name} are frozen, "
                 "as a reference's are; give the policy its trainable_copy()"
+            )
+        if self.gradient_checkpointing and not checkpointable_layers(model):
+            raise ValueError(
+                f"gradient_checkpointing=True: {type(model).__name__} has no layers that transformers can compute again"
             )
         self.context = int(self.observation_space["input_ids"].shape[0])  # type: ignore[index]
         self.language_model.compile_decoding = self.compile_acting and self.rollout_dtype is None
@@ -337,7 +347,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param entropy_gradient: whether gradients are to flow through the entropies; without, they cost less
         :return: values ``(M, 1)``, log-probs ``(M,)`` and entropies ``(M,)``
         """
-        with self._autocast():
+        with self._autocast(), self._checkpointed():
             hidden = self._stepper.hidden_at(
                 segments.input_ids, segments.lengths, segments.rows, segments.positions
             )  # (M, H)
@@ -358,6 +368,12 @@ class LanguageModelPolicy(ActorCriticPolicy):
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, resolve_dtype(self.autocast))
+
+    def _checkpointed(self) -> AbstractContextManager[Any]:
+        """Where learning keeps as little as it can."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpointed(self.transformer)
+        return contextlib.nullcontext()
 
     def _values(self, hidden: Tensor) -> Tensor:
         """:param hidden: ``(B, H)``; the value head is fp32 whatever the transformer is."""
@@ -393,7 +409,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
     def _forced_hidden(self, obs: Observation) -> Tensor:
         """``(B, H)`` from a forward over the whole rows, with gradients where enabled."""
         ids, lengths = self._tokens(obs)
-        with self._autocast():
+        with self._autocast(), self._checkpointed():
             return self._stepper.hidden_at(ids, lengths, np.arange(len(ids)), lengths - 1)
 
     def _tokens(self, obs: Observation) -> tuple[np.ndarray, np.ndarray]:
@@ -447,6 +463,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             "value_trunk": self.value_trunk,
             "lora": self.lora,
             "autocast": self.autocast,
+            "gradient_checkpointing": self.gradient_checkpointing,
             "rollout_dtype": self.rollout_dtype,
             "compile": self.compile_acting,
             "optimizer_class": self.optimizer_class,

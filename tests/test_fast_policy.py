@@ -156,6 +156,7 @@ def test_options_survive_saving(tmp_path):
     [
         ({"autocast": "float32"}, "autocast='float32' must be 'bfloat16'"),
         ({"rollout_dtype": "int8"}, "dtype='int8' is no floating-point type"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing=1 must be True or False"),
         ({"compile": "yes"}, "compile='yes' must be True or False"),
         ({"dtype": "float32", "lora": True}, "dtype='float32' with lora"),
     ],
@@ -173,6 +174,30 @@ def test_the_fused_optimizer_takes_the_step_of_the_plain_one():
     assert not ordinary.policy.optimizer.defaults["fused"]
     for a, b in zip(fused.policy.parameters(), ordinary.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, True])
+def test_checkpointed_gradients_are_the_same_and_keep_less(lora):
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        model = agent({"gradient_checkpointing": checkpointing, "lora": lora})
+        collect(model)
+        sizes = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            batch = model.rollout_buffer.samples(model.rollout_buffer.segments)
+            values, log_prob, entropy = model.policy.evaluate_segments(batch)
+        kept.append(sum(sizes))
+        (log_prob.sum() + values.sum() + entropy.sum()).backward()
+        gradients.append([p.grad for p in model.policy.parameters() if p.grad is not None])
+        assert "forward" not in vars(model.policy.transformer.base_model.layers[0] if lora is None else model.policy)
+    assert kept[1] < 0.6 * kept[0]
+    for plain_one, checkpointed_one in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain_one, checkpointed_one)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
