@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.agents.acting_copy import ActingCopy
@@ -35,6 +36,7 @@ from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.rewards import PrefixBatch
 
 Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
+PLAIN_ATTENTION = 512  # tokens up to which attention in a smaller type is not fused on a CPU
 VALUE_HEADS = ("linear", "mlp")
 VALUE_TRUNKS = ("shared", "detached")
 
@@ -363,11 +365,19 @@ class LanguageModelPolicy(ActorCriticPolicy):
         assert entropy is not None
         return self._values(hidden), log_prob, entropy
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
         """Where learning computes in a smaller type."""
         if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, resolve_dtype(self.autocast))
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, resolve_dtype(self.autocast)))
+            # On CPUs torch's fused attention is slow in these types, the plain one takes a sixth off an update. It
+            # holds (B, heads, L, L) scores, so only for short texts; checkpoints would compute again without it.
+            if self.device.type == "cpu" and self.context <= PLAIN_ATTENTION and not self.gradient_checkpointing:
+                stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+            yield
 
     def _checkpointed(self) -> AbstractContextManager[Any]:
         """Where learning keeps as little as it can."""
