@@ -11,7 +11,7 @@ import copy
 
 import torch
 
-from textgym.cached_model import weights_version
+from textgym.cached_model import WeightsVersion
 from textgym.language_model import LanguageModel
 
 
@@ -24,14 +24,15 @@ class ActingCopy:
 
     def __init__(self, trained: LanguageModel, dtype: torch.dtype) -> None:
         self._trained = trained
-        self._version = weights_version(trained.model)
+        self._weights = WeightsVersion(trained.model)
+        self._version = self._weights.now()
         model = copy.deepcopy(trained.model, trained.shared_in_copies()).to(dtype)
         self._copy = trained.with_model(model.requires_grad_(False))
 
     @torch.no_grad()
     def current(self) -> LanguageModel:
         """The copy, with the weights that the original has now."""
-        version = weights_version(self._trained.model)
+        version = self._weights.now()
         if version != self._version:
             into = [*self._copy.model.parameters(), *self._copy.model.buffers()]
             given = [*self._trained.model.parameters(), *self._trained.model.buffers()]

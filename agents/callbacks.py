@@ -15,7 +15,8 @@ class AdaptiveKLCallback(BaseCallback):
     """Steer the environment's ``kl_coef`` so that the KL to the reference model approaches a target.
 
     After every rollout :class:`~textgym.kl.AdaptiveKLController` (Ziegler et al. 2019, section 2.2) sees the
-    mean KL of the completions that ended in it. Logs ``train/kl_target``; ``train/kl_coef`` is logged anyway.
+    mean KL of the completions that ended in it, in all processes. Logs ``train/kl_target``; ``train/kl_coef`` is
+    logged anyway.
 
     :param target: nats per completion
     :param horizon: completions over which the coefficient may change by a factor of about e^0.2
@@ -60,6 +61,7 @@ class AdaptiveKLCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
         kl = np.array([episode["kl"] for episode in self.model.finished_episodes])
+        kl = np.concatenate(self.model.processes.gather(kl))
         if len(kl):
             TextEnvironment(self.training_env).kl_coef = self.controller.update(float(kl.mean()), len(kl))
         self.logger.record("train/kl_target", self.controller.target)

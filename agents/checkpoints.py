@@ -12,6 +12,9 @@ and after a stop, however sudden, with the same environment, agent and callbacks
     resume(model, "checkpoints", callback=callback)
     model.learn(100_000 - model.num_timesteps, callback=callback, reset_num_timesteps=False)
 
+In several processes all of them make these calls. The first one writes, and the checkpoint has the environment, the
+random state and the callbacks of each; training goes on in as many processes, each of which reads the folder.
+
 A folder appears under its name only when it is complete, each file is listed with its SHA-256 in ``manifest.json``,
 and a damaged checkpoint is passed over for the one before it.
 """
@@ -42,6 +45,8 @@ from textgym.envs.sb3 import TextGenVecEnv, deferrable
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d{12})")
+# What each process has of its own; weights, optimizer and counters are the same in all.
+_OWN = ("last_episode_starts", "row_kl", "log", "env", "callbacks", "random")
 # Plain numbers of the algorithm that change while it learns.
 _COUNTERS = (
     "num_timesteps",
@@ -70,7 +75,7 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
     env = _text_vec_env(model)
     if model._last_obs is None:
         raise CheckpointError("training has not begun: there is no state to keep before the first rollout")
-    return {
+    state = {
         "agent": type(model).__name__,
         "policy": {name: tensor for name, tensor in model.policy.state_dict().items() if name not in _frozen(model)},
         "optimizer": model.policy.optimizer.state_dict(),
@@ -84,6 +89,8 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
         "callbacks": [_state_of(part) for part in _callbacks(callback)],
         "random": _random_state(model),
     }
+    own = model.processes.gather({name: state[name] for name in _OWN})
+    return {**state, "other_processes": own[1:]}
 
 
 def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], callback: Any = None) -> None:
@@ -96,6 +103,14 @@ def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], cal
     """
     if state["agent"] != type(model).__name__:
         raise ValueError(f"the state is of the agent {state['agent']}, not of {type(model).__name__}")
+    processes, saved = model.processes, 1 + len(state["other_processes"])
+    if processes.world_size != saved:
+        raise ValueError(
+            f"the state is of a training in {saved} processes, and this is one in {processes.world_size}: go on with "
+            f"{saved}, as with accelerate launch --num_processes {saved}"
+        )
+    if not processes.is_main:
+        state = {**state, **state["other_processes"][processes.rank - 1]}
     parts = list(_callbacks(callback))
     names = [name for name, _ in state["callbacks"]]
     if names != [type(part).__name__ for part in parts]:
@@ -174,12 +189,17 @@ def _is_data(value: Any) -> bool:
 
 
 def _random_state(model: TextOnPolicyAlgorithm) -> dict[str, Any]:
+    cuda: list[torch.Tensor] = []
+    if torch.cuda.is_available():
+        # Of several processes each has a device of its own, and must not touch the others'.
+        alone = model.processes.world_size == 1
+        cuda = torch.cuda.get_rng_state_all() if alone else [torch.cuda.get_rng_state()]
     algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002 (the generator that SB3 seeds)
     return {
         "python": random.getstate(),
         "numpy": [algorithm, np.asarray(keys), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": cuda,
         "actions": model.action_space.np_random.bit_generator.state,
     }
 
@@ -189,7 +209,10 @@ def _set_random_state(model: TextOnPolicyAlgorithm, state: dict[str, Any]) -> No
     np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if model.processes.world_size == 1:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        else:
+            torch.cuda.set_rng_state(state["cuda"][0])
     model.action_space.np_random.bit_generator.state = state["actions"]
 
 
@@ -297,6 +320,9 @@ def resume(model: TextOnPolicyAlgorithm, folder: str | Path, callback: Any = Non
     :raises ValueError: if it is of another agent, environment or set of callbacks
     """
     path, state = read_latest(folder)
+    found = model.processes.gather(path.name)
+    if len(set(found)) > 1:
+        raise CheckpointError(f"the processes found different checkpoints in {folder}, {found}: all must see one")
     load_training_state(model, state, callback)
     return path
 
@@ -343,8 +369,9 @@ class TrainingCheckpoints(BaseCallback):
         self._written = self.model.num_timesteps
         callbacks = self.locals.get("callback")
         state = training_state(self.model, callbacks)
-        path = write_checkpoint(self.folder, state, self.model.num_timesteps, self.keep)
-        if self.verbose >= 1:
+        steps, processes = self.model.num_timesteps, self.model.processes
+        path = processes.on_main(lambda: write_checkpoint(self.folder, state, steps, self.keep))
+        if self.verbose >= 1 and processes.is_main:
             print(f"Wrote {path}")
         return path
 

@@ -1,4 +1,4 @@
-"""The command ``textgym``: train, resume, generate, evaluate, plot, and list the environments.
+"""The command ``textgym``: train, resume, generate, evaluate, plot, list the environments, and serve a reward.
 
 It is a thin layer: options become a :class:`~textgym.agents.runs.RunConfig` or the arguments of a function, and what
 can go wrong with them is said in one line.
@@ -52,11 +52,12 @@ ALGORITHMS = ("ppo",)
 def _plain_errors() -> Iterator[None]:
     """Say in one line what is wrong with what the user gave; other errors keep their traceback."""
     from textgym.agents.checkpoints import CheckpointError
+    from textgym.agents.distributed import ProcessError
     from textgym.rewards import RewardError
 
     try:
         yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, RewardError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, ProcessError, RewardError) as error:
         Console(stderr=True).print(f"[bold red]Error[/bold red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
 
@@ -107,6 +108,7 @@ def train(
     """Train a language model on a reward; the run's folder gets everything that comes of it."""
     given = {name: value for name, value in options.items() if value is not None}
     with _plain_errors():
+        from textgym.agents.distributed import ProcessError, Processes
         from textgym.agents.runs.folder import next_free
         from textgym.agents.runs.training import Run
 
@@ -124,9 +126,13 @@ def train(
             from_file = {} if config is None else read_config(config)
             algorithm = from_file.pop("algorithm", algorithm)
             merged = RunConfig.from_mapping({**from_file, **given}, "the configuration")
-            run = Run(algorithm, merged, output or next_free("runs", algorithm))
+            processes = Processes.join(merged.process_timeout, cpu=merged.device == "cpu")
+            run = Run(algorithm, merged, processes.on_main(lambda: output or next_free("runs", algorithm)))
         folder = run.folder.path
-        console.print(f"Training in [bold]{folder}[/bold]", highlight=False)
+        if not run.processes.is_main:
+            console.quiet = True
+        several = f", in {run.processes.world_size} processes" * (run.processes.world_size > 1)
+        console.print(f"Training in [bold]{folder}[/bold]{several}", highlight=False)
         if run.resumed_from is not None:
             console.print(f"  from {run.resumed_from.name}, {run.agent.num_timesteps:,} tokens", highlight=False)
         try:
@@ -134,6 +140,11 @@ def train(
         except KeyboardInterrupt:
             console.print(f"\nStopped at once. The newest checkpoint is whole: textgym train --resume {folder}")
             raise typer.Exit(130) from None
+        except ProcessError as error:
+            raise ProcessError(
+                f"{error}. The newest checkpoint is whole: launch all processes again with --resume {folder}"
+            ) from error
+    Processes.leave()
     _show_progress(run.recorder.evaluations)
     if finished:
         console.print(f"Finished after {run.recorder.seconds:.0f} s. In [bold]{folder}[/bold]: curves.png, samples.md,")
@@ -391,6 +402,28 @@ def _described_options(manual: str) -> dict[str, str]:
             for name in cells[0].replace("``", "").split(", "):
                 described[name] = cells[2].replace("``", "")
     return described
+
+
+@app.command("serve-reward")
+def serve_reward(
+    reward: Annotated[
+        str, typer.Argument(help="as for train: a directory, a hub id, file.py:function, module:object, or embedded")
+    ] = "embedded",
+    host: Annotated[str, typer.Option(help="address to listen on; there is no authentication")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port")] = 8700,
+    label_column: Annotated[str, typer.Option(help="column under which the reward gets the labels sent")] = "labels",
+) -> None:
+    """Serve a reward over HTTP, with the protocol of OpenRLHF's reward server.
+
+    In other processes it is RemoteReward("http://HOST:PORT/get_reward").
+    """
+    with _plain_errors():
+        from textgym.agents.runs.training import load_reward
+        from textgym.rewards import serve_reward as serve
+
+        served = load_reward(reward)
+        console.print(f"Serving [bold]{escape(served.name)}[/bold] at http://{host}:{port}/get_reward", highlight=False)
+        serve(served, host, port, label_column)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from transformers import PreTrainedModel
 
 from textgym.agents.blueprint import LanguageModelBlueprint
+from textgym.agents.distributed import Processes
 from textgym.agents.episode_buffer import EpisodeBuffer
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.pretrained import (
@@ -149,6 +150,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
       sampling); None for no such weights
     - ``bootstrap_truncated``: add γ·V(last state) to the last reward where the token budget ran out, as SB3
       does
+    - ``processes``: those that learn together (:mod:`textgym.agents.distributed`), in most cases one alone. Rows are
+      each process's own; ``num_timesteps`` counts the tokens of all, and ``ep_info_buffer``, which ``rollout/*`` are
+      means of, has everybody's episodes
     """
 
     policy: LanguageModelPolicy
@@ -157,6 +161,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     whiten_rewards: bool
     bootstrap_truncated: bool
     importance_cap: float | None
+    processes: Processes
     finished_episodes: list[dict[str, Any]]
     _last_obs: Any
 
@@ -174,6 +179,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, LanguageModelPolicy):
             raise ValueError(f"policy={self.policy_class.__name__} must be a LanguageModelPolicy")
+        self.processes = Processes.join(cpu=self.device.type == "cpu")
         kwargs = dict(self.policy_kwargs)
         if self.env is not None:
             environment = self._checked_environment(self.env)
@@ -193,6 +199,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         self._row_kl = np.zeros(self.n_envs)  # KL of the running episodes, nats
         self._pending_log: dict[str, Any] = {}  # of a resumed run: what the last update before the stop recorded
         super()._setup_model()
+        self._all_rows = int(self.processes.total(self.n_envs))
+        self.processes.broadcast(p for p in self.policy.parameters() if p.requires_grad)
         # What is saved with the agent: no path of this machine, no weights a second time.
         kwargs = {name: value for name, value in kwargs.items() if name != "tokenizer"}
         self.policy_kwargs = {**kwargs, "language_model": self.policy.blueprint()}
@@ -209,6 +217,13 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
             shared = environment.shared_language_model(self.device)
             if dataclasses.replace(LanguageModelBlueprint.of(shared), name=given.name) == given:
                 kwargs["language_model"] = shared
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed everything random; in several processes each gets a seed of its own.
+
+        :param seed: the same in every process
+        """
+        super().set_random_seed(self.processes.seed(seed))
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Go on in another environment, with as many rows and the same spaces.
@@ -303,7 +318,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
             environment.report_log_probs(log_probs.cpu().numpy())
             new_obs, rewards, dones, infos = env.step(actions)
 
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += self._all_rows
             rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs, masks)
             if self.bootstrap_truncated:
                 bootstrap[n_steps] = self.gamma * self._values_where_truncated(dones, infos)
@@ -327,11 +342,13 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
             rollout_buffer.rewards[:] = scores.rewards[-n_rollout_steps:]
             self._note_finished(scores.episodes)
         if self.whiten_rewards:
-            rollout_buffer.rewards = whitened(rollout_buffer.rewards)
+            rollout_buffer.rewards = whitened(rollout_buffer.rewards, self.processes)
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += bootstrap
         last_values = (self.policy.forced_values if acted_with_copy else self.policy.predict_values)(self._last_obs)
         rollout_buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
+        if self.processes.world_size > 1:
+            self._remember(self.processes.interleaved(_figures_of(self.finished_episodes)))
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -367,8 +384,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         log_ratio = buffer.log_probs - drawn_with
         if self.importance_cap is not None:
             buffer.importance = np.minimum(np.exp(log_ratio), self.importance_cap)
-        self.logger.record("rollout/log_ratio_abs", np.abs(log_ratio).mean())
-        self.logger.record("rollout/log_ratio_max", np.abs(log_ratio).max())
+        self.logger.record("rollout/log_ratio_abs", self.processes.mean(np.abs(log_ratio)))
+        self.logger.record("rollout/log_ratio_max", self.processes.largest(np.abs(log_ratio).max()))
 
     # Statistics
 
@@ -391,10 +408,12 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
 
     def _note_finished(self, episodes: list[dict[str, Any]]) -> None:
         self.finished_episodes.extend(episodes)
+        if self.processes.world_size == 1:  # else with the others' episodes, at the end of the rollout
+            self._remember(_figures_of(episodes))
+
+    def _remember(self, figures: list[dict[str, Any]]) -> None:
         assert self.ep_info_buffer is not None
-        # Without the texts: this buffer is saved with the agent.
-        names = ("r", "l", "score", "kl", "finish_reason")
-        self.ep_info_buffer.extend({n: e[n] for n in names if n in e} for e in episodes if "r" in e)
+        self.ep_info_buffer.extend(figures)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log; ``rollout/*`` are means over the last ``stats_window_size`` episodes, KL in nats.
@@ -426,7 +445,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     # Saving
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "finished_episodes", "_row_kl", "_pending_log"]
+        own = ["finished_episodes", "_row_kl", "_pending_log", "processes", "_all_rows"]
+        return [*super()._excluded_save_params(), *own]
 
     @classmethod
     def load(
@@ -532,15 +552,24 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         return model
 
 
-def whitened(rewards: np.ndarray) -> np.ndarray:
+def _figures_of(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``rollout/*`` are made of; without the texts, because they are saved with the agent."""
+    names = ("r", "l", "score", "kl", "finish_reason")
+    return [{n: e[n] for n in names if n in e} for e in episodes if "r" in e]
+
+
+def whitened(rewards: np.ndarray, processes: Processes | None = None) -> np.ndarray:
     """Rewards of unit variance with their mean kept; the variance is the biased one.
 
     From Ziegler et al.'s code, see "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 
     :param rewards: any shape
+    :param processes: whose rewards mean and variance are taken over; default one alone
     """
-    mean = rewards.mean()
-    return (rewards - mean) / np.sqrt(rewards.var() + 1e-8) + mean
+    processes = processes or Processes()
+    mean = processes.mean(rewards)
+    whitened: np.ndarray = (rewards - mean) / np.sqrt(processes.variance(rewards) + 1e-8) + mean
+    return whitened
 
 
 def check_count(name: str, value: Any) -> None:

@@ -3,7 +3,8 @@
 It is Stable-Baselines3's PPO: the same arguments, rollouts, advantages and loss. What differs is how the loss
 is computed: the log-probs, entropies and values of a minibatch come from one teacher-forced forward over its
 episodes rather than from one forward over the whole prefix of every token. On the same rollout and the same
-minibatches both give the same gradients.
+minibatches both give the same gradients. In several processes (:mod:`textgym.agents.distributed`) a minibatch is that
+of all of them: ``self.processes`` exchanges what has to be known of the others.
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347; for text,
 Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", https://arxiv.org/abs/1909.08593.
@@ -18,7 +19,6 @@ import stable_baselines3 as sb3
 import torch
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import explained_variance
 from torch.nn import functional as F
 
 from textgym.agents.episode_buffer import EpisodeBuffer
@@ -52,7 +52,7 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
     :param env: an id, a Gymnasium environment or vector environment, or a ``VecEnv``
     :param learning_rate: a number, or a function of the remaining progress (1 to 0)
     :param n_steps: tokens per row and rollout, T
-    :param batch_size: tokens per minibatch, as nearly as whole episodes allow; default 512, or the whole
+    :param batch_size: tokens per minibatch and process, as nearly as whole episodes allow; default 512, or the whole
         rollout if that is smaller
     :param n_epochs: passes over a rollout
     :param gamma: discount per token
@@ -187,8 +187,12 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
             clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
         buffer = self.rollout_buffer
         if self.normalize_advantage == "rollout":
-            centred = buffer.advantages - buffer.advantages.mean()
-            buffer.advantages = centred / (centred.std() + 1e-8)
+            centred = buffer.advantages - self.processes.mean(buffer.advantages)
+            buffer.advantages = centred / (np.sqrt(self.processes.variance(centred)) + 1e-8)
+        # Every process makes as many minibatches; where whole episodes don't allow that many, all make fewer.
+        tokens = buffer.buffer_size * buffer.n_envs
+        wished = max(1, round(tokens / self.batch_size))
+        batches = int(self.processes.smallest(min(wished, len(buffer.segments))))
 
         policy_losses, value_losses, entropy_losses = [], [], []
         clip_fractions, grad_norms = [], []
@@ -196,12 +200,14 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
         continue_training = True
         for epoch in range(self.n_epochs):
             approx_kls = []
-            for batch in buffer.get(self.batch_size):
+            for batch in buffer.get(tokens / batches):  # type: ignore[arg-type]  # a wish, not a whole number
                 values, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
                 values = values.flatten()
                 advantages = batch.advantages
-                if self.normalize_advantage is True and len(advantages) > 1:
-                    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+                if self.normalize_advantage is True:
+                    count, mean, std = self.processes.moments(advantages)
+                    if count > 1:
+                        advantages = (advantages - mean) / (std + 1e-8)
 
                 # Clipped surrogate loss. Before the first optimizer step the ratio is 1.
                 log_ratio = log_prob - batch.old_log_prob
@@ -232,14 +238,17 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
                 policy_losses.append(policy_loss.item())
                 value_losses.append(value_loss.item())
                 entropy_losses.append(entropy_loss.item())
+                if self.target_kl is not None:
+                    approx_kl = self.processes.weighted_mean(approx_kl, len(ratio))
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     continue_training = False
-                    if self.verbose >= 1:
+                    if self.verbose >= 1 and self.processes.is_main:
                         print(f"Early stopping in epoch {epoch} due to reaching max kl: {approx_kl:.2f}")
                     break
 
                 self.policy.optimizer.zero_grad()
                 loss.backward()
+                self.processes.average_gradients(self.policy.parameters(), transitions=len(advantages))
                 norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
                 grad_norms.append(norm.item())
                 self.policy.optimizer.step()
@@ -247,16 +256,21 @@ class PPO(TextOnPolicyAlgorithm, sb3.PPO):
             if not continue_training:
                 break
 
-        self.logger.record("train/entropy_loss", np.mean(entropy_losses))
-        self.logger.record("train/policy_gradient_loss", np.mean(policy_losses))
-        self.logger.record("train/value_loss", np.mean(value_losses))
-        self.logger.record("train/approx_kl", np.mean(approx_kls))
-        self.logger.record("train/clip_fraction", np.mean(clip_fractions))
-        self.logger.record("train/loss", loss.item())
-        self.logger.record(
-            "train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-        )
-        self.logger.record("train/ratio_first", ratio_first)
+        figures = {
+            "entropy_loss": np.mean(entropy_losses),
+            "policy_gradient_loss": np.mean(policy_losses),
+            "value_loss": np.mean(value_losses),
+            "approx_kl": np.mean(approx_kls),
+            "clip_fraction": np.mean(clip_fractions),
+            "loss": loss.item(),
+        }
+        for name, value in self.processes.means(figures).items():
+            self.logger.record(f"train/{name}", value)
+        variance = self.processes.variance(buffer.returns.flatten())
+        residual = self.processes.variance(buffer.returns.flatten() - buffer.values.flatten())
+        self.logger.record("train/explained_variance", float(1 - residual / variance) if variance else np.nan)
+        assert ratio_first is not None
+        self.logger.record("train/ratio_first", self.processes.largest(ratio_first))
         if grad_norms:
             self.logger.record("train/grad_norm", np.mean(grad_norms))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

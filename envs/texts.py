@@ -94,10 +94,11 @@ class Texts:
         self.ids[rows, self.lengths[rows]] = tokens
         self.lengths[rows] += 1
         stopped = self._stopped(rows)
+        eos = self.vocabulary.eos_token_id
         for row, token, count, stop in zip(
             rows.tolist(), tokens.tolist(), self.taken[rows].tolist(), stopped, strict=True
         ):
-            if token == self.vocabulary.eos_token_id and count > self.options.min_new_tokens:
+            if token == eos and count > self.options.min_new_tokens:
                 self.finish_reasons[row] = "eos"
             elif stop:
                 self.finish_reasons[row] = "stop"

@@ -4,6 +4,7 @@
     python examples/train_ppo.py --prompts my.jsonl --reward my_reward.py:score --kl-coef 0.1 --output runs/mine
     python examples/train_ppo.py --config my.yaml --learning-rate 5e-5     # flags win over the file
     python examples/train_ppo.py --resume runs/mine                        # after a stop, however sudden
+    accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 8 examples/train_ppo.py   # 8 GPUs
 
 It is the same code as the command ``textgym train ppo``. From Python, a run is an object::
 

@@ -39,6 +39,7 @@ class CachedModel:
         self.model = model
         self._compiled = torch.compile(self._run) if compile else None
         self.trunk: nn.Module = model.base_model
+        self._weights = WeightsVersion(self.trunk)
         limit = self._limit()
         if limit is not None and context > limit:
             raise ValueError(
@@ -187,7 +188,7 @@ class CachedModel:
     def _prepare(self, slots: int) -> None:
         """Make room for ``slots`` rows, and forget what older weights computed."""
         self._forbid_dropout()
-        version = weights_version(self.trunk)
+        version = self._weights.now()
         if version != self._version:
             # The memory goes, too: its dtype and device may not fit any more, and where old weights left a NaN, masking
             # would not keep it out (0 · NaN is NaN).
@@ -276,13 +277,23 @@ class CachedModel:
         self._hidden[torch.as_tensor(rows, device=hidden.device)] = hidden
 
 
-def weights_version(module: nn.Module) -> int:
-    """A number that changes whenever a parameter is replaced, modified in place or trained by an optimizer.
+class WeightsVersion:
+    """Tells when a parameter of a module is replaced, modified in place or trained by an optimizer.
 
     In-place changes behind autograd's back, such as ``parameter.data.mul_(2)``, are invisible to it: call
-    :meth:`CachedModel.forget` after them.
+    :meth:`CachedModel.forget` after them. So are submodules that are exchanged later.
+
+    :param module: with all the submodules it will have
     """
-    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()))
+
+    def __init__(self, module: nn.Module) -> None:
+        # Walking through the modules takes longer than looking at their parameters, and this is asked at every step.
+        self._tables = [part._parameters for part in module.modules() if part._parameters]
+
+    def now(self) -> int:
+        """A number that is another one after every such change."""
+        parameters = (p for table in self._tables for p in table.values() if p is not None)
+        return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
 
 
 def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -49,7 +49,8 @@ class Stepping:
     """
 
     def __init__(self, stepped: SteppedModel, like: Stepping | None = None) -> None:
-        self.compile: bool = False if like is None else like.compile  # whether the slot cache's decode steps are compiled
+        # whether the slot cache's decode steps are compiled
+        self.compile: bool = False if like is None else like.compile
         self._stepped = stepped
         self._why_uncached: str | None = why_uncached(stepped) if like is None else like._why_uncached
         self._cached: CachedModel | None = None

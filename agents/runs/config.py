@@ -41,6 +41,9 @@ class RunConfig:
     autocast: Literal["bfloat16", "float16"] | None = _option(
         None, MODEL, "learn with matrix products in this type; the trained weights are then float32, whatever dtype is"
     )
+    gradient_checkpointing: bool = _option(
+        False, MODEL, "learn without keeping activations, which are computed again: less memory, more time"
+    )
     rollout_dtype: Literal["bfloat16", "float16", "float32"] | None = _option(
         None, MODEL, "act with a copy of the weights in this type"
     )
@@ -78,7 +81,7 @@ class RunConfig:
     kl_horizon: float = _option(10_000.0, REWARD, "completions over which kl_coef may change by a factor of about 1.2")
     missing_eos_penalty: float = _option(0.0, REWARD, "subtracted where the token budget ran out")
 
-    rows: int = _option(64, EPISODE, "texts written side by side")
+    rows: int = _option(64, EPISODE, "texts written side by side, by each process")
     max_new_tokens: int = _option(32, EPISODE, "budget of a completion, tokens")
     min_new_tokens: int = _option(0, EPISODE, "an end before that many tokens ends nothing")
     max_prompt_tokens: int | None = _option(
@@ -94,7 +97,9 @@ class RunConfig:
     learning_rate: float = _option(1e-4, ALGORITHM, "of Adam")
     lr_schedule: Literal["constant", "linear"] = _option("constant", ALGORITHM, "linear: falls to 0 at the end")
     n_steps: int | None = _option(None, ALGORITHM, "tokens per row and rollout; default max_new_tokens")
-    batch_size: int | None = _option(None, ALGORITHM, "tokens per minibatch; default 512 or the whole rollout")
+    batch_size: int | None = _option(
+        None, ALGORITHM, "tokens per minibatch and process; default 512 or the whole rollout"
+    )
     n_epochs: int = _option(4, ALGORITHM, "passes over a rollout")
     gamma: float = _option(1.0, ALGORITHM, "discount per token")
     gae_lambda: float = _option(0.95, ALGORITHM, "of generalised advantage estimation")
@@ -117,7 +122,7 @@ class RunConfig:
     )
     stats_window_size: int = _option(100, ALGORITHM, "episodes that rollout/* are averaged over")
 
-    timesteps: int = _option(49_152, RUN, "tokens to train on")
+    timesteps: int = _option(49_152, RUN, "tokens to train on, of all processes")
     seed: int = _option(0, RUN, "of everything random")
     threads: int | None = _option(None, RUN, "CPU threads; default what torch chooses")
     eval_every: int = _option(8_192, RUN, "tokens between two evaluations on held-out prompts")
@@ -126,6 +131,9 @@ class RunConfig:
     checkpoint_every: int = _option(8_192, RUN, "tokens between two checkpoints")
     keep_checkpoints: int = _option(2, RUN, "newest checkpoints that stay")
     tensorboard: bool = _option(True, RUN, "write TensorBoard logs")
+    process_timeout: float = _option(
+        1_800.0, RUN, "with several processes: seconds that they wait for each other, evaluations included"
+    )
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
@@ -134,6 +142,8 @@ class RunConfig:
         for name in ("rows", "timesteps", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.process_timeout <= 0:
+            raise ValueError(f"process_timeout={self.process_timeout} must be greater than 0 seconds")
         if self.samples < 0:
             raise ValueError(f"samples={self.samples} must be at least 0")
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from textgym.agents.checkpoints import training_state, write_checkpoint
+from textgym.agents.distributed import Processes
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.runs.config import RunConfig
 from textgym.agents.runs.folder import GrowingFile, JSONLines, ResumableTensorBoard, RunFolder
@@ -28,14 +28,25 @@ class StopRun(Exception):
 class RunRecorder(BaseCallback):
     """Keeps a run's folder up to date, and stops the run at the next boundary between rollouts when asked to.
 
+    Of several processes the main one evaluates and writes, while the others wait.
+
     :param config: of the run
     :param folder: of the run
     :param envs: the training environment, whose reward and reference the held-out texts are measured with
     :param held_out: held-out prompts
+    :param processes: those that train together; default one alone
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, envs: TextGenVectorEnv, held_out: list[PromptRow]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        envs: TextGenVectorEnv,
+        held_out: list[PromptRow],
+        processes: Processes | None = None,
+    ) -> None:
         super().__init__()
+        self.processes = processes or Processes()
         self.config = config
         self.folder = folder
         self.envs = envs
@@ -54,6 +65,8 @@ class RunRecorder(BaseCallback):
 
         :param timesteps: where the run begins; greater than 0 when it is resumed
         """
+        if not self.processes.is_main:
+            return Logger(None, [])
         formats: list[KVWriter] = [JSONLines(self.metrics)]
         if self.config.tensorboard:
             formats.append(ResumableTensorBoard(str(self.folder.tensorboard), timesteps))
@@ -75,6 +88,7 @@ class RunRecorder(BaseCallback):
 
     def _between_rollouts(self, last: bool) -> None:
         steps = self.model.num_timesteps
+        stop = self.processes.any(self.stop_requested)
         due = self._evaluated is None or steps - self._evaluated >= self.config.eval_every
         if due or (last and self._evaluated != steps):
             self._evaluate(steps)
@@ -82,18 +96,21 @@ class RunRecorder(BaseCallback):
         self.logger.dump(steps)
         first = self._checkpointed is None and steps == 0
         due = not first and steps - (self._checkpointed or 0) >= self.config.checkpoint_every
-        if due or ((last or self.stop_requested) and self._checkpointed != steps):
+        if due or ((last or stop) and self._checkpointed != steps):
             self._checkpoint(steps)
-        if self.stop_requested and not last:
+        if stop and not last:
             raise StopRun
 
     # Parts
 
     def _evaluate(self, steps: int) -> None:
+        self._evaluated = steps
+        self.processes.on_main(lambda: self._evaluate_here(steps))
+
+    def _evaluate_here(self, steps: int) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
         evaluation = held_out_evaluation(self.model, self.envs, self.held_out)
         figures = {name: float(value) for name, value in evaluation.figures().items()}
-        self._evaluated = steps
         self.evaluations.append({"timesteps": steps, **figures})
         names = {"score": "score_mean", "length": "ep_len_mean"}
         for name, value in figures.items():
@@ -125,11 +142,12 @@ class RunRecorder(BaseCallback):
         os.rename(partial, self.folder.best)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _checkpoint(self, steps: int) -> Path:
+    def _checkpoint(self, steps: int) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
         self._checkpointed = steps
         state = training_state(self.model, self.locals.get("callback"))
-        return write_checkpoint(self.folder.checkpoints, state, steps, self.config.keep_checkpoints)
+        keep = self.config.keep_checkpoints
+        self.processes.on_main(lambda: write_checkpoint(self.folder.checkpoints, state, steps, keep))
 
     # Checkpoints
 
@@ -153,8 +171,9 @@ class RunRecorder(BaseCallback):
         self._evaluated, self._checkpointed = state["evaluated"], state["checkpointed"]
         self._best, self.evaluations = state["best"], state["evaluations"]
         self._seconds = state["seconds"]
-        self.metrics.cut(state["metrics_bytes"])
-        self.sample_file.cut(state["samples_bytes"])
+        if self.processes.is_main:
+            self.metrics.cut(state["metrics_bytes"])
+            self.sample_file.cut(state["samples_bytes"])
 
 
 def held_out_evaluation(model: TextOnPolicyAlgorithm, envs: TextGenVectorEnv, prompts: list[PromptRow]) -> Evaluation:

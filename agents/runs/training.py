@@ -20,7 +20,8 @@ from stable_baselines3.common.utils import LinearSchedule
 
 import textgym  # noqa: F401  registers the environment ids
 from textgym.agents.callbacks import AdaptiveKLCallback
-from textgym.agents.checkpoints import load_training_state, read_latest
+from textgym.agents.checkpoints import resume as resume_training
+from textgym.agents.distributed import DividePrompts, ProcessError, Processes, SharedPrompts
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.plots import plot_runs
 from textgym.agents.ppo import PPO
@@ -111,8 +112,15 @@ def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
     return train, other
 
 
-def make_envs(config: RunConfig, prompts: Any) -> TextGenVectorEnv:
-    """The training environment."""
+def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = None) -> TextGenVectorEnv:
+    """The training environment.
+
+    :param prompts: what it draws from
+    :param processes: those that train together; default one alone
+    """
+    processes = processes or Processes()
+    options = {name: getattr(config, name) for name in _ENV_OPTIONS}
+    options["device"] = device_of(config, processes)
     every = config.reward_every
     envs = gym.make_vec(
         "TextGen-v0",
@@ -123,8 +131,8 @@ def make_envs(config: RunConfig, prompts: Any) -> TextGenVectorEnv:
         prompts=prompts,
         reward=load_reward(config.reward),
         reward_every=every if every == "end" else int(every),
-        seed=config.seed,
-        **{name: getattr(config, name) for name in _ENV_OPTIONS},
+        seed=processes.seed(config.seed),
+        **options,
     )
     assert isinstance(envs, TextGenVectorEnv)
     return envs
@@ -140,9 +148,23 @@ _AGENT_OPTIONS = (
 ).split()
 
 
-def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> TextOnPolicyAlgorithm:
+def device_of(config: RunConfig, processes: Processes) -> str:
+    """The option ``device``; of several processes each has one of its own."""
+    if config.device == "auto" and processes.world_size > 1:
+        return str(processes.device)
+    if config.device.startswith("cuda:") and processes.world_size > 1:
+        raise ValueError(
+            f"device={config.device!r} would be that of all {processes.world_size} processes: leave it 'auto', and "
+            "each gets its own"
+        )
+    return config.device
+
+
+def make_agent(
+    algorithm: str, config: RunConfig, envs: TextGenVectorEnv, processes: Processes | None = None
+) -> TextOnPolicyAlgorithm:
     """The agent, with the environment's language model as its policy."""
-    names = ("value_head", "value_trunk", "autocast", "rollout_dtype", "compile")
+    names = ("value_head", "value_trunk", "autocast", "gradient_checkpointing", "rollout_dtype", "compile")
     policy: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.autocast is not None and config.lora_rank is None:
         policy["dtype"] = "float32"
@@ -150,6 +172,8 @@ def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> Tex
         policy["lora"] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
         if config.lora_target_modules is not None:
             policy["lora"]["target_modules"] = config.lora_target_modules
+    options = {name: getattr(config, name) for name in _AGENT_OPTIONS}
+    options["device"] = device_of(config, processes or Processes())
     rate = config.learning_rate
     normalize: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}
     return AGENTS[algorithm](
@@ -159,7 +183,7 @@ def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> Tex
         n_steps=config.n_steps or config.max_new_tokens,
         normalize_advantage=normalize[config.normalize_advantage],
         policy_kwargs=policy,
-        **{name: getattr(config, name) for name in _AGENT_OPTIONS},
+        **options,
     )
 
 
@@ -168,6 +192,9 @@ def make_agent(algorithm: str, config: RunConfig, envs: TextGenVectorEnv) -> Tex
 
 class Run:
     """A training run: its configuration, its folder, its environment and its agent.
+
+    Under ``accelerate launch`` every process has its own environment and its own share of the prompts, and the first
+    one alone writes to the folder (:mod:`textgym.agents.distributed`).
 
     :param algorithm: ``"ppo"``
     :param config: its options
@@ -181,26 +208,31 @@ class Run:
         self.algorithm, self.config, self.folder = algorithm, config, RunFolder(path)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        self.processes = Processes.join(config.process_timeout, cpu=config.device == "cpu")
         # Everything that can be wrong is found before the folder is made.
         train, held_out = load_prompts(config)
-        self.envs = make_envs(config, train)
-        self.agent = make_agent(algorithm, config, self.envs)
+        prompts: Any = train
+        if self.processes.world_size > 1:
+            prompts = SharedPrompts(train, config.seed, self.processes)
+        self.envs = make_envs(config, prompts, self.processes)
+        self.agent = make_agent(algorithm, config, self.envs, self.processes)
         if not resume:
-            self.folder.create()
+            self.processes.on_main(self.folder.create)
         held_out_rows: list[PromptRow] = list(held_out)
-        self.recorder = RunRecorder(config, self.folder, self.envs, held_out_rows)
+        self.recorder = RunRecorder(config, self.folder, self.envs, held_out_rows, self.processes)
         self.callbacks: list[BaseCallback] = []
+        if isinstance(prompts, SharedPrompts):
+            self.callbacks.append(DividePrompts(prompts))
         if config.kl_target is not None:
             self.callbacks.append(AdaptiveKLCallback(config.kl_target, config.kl_horizon))
         self.callbacks.append(self.recorder)  # last, so that its checkpoints see what the others remember
         self.resumed_from: Path | None = None
         if resume:
-            self.resumed_from, state = read_latest(self.folder.checkpoints)
-            load_training_state(self.agent, state, self.callbacks)
+            self.resumed_from = resume_training(self.agent, self.folder.checkpoints, self.callbacks)
             self._note({"resumed_from": self.resumed_from.name})
-        else:
+        elif self.processes.is_main:
             self.folder.config.write_text(f"algorithm: {algorithm}\n\n{config.to_yaml()}", encoding="utf-8")
-        self._note({"status": "running"})
+        self._note({"status": "running", "processes": self.processes.world_size})
 
     @classmethod
     def resumed(cls, path: str | Path, timesteps: int | None = None) -> Run:
@@ -218,6 +250,8 @@ class Run:
     def train(self, progress_bar: bool = False) -> bool:
         """Train to the end, or until Ctrl-C or SIGTERM, which end it at the next boundary between rollouts.
 
+        In several processes one that gets the signal is enough to end all of them.
+
         :param progress_bar: whether to show one
         :return: whether the end was reached
         :raises KeyboardInterrupt: at a second Ctrl-C; the newest checkpoint stays as it is
@@ -231,24 +265,30 @@ class Run:
                     self.config.timesteps - begin,
                     callback=self.callbacks,
                     reset_num_timesteps=begin == 0,
-                    progress_bar=progress_bar,
+                    progress_bar=progress_bar and self.processes.is_main,
                 )
-            self.agent.save_pretrained(self.folder.model)
+            self.processes.on_main(lambda: self.agent.save_pretrained(self.folder.model))
         except StopRun:
             finished = False
         finally:
             self.agent.logger.close()
-        self._write_tables()
+        self.processes.on_main(self._write_tables)
         self._note({"status": "finished" if finished else "stopped", "seconds": round(self.recorder.seconds, 1)})
         return finished
 
     @contextmanager
     def _stopping_at_a_boundary(self) -> Iterator[None]:
         """Turn the first SIGINT or SIGTERM into a request that the recorder sees; the second one interrupts."""
+        seen: set[int] = set()
 
         def request(number: int, frame: FrameType | None) -> None:
-            if self.recorder.stop_requested:
+            # After Ctrl-C, which reaches all processes, their launcher sends a SIGTERM; nobody asked twice.
+            again = self.recorder.stop_requested if self.processes.world_size == 1 else number in seen
+            seen.add(number)
+            if again:
                 raise KeyboardInterrupt
+            if self.recorder.stop_requested:
+                return
             self.recorder.stop_requested = True
             print("\nStopping after this rollout and its update; once more to stop at once", file=sys.stderr)
 
@@ -260,6 +300,11 @@ class Run:
             pass
         try:
             yield
+        except ProcessError:
+            # Their launcher now sends SIGTERM to those that are left; they end by themselves, after saying why.
+            if before.pop(signal.SIGTERM, None) is not None:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
         finally:
             for which, handler in before.items():
                 signal.signal(which, handler)
@@ -275,6 +320,8 @@ class Run:
 
     def _note(self, facts: dict[str, Any]) -> None:
         """Put facts into ``run.json``."""
+        if not self.processes.is_main:
+            return
         path = self.folder.run
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment_of_run()
         path.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from textgym.cached_model import weights_version
+from textgym.cached_model import WeightsVersion
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.columns import column_of, texts_of
 from textgym.rewards.errors import RewardError
@@ -58,6 +58,7 @@ class CompletionLikelihood(Reward):
         # What was computed of each environment row: its tokens, where the completion begins, the sum over it.
         self._known: dict[int, tuple[np.ndarray, int, float]] = {}
         self._version: int | None = None
+        self._weights = WeightsVersion(self.likelihood.language_model.model)
 
     @abstractmethod
     def _value(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -126,7 +127,7 @@ class CompletionLikelihood(Reward):
 
     def _stepped_sums(self, ids: list[np.ndarray], starts: np.ndarray, rows: np.ndarray, origin: Origin) -> np.ndarray:
         """Sums ``(B,)`` of log-probabilities; what is known of rows that grew by a token is not computed again."""
-        version = weights_version(self.likelihood.language_model.model)
+        version = self._weights.now()
         if version != self._version:
             self._known.clear()
             self._version = version

@@ -1,0 +1,355 @@
+"""Training in several processes: each writes texts of its own, and all learn one model together.
+
+``accelerate launch train.py`` (or ``torchrun``) starts a script several times, on one machine or on many. Every agent
+joins the others by itself when it is made, and then trains data-parallel: rows, ``n_steps`` and ``batch_size`` are
+those of one process, gradients, statistics of advantages and rewards, the KL that is controlled and the KL that ends an
+update are those of all. One process alone runs the same code, in which nothing is exchanged and nothing changes.
+
+What has to agree is exchanged in the order in which every process comes to it, so all must make the same
+calls: a callback that ends training in one process has to end it in all of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, zip_longest
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from textgym.prompts import PromptRow, PromptRows, PromptSource, as_prompt_source
+
+TIMEOUT = 1_800.0  # seconds that a process waits for the others; an evaluation or a checkpoint has to fit
+BUCKET = 2**24  # numbers that are exchanged at once
+
+Result = TypeVar("Result")
+
+
+class ProcessError(RuntimeError):
+    """Another process of this training ended, failed or does not answer."""
+
+
+class Processes:
+    """The processes that train together, seen from one of them. Made without arguments it is a process alone.
+
+    :param rank: which one this is, from 0
+    :param world_size: how many there are
+    :param device: where this one computes; None leaves that open
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+
+    @classmethod
+    def join(cls, timeout: float = TIMEOUT, cpu: bool = False) -> Processes:
+        """The processes that ``accelerate launch`` or ``torchrun`` started, which find each other in the first call.
+
+        :param timeout: seconds to wait for the others, then and whenever something is exchanged; of the first call
+        :param cpu: compute on the CPU and exchange with gloo, even where there is a GPU; of the first call
+        :raises ModuleNotFoundError: if there are several and ``accelerate`` isn't installed
+        :raises ProcessError: if they don't find each other
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1 and not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        try:
+            from accelerate import PartialState  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "training in several processes needs accelerate: pip install 'textgym[accelerate]'"
+            ) from error
+        # PartialState takes gloo only where it is told so, also on machines that have nothing but a CPU.
+        cpu = cpu or not torch.accelerator.is_available()
+        try:
+            state = PartialState(cpu=cpu, timeout=datetime.timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:  # a DistStoreError is a RuntimeError
+            raise ProcessError(f"the {launched} processes of this training don't find each other: {error}") from error
+        if state.num_processes != max(launched, 1):
+            raise ProcessError(
+                f"WORLD_SIZE={launched} processes were started, but accelerate sees {state.num_processes}: start them "
+                "with accelerate launch or torchrun"
+            )
+        device = torch.device("cpu") if cpu else state.device
+        return cls(state.process_index, state.num_processes, device)
+
+    @staticmethod
+    def leave() -> None:
+        """End the connection, at the end of a script."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that logs, evaluates and saves."""
+        return self.rank == 0
+
+    def __repr__(self) -> str:
+        return f"<process {self.rank} of {self.world_size}>"
+
+    def seed(self, seed: int | None) -> int | None:
+        """This process's own seed: the first one keeps ``seed``, the others get numbers far from it and each other."""
+        if seed is None or self.rank == 0:
+            return seed
+        return int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0] >> 1)
+
+    # Numbers
+
+    def total(self, values: Any) -> np.ndarray:
+        """Sums over the processes, in float64.
+
+        :param values: numbers, of the same shape in each process
+        """
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def smallest(self, value: float) -> float:
+        """The smallest of the processes' numbers."""
+        return value if self.world_size == 1 else float(self._reduced(value, dist.ReduceOp.MIN))
+
+    def largest(self, value: float) -> float:
+        """The largest of the processes' numbers."""
+        return value if self.world_size == 1 else float(self._reduced(value, dist.ReduceOp.MAX))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of the processes."""
+        return bool(self.largest(float(flag)))
+
+    def mean(self, values: np.ndarray) -> Any:
+        """The mean over the arrays of all processes, which may have different sizes."""
+        if self.world_size == 1:
+            return values.mean()
+        total, count = self.total([values.sum(dtype=np.float64), values.size])
+        return values.dtype.type(total / count)
+
+    def variance(self, values: np.ndarray) -> Any:
+        """The biased variance over the arrays of all processes, which may have different sizes."""
+        if self.world_size == 1:
+            return values.var()
+        squares = np.square(values.astype(np.float64) - self.mean(values.astype(np.float64)))
+        return values.dtype.type(self.mean(squares))
+
+    def moments(self, values: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Number, mean and unbiased standard deviation of the values of all processes.
+
+        :param values: ``(M,)``, M being this process's own
+        """
+        if self.world_size == 1:
+            return len(values), values.mean(), values.std() if len(values) > 1 else torch.full_like(values.sum(), 0.0)
+        wide = values.detach().double()
+        total, count = self.total([wide.sum().item(), len(values)])
+        mean = total / count
+        squares = float(self.total((wide - mean).square().sum().item()))
+        std = (squares / max(count - 1, 1)) ** 0.5
+        return int(count), values.new_tensor(mean), values.new_tensor(std)
+
+    def weighted_mean(self, value: float, weight: float) -> float:
+        """The mean of a number over the processes, each with its weight."""
+        if self.world_size == 1:
+            return value
+        total, weights = self.total([value * weight, weight])
+        return float(total / weights)
+
+    def means(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Mean over the processes of each of some figures, which have the same names in all of them."""
+        if self.world_size == 1:
+            return figures
+        return dict(zip(figures, (self.total(list(figures.values())) / self.world_size).tolist(), strict=True))
+
+    # Weights
+
+    @torch.no_grad()
+    def broadcast(self, parameters: Iterable[Tensor]) -> None:
+        """Put the first process's weights in the place of everybody's."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                self._together(dist.broadcast, parameter.detach(), 0)
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter], transitions: int) -> None:
+        """Turn gradients of the mean over one's own transitions into those of the mean over everybody's.
+
+        Exact for minibatches of different sizes: each process counts by its number of transitions.
+
+        :param parameters: the same in every process
+        :param transitions: M, how many this process's loss is the mean over
+        """
+        if self.world_size == 1:
+            return
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        # A parameter that no process used stays without gradient, and the optimizer leaves it alone.
+        used = self.total([transitions, *(parameter.grad is not None for parameter in learning)])
+        share = transitions / used[0]
+        learning = [parameter for parameter, count in zip(learning, used[1:], strict=True) if count]
+        for parameter in learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(learning, BUCKET):
+            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients]).mul_(share)
+            self._together(dist.all_reduce, flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    # Objects
+
+    def gather(self, value: Result) -> list[Result]:
+        """Everybody's value, by rank, in every process. The processes of a training trust each other: it is pickled."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        self._together(dist.all_gather_object, gathered, value)
+        return gathered
+
+    def interleaved(self, values: Sequence[Result]) -> list[Result]:
+        """The values of everybody's list in one, in turn, so that its end is as mixed as its beginning."""
+        missing = object()
+        columns = zip_longest(*self.gather(list(values)), fillvalue=missing)
+        return [value for value in chain.from_iterable(columns) if value is not missing]  # type: ignore[misc]
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Let the main process do something while the others wait; everybody gets what comes of it.
+
+        :raises ProcessError: in the others, if it failed
+        """
+        if self.world_size == 1:
+            return work()
+        result: list[Any] = [None, None]
+        problem: BaseException | None = None
+        if self.is_main:
+            try:
+                result[0] = work()
+            except Exception as error:
+                problem, result[1] = error, f"{type(error).__name__}: {error}"
+        self._together(dist.broadcast_object_list, result, 0)
+        if problem is not None:
+            raise problem
+        if result[1] is not None:
+            raise ProcessError(f"process {self.rank} ends because the main process failed: {result[1]}")
+        return result[0]
+
+    def _reduced(self, values: Any, operation: Any) -> np.ndarray:
+        numbers = np.array(values, dtype=np.float64)
+        if self.world_size == 1:
+            return numbers
+        tensor = torch.as_tensor(numbers).to(self.device)
+        self._together(dist.all_reduce, tensor, operation)
+        return tensor.cpu().numpy()
+
+    def _together(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            collective(*arguments)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {self.rank} of {self.world_size} lost another one: it ended, or it did not answer in time "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _buckets(parameters: list[torch.nn.Parameter], size: int) -> list[list[torch.nn.Parameter]]:
+    """Parameters in order, cut so that each part has at most ``size`` numbers or is a single one."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if not buckets or parameter.numel() > room:
+            buckets.append([])
+            room = size
+        buckets[-1].append(parameter)
+        room -= parameter.numel()
+    return buckets
+
+
+class SharedPrompts(PromptSource):
+    """A fixed number of prompts, divided over the processes: none comes a second time before all came once.
+
+    The prompts stand in an endless sequence, shuffled anew for each pass over them. In every rollout the next places
+    of it that nobody has taken are dealt out in turn, so processes whose texts end sooner take more of them. Where one
+    runs into the next pass while another has some of this one left, these come first in the next rollout.
+
+    :param prompts: whatever :func:`~textgym.prompts.as_prompt_source` takes, but no function
+    :param seed: of the order, the same in all processes
+    :param processes: default those that this one was started with
+    :raises TypeError: if the prompts are made by a function; those differ by the seeds of the rows
+    """
+
+    def __init__(self, prompts: Any, seed: int = 0, processes: Processes | None = None) -> None:
+        rows = as_prompt_source(prompts)
+        if not isinstance(rows, PromptRows):
+            raise TypeError(f"a {type(rows).__name__} has no fixed prompts to divide: pass it to the environment as is")
+        self.prompts = rows
+        self.seed = seed
+        self.processes = Processes.join() if processes is None else processes
+        self._left: list[int] = []  # places before _next that nobody took
+        self._next = 0
+        self._taken = 0  # by this process since the prompts were last divided
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def sample(self, rng: np.random.Generator) -> PromptRow:
+        """This process's next prompt; ``rng`` is not used."""
+        turn = self._taken * self.processes.world_size + self.processes.rank
+        self._taken += 1
+        run, place = divmod(self._place(turn), len(self.prompts))
+        return self.prompts[int(self._order(run)[place])]
+
+    def divide(self) -> None:
+        """Deal out what is left; all processes call it together, between two rollouts."""
+        taken = self.processes.gather(self._taken)
+        size = self.processes.world_size
+        used = {turn * size + rank for rank, count in enumerate(taken) for turn in range(count)}
+        dealt = max(max(used, default=-1) + 1, len(self._left))
+        left = [self._place(turn) for turn in range(dealt) if turn not in used]
+        self._next += max(dealt - len(self._left), 0)
+        self._left = left
+        self._taken = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which prompts come next, for checkpoints."""
+        return {"left": list(self._left), "next": self._next, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._left, self._next, self._taken = list(state["left"]), state["next"], state["taken"]
+
+    def _place(self, turn: int) -> int:
+        """The place in the sequence of what is dealt out in some turn."""
+        return self._left[turn] if turn < len(self._left) else self._next + turn - len(self._left)
+
+    def _order(self, run: int) -> np.ndarray:
+        """``(n,)`` the order of the prompts in one pass over them."""
+        if run not in self._orders:
+            self._orders = {old: order for old, order in self._orders.items() if old >= run - 1}
+            self._orders[run] = np.random.default_rng((self.seed, run)).permutation(len(self.prompts))
+        return self._orders[run]
+
+
+class DividePrompts(BaseCallback):
+    """Divide :class:`SharedPrompts` before each rollout, and keep in checkpoints which come next.
+
+    :param prompts: what the environment draws from
+    """
+
+    def __init__(self, prompts: SharedPrompts) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self.prompts.divide()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.prompts.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.prompts.load_state_dict(state)
