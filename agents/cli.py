@@ -1,4 +1,4 @@
-"""The command ``textgym``: train, resume, generate, evaluate, plot, list the environments, and serve a reward.
+"""The command ``textgym``: train, resume, generate, evaluate, plot, list the environments, serve and train a reward.
 
 It is a thin layer: options become a :class:`~textgym.agents.runs.RunConfig` or the arguments of a function, and what
 can go wrong with them is said in one line.
@@ -27,6 +27,7 @@ except ModuleNotFoundError as missing:
         f"the command line needs the package {missing.name}: pip install 'textgym[extra]'"
     ) from missing
 
+from textgym.agents.cli_reward import add_train_reward
 from textgym.agents.runs.config import RunConfig, read_config
 
 if TYPE_CHECKING:
@@ -424,6 +425,9 @@ def serve_reward(
         served = load_reward(reward)
         console.print(f"Serving [bold]{escape(served.name)}[/bold] at http://{host}:{port}/get_reward", highlight=False)
         serve(served, host, port, label_column)
+
+
+add_train_reward(app, console, _plain_errors)
 
 
 def main() -> None:

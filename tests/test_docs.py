@@ -78,10 +78,10 @@ def test_the_commands_of_a_page_have_the_options_it_names(page):
 
     commands = typer.main.get_command(app).commands
     for block in blocks(page):
-        for line in block.code.splitlines() if block.language == "bash" else []:
-            words = shlex.split(line, comments=True)
-            if words[:1] != ["textgym"]:
+        for line in block.code.replace("\\\n", " ").splitlines() if block.language == "bash" else []:
+            if not line.startswith("textgym "):
                 continue
+            words = shlex.split(line, comments=True)
             known = {"--help"} | {option for parameter in commands[words[1]].params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known, f"{page.name}: {line}"
 
