@@ -258,7 +258,8 @@ def test_a_server_that_hangs_trickles_or_breaks_off_is_given_up():
     for behave, complaint in [
         (silent, "timed out"),
         (trickling, "not finished after 0.2 s"),
-        (broken, "broke off 982 bytes before the end"),
+        # On a busy machine the connection may be gone before the first byte is read.
+        (broken, "(broke off 982 bytes before the end|Connection reset)"),
         (gibberish, r"did not answer: '.x00"),
     ]:
         with socket.create_server(("127.0.0.1", 0)) as listening:
