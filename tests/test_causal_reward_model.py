@@ -324,13 +324,13 @@ def test_a_policy_with_another_tokenizer_is_read_as_text(model):
 
 def test_tokens_are_read_directly_only_where_they_mean_the_same(model):
     reward = CausalRewardModel(model, TOKENIZER)
-    assert reward._reads_tokens_of(TOKENIZER)
-    assert reward._reads_tokens_of(tiny_tokenizer())
-    assert not reward._reads_tokens_of(other_tokenizer())
-    assert not reward._reads_tokens_of(other_tokenizer(begins_with_bos=True))
+    assert reward._same_tokens(TOKENIZER)
+    assert reward._same_tokens(tiny_tokenizer())
+    assert not reward._same_tokens(other_tokenizer())
+    assert not reward._same_tokens(other_tokenizer(begins_with_bos=True))
     different_end = tiny_tokenizer()
     different_end.eos_token = "."
-    assert not reward._reads_tokens_of(different_end)
+    assert not reward._same_tokens(different_end)
 
 
 def test_vocabularies_are_compared_once(model, batch):

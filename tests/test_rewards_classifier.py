@@ -34,6 +34,7 @@ from transformers import (
 
 from textgym.minilm import minilm_directory
 from textgym.rewards import CausalRewardModel, ClassifierReward, ProcessReward, RewardError
+from textgym.rewards.same_tokens import SameTokens
 from textgym.rewards.text_forward import readable_tokens
 
 TOKENIZER = tiny_tokenizer()
@@ -305,7 +306,7 @@ def test_a_causal_model_reads_all_prefixes_in_one_pass_stepped_or_as_text_alike(
     reward = ClassifierReward(model, TOKENIZER, label=2, output="probability")
     in_one_pass = reward.prefix_potentials(batch, all_lengths(batch))
     assert reward._stepping is not None
-    reward._same_tokens = lambda tokenizer: False
+    reward._same_tokens.of = lambda batch: False
     for fast, slow in zip(in_one_pass, reward.prefix_potentials(batch, all_lengths(batch)), strict=True):
         np.testing.assert_allclose(fast, slow, atol=ATOL)
     reward = ClassifierReward(model, TOKENIZER, label=2, output="probability")
@@ -480,3 +481,10 @@ def test_a_process_reward_scores_prefixes(batch):
 def test_a_deep_copy_is_the_same_reward():
     reward = ClassifierReward(encoder(), ENCODER_TOKENIZER, label=0)
     assert copy.deepcopy(reward) is reward
+
+
+def test_ids_that_only_the_policy_has_are_read_as_text():
+    same = SameTokens(tiny_tokenizer(), vocab_size=10)
+    batch = prefix_batch(same.own, [[5, 6]], [[7, 9]])
+    assert same.of(batch)
+    assert not same.of(prefix_batch(same.own, [[5, 6]], [[7, 10]]))

@@ -9,7 +9,7 @@ tokenizer it reads decoded text.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,9 @@ from textgym.exactness import SteppedModel, Stepping
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
+from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.same_tokens import SameTokens
 from textgym.vocabulary import context_limit, position_limit
 
 Activation = Literal["identity", "tanh", "sigmoid"]
@@ -38,7 +40,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 Origin = Callable[[int], tuple[int, str]]  # the row and the completion that score i belongs to, for errors
-BATCH_TOKENS = 16_384  # most tokens, padding included, in one teacher-forced pass; bounds memory, not results
 
 
 class CausalRewardModel(Reward):
@@ -89,11 +90,10 @@ class CausalRewardModel(Reward):
         self.append_eos = append_eos
         self._name = Path(model.name_or_path).name or type(model).__name__
         self._limit = position_limit(model.config)
-        self._vocab_size = int(model.config.get_text_config().vocab_size)
-        stepped = SteppedModel(model, f"reward={self._name}", self._vocab_size, model.score, self._own_output)
+        vocab_size = int(model.config.get_text_config().vocab_size)
+        stepped = SteppedModel(model, f"reward={self._name}", vocab_size, model.score, self._own_output)
         self._stepping = Stepping(stepped)
-        # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
-        self._vocabularies: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
+        self._same_tokens = SameTokens(tokenizer, vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -162,7 +162,7 @@ class CausalRewardModel(Reward):
 
         if len(batch) == 0:
             return np.zeros(0)
-        if not self._reads_tokens(batch):
+        if not self._same_tokens.of(batch):
             return self._score_texts(batch.texts, batch.finished, origin)
         lengths = batch.lengths - self._unread(batch.finished)
         self._check_lengths(lengths, origin)
@@ -184,7 +184,7 @@ class CausalRewardModel(Reward):
         :raises ValueError: if ``at`` does not fit the batch
         """
         counts = wanted_per_row(batch, at)
-        if not self._reads_tokens(batch):
+        if not self._same_tokens.of(batch):
             return super().prefix_potentials(batch, at)
         if sum(counts) == 0:
             return [np.zeros(0) for _ in at]
@@ -208,25 +208,6 @@ class CausalRewardModel(Reward):
 
     def forget(self, rows: np.ndarray) -> None:
         self._stepping.forget(rows)
-
-    def _reads_tokens(self, batch: PrefixBatch) -> bool:
-        """Whether it reads the batch's token ids; else it reads the text."""
-        known = batch.input_ids.max(initial=0) < self._vocab_size  # a policy may have ids that its tokenizer lacks
-        return known and self._reads_tokens_of(batch.tokenizer)
-
-    def _reads_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether that tokenizer's ids mean the same to this model."""
-        known = self._vocabularies.get(id(tokenizer))
-        if known is None:
-            own = self.tokenizer
-            same = tokenizer is own or (
-                tokenizer.bos_token_id == own.bos_token_id
-                and tokenizer.eos_token_id == own.eos_token_id
-                and tokenizer("a")["input_ids"] == own("a")["input_ids"]  # e.g. both begin with BOS
-                and tokenizer.get_vocab() == own.get_vocab()
-            )
-            known = self._vocabularies[id(tokenizer)] = (tokenizer, same)
-        return known[1]
 
     def _unread(self, finished: np.ndarray) -> np.ndarray:
         """``(B,)`` tokens at the end of each row that the model doesn't read: an EOS it wasn't trained on."""
@@ -259,7 +240,7 @@ class CausalRewardModel(Reward):
         machine = self._machine(1)
         needed = np.array([p.max(initial=-1) + 1 for p in positions])  # (B,) tokens to read of each row
         scores = [np.zeros(len(p)) for p in positions]
-        for part in _parts_of_similar_length(needed):
+        for part in micro_batches(needed, BATCH_TOKENS):
             width = int(needed[part].max())
             padded = np.zeros((len(part), width), dtype=np.int64)  # (b, L)
             for i, row in enumerate(part):
@@ -318,14 +299,3 @@ class CausalRewardModel(Reward):
             problem = f"the score is {scores[wrong[0]]}; the weights may be broken, or too large for their dtype"
             raise RewardError(self.name, problem, row=row, completion=completion)
         return scores
-
-
-def _parts_of_similar_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of the rows that have any tokens, in groups of at most ``BATCH_TOKENS`` padded tokens."""
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    start = 0
-    while start < len(order):
-        stop = start + max(1, BATCH_TOKENS // int(lengths[order[start]]))
-        yield order[start:stop]
-        start = stop

@@ -94,7 +94,7 @@ class ClassifierReward(Reward):
         self.reads = reads
         self._fitting = np.inf if self.reader.max_length is None else self.reader.max_length
         self._name = Path(model.name_or_path).name or type(model).__name__
-        self._same_tokens = SameTokens(tokenizer)
+        self._same_tokens = SameTokens(tokenizer, int(model.config.get_text_config().vocab_size))
         self._stepping: Stepping | None = None
         head = getattr(model, "score", None)
         ids = tokenizer("a")["input_ids"]
@@ -208,7 +208,7 @@ class ClassifierReward(Reward):
             self._stepping is not None
             and len(batch) > 0
             and int(batch.prompt_lengths.min()) > 0
-            and self._same_tokens(batch.tokenizer)
+            and self._same_tokens.of(batch)
         )
 
     @staticmethod

@@ -54,7 +54,8 @@ class CompletionLikelihood(Reward):
             model, tokenizer=tokenizer, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens
         )
         self.append_eos = append_eos
-        self._same_tokens = SameTokens(self.likelihood.language_model.tokenizer)
+        lm = self.likelihood.language_model
+        self._same_tokens = SameTokens(lm.tokenizer, lm.vocab_size)
         # What was computed of each environment row: its tokens, where the completion begins, the sum over it.
         self._known: dict[int, tuple[np.ndarray, int, float]] = {}
         self._version: int | None = None
@@ -84,7 +85,7 @@ class CompletionLikelihood(Reward):
 
         if len(batch) == 0:
             return np.zeros(0)
-        if not self._same_tokens(batch.tokenizer):
+        if not self._same_tokens.of(batch):
             return self._score_texts(batch.prompts, batch.completions, batch.finished, origin)
         ids, starts = self._tokens_of(batch)
         if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
@@ -95,7 +96,7 @@ class CompletionLikelihood(Reward):
 
     def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Φ of many prefixes of each row, from one pass over it; see :meth:`Reward.prefix_potentials`."""
-        if not self._same_tokens(batch.tokenizer):
+        if not self._same_tokens.of(batch):
             return super().prefix_potentials(batch, at)
         wanted_per_row(batch, at)
         for i, (lengths, available) in enumerate(zip(at, batch.completion_lengths, strict=True)):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from textgym.rewards.prefixes import PrefixBatch
+
 
 class SameTokens:
     """Compares tokenizers with a model's own.
 
     :param own: the model's tokenizer
+    :param vocab_size: ids that the model has
     """
 
-    def __init__(self, own: PreTrainedTokenizerBase) -> None:
+    def __init__(self, own: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self.own = own
+        self.vocab_size = vocab_size
         # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
         self._known: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
 
@@ -29,3 +33,7 @@ class SameTokens:
             )
             known = self._known[id(tokenizer)] = (tokenizer, bool(same))
         return known[1]
+
+    def of(self, batch: PrefixBatch) -> bool:
+        """Whether the model can read a batch's token ids; a policy may have ids that its tokenizer lacks."""
+        return bool(batch.input_ids.max(initial=0) < self.vocab_size) and self(batch.tokenizer)
