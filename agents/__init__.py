@@ -1,27 +1,39 @@
 """The Stable-Baselines3 side: a language model as a policy, and agents that train it."""
 
+from textgym.agents.a2c import A2C
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import CheckpointError, TrainingCheckpoints, resume
 from textgym.agents.early_stopping import StopOnKL
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.episodes import TextEpisodeAlgorithm
+from textgym.agents.grpo import GRPO
 from textgym.agents.learning_rewards import LearningRewards
-from textgym.agents.on_policy import TextEnvironment, TextOnPolicyAlgorithm, TrustWarning
+from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, TrustWarning
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
+from textgym.agents.reinforce import REINFORCE
+from textgym.agents.rloo import RLOO
+from textgym.agents.text_environment import TextEnvironment
 
 __all__ = [
+    "A2C",
+    "GRPO",
     "PPO",
+    "REINFORCE",
+    "RLOO",
     "AdaptiveKLCallback",
     "CheckpointError",
     "EpisodeBuffer",
     "LanguageModelBlueprint",
     "LanguageModelPolicy",
     "LearningRewards",
+    "Loss",
     "Segment",
     "SegmentSamples",
     "StopOnKL",
     "TextEnvironment",
+    "TextEpisodeAlgorithm",
     "TextOnPolicyAlgorithm",
     "TrainingCheckpoints",
     "TrustWarning",

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from textgym.agents.on_policy import TextEnvironment, TextOnPolicyAlgorithm
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.text_environment import TextEnvironment
 from textgym.kl import AdaptiveKLController
 
 

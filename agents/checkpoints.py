@@ -39,7 +39,8 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 
-from textgym.agents.on_policy import TextOnPolicyAlgorithm, check_count
+from textgym.agents.checks import check_count
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.state_files import read_state, write_state
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 
@@ -83,6 +84,7 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
         "finished_episodes": [dict(episode) for episode in model.ep_info_buffer or []],
         "last_episode_starts": np.asarray(model._last_episode_starts),
         "row_kl": model._row_kl.copy(),
+        "extra": model.extra_state(),
         # What the last update recorded is written with the next rollout's figures.
         "log": dict(model.logger.name_to_value),
         "env": env.state_dict(),
@@ -131,6 +133,7 @@ def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], cal
     model._last_obs = env.load_state_dict(state["env"])
     model._last_episode_starts = np.asarray(state["last_episode_starts"])
     model._row_kl = np.asarray(state["row_kl"])
+    model.load_extra_state(state["extra"])
     model._pending_log = state["log"]
     for part, (_, part_state) in zip(parts, state["callbacks"], strict=True):
         if hasattr(part, "load_state_dict"):

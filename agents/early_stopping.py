@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from textgym.agents.on_policy import TextOnPolicyAlgorithm, check_count
+from textgym.agents.checks import check_count
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.envs.options import check_number
 
 

@@ -28,12 +28,16 @@ class Segment:
     :param start: the first of its steps in the rollout
     :param steps: number of transitions, at least 1
     :param prefix: ``(P,)`` token ids before the first transition: the prompt, and what earlier rollouts wrote
+    :param episode: its episode's number in a round of episodes; -1 without a round
+    :param prompt_length: how many tokens of the prefix are the prompt; default all
     """
 
     row: int
     start: int
     steps: int
     prefix: np.ndarray
+    episode: int = -1
+    prompt_length: int | None = None
 
     @property
     def length(self) -> int:
@@ -59,6 +63,10 @@ class SegmentSamples(NamedTuple):
     returns: Tensor  # (M,)
     action_masks: Tensor | None  # (M, V) bool
     importance: Tensor | None  # (M,) weights of tokens that were drawn from other than the old probabilities
+    ref_log_prob: Tensor | None  # (M,) of the reference model, where the agent asked for it
+    episodes: np.ndarray  # (B,) numbers of the segments' episodes in a round, -1 without one
+    prompt_lengths: np.ndarray  # (B,) how many of the tokens are the prompt
+    rewards: Tensor  # (M,)
 
 
 class EpisodeBuffer(RolloutBuffer):
@@ -101,7 +109,12 @@ class EpisodeBuffer(RolloutBuffer):
         self.advantages = np.zeros(shape, dtype=np.float32)
         self.packed_masks: np.ndarray | None = None  # (T, N, V / 8) uint8
         self.importance: np.ndarray | None = None  # (T, N)
+        self.ref_log_probs: np.ndarray | None = None  # (T, N)
+        self.kl = np.full(shape, np.nan, dtype=np.float32)  # whose penalty the rewards have in them, nats
+        self.active = np.zeros(shape, dtype=bool)  # False where a row waited
+        self.episodes = np.full(shape, -1, dtype=np.int64)  # numbers of the episodes in a round
         self._prefixes: dict[tuple[int, int], np.ndarray] = {}  # (row, step) a segment begins at: its prefix
+        self._prompt_lengths: dict[tuple[int, int], int] = {}  # and how many of these tokens are the prompt
         self._expected = np.zeros((self.n_envs, self.context), dtype=np.int64)  # last observation plus action
         self._expected_lengths = np.zeros(self.n_envs, dtype=np.int64)
         self.pos = 0
@@ -116,6 +129,7 @@ class EpisodeBuffer(RolloutBuffer):
         value: Tensor,
         log_prob: Tensor,
         action_masks: np.ndarray | None = None,
+        episodes: np.ndarray | None = None,
     ) -> None:
         """Add one step of all rows.
 
@@ -126,6 +140,7 @@ class EpisodeBuffer(RolloutBuffer):
         :param value: ``(N,)`` or ``(N, 1)`` V of the observation
         :param log_prob: ``(N,)`` of the actions
         :param action_masks: ``(N, V)`` bool, the tokens that were allowed; given always or never
+        :param episodes: ``(N,)`` numbers of the rows' episodes in a round, -1 where a row waits; None without a round
         """
         step, rows = self.pos, np.arange(self.n_envs)
         tokens = np.asarray(action, dtype=np.int64).reshape(self.n_envs)
@@ -134,8 +149,12 @@ class EpisodeBuffer(RolloutBuffer):
 
         inside = np.arange(self.context) < lengths[:, None]
         grown = (lengths == self._expected_lengths) & ((ids == self._expected) | ~inside).all(1)
-        for row in np.flatnonzero(~grown | np.asarray(episode_start, dtype=bool) | (step == 0)):
+        active = np.ones(self.n_envs, dtype=bool) if episodes is None else episodes >= 0
+        begins = ~grown | np.asarray(episode_start, dtype=bool) | (step == 0)
+        for row in np.flatnonzero(begins & active):
             self._prefixes[int(row), step] = ids[row, : lengths[row]].copy()
+            if "prompt_length" in obs:
+                self._prompt_lengths[int(row), step] = int(np.asarray(obs["prompt_length"])[row].item())
         self._expected[:] = ids
         # A row without room for the token can't go on: its next observation is shorter.
         self._expected[rows, np.minimum(lengths, self.context - 1)] = tokens
@@ -146,6 +165,9 @@ class EpisodeBuffer(RolloutBuffer):
                 width = (int(self.action_space.n) + 7) // 8
                 self.packed_masks = np.zeros((self.buffer_size, self.n_envs, width), dtype=np.uint8)
             self.packed_masks[step] = np.packbits(action_masks, axis=1)
+        self.active[step] = active
+        if episodes is not None:
+            self.episodes[step] = episodes
         self.actions[step] = tokens[:, None]
         self.rewards[step] = reward
         self.episode_starts[step] = episode_start
@@ -153,6 +175,16 @@ class EpisodeBuffer(RolloutBuffer):
         self.log_probs[step] = log_prob.detach().cpu().numpy().reshape(self.n_envs)
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def finish(self) -> None:
+        """The rollout is complete, with fewer steps than there is room for: every row waits."""
+        self.episode_starts[self.pos :] = 1.0  # nothing flows back from beyond the end
+        self.full = True
+
+    @property
+    def transitions(self) -> int:
+        """Steps of all rows, without those at which a row waited."""
+        return int(self.active.sum())
 
     @property
     def segments(self) -> list[Segment]:
@@ -163,11 +195,14 @@ class EpisodeBuffer(RolloutBuffer):
         for i, (row, start) in enumerate(starts):
             last = i + 1 == len(starts) or starts[i + 1][0] != row
             end = self.pos if last else starts[i + 1][1]
-            segments.append(Segment(row, start, end - start, self._prefixes[row, start]))
+            steps = int(self.active[start:end, row].sum())  # a row waits after its last episode only
+            number = int(self.episodes[start, row])
+            prompt_length = self._prompt_lengths.get((row, start))
+            segments.append(Segment(row, start, steps, self._prefixes[row, start], number, prompt_length))
         return segments
 
     def get(  # type: ignore[override]
-        self, batch_size: int | None = None
+        self, batch_size: float | None = None, units: list[list[Segment]] | None = None
     ) -> Generator[SegmentSamples, None, None]:
         """Minibatches of whole segments in random order.
 
@@ -175,16 +210,16 @@ class EpisodeBuffer(RolloutBuffer):
         comes as near to an equal share as whole segments allow, and every transition is in exactly one.
 
         :param batch_size: wished transitions per minibatch; None for all at once
+        :param units: segments that stay together, in this order; default each of :attr:`segments` by itself
         """
         if not self.full:
             raise ValueError(f"the rollout is not complete: it has {self.pos} of {self.buffer_size} steps")
-        segments = self.segments
-        order = np.random.permutation(len(segments))  # noqa: NPY002 (the generator that SB3 seeds)
-        total = self.buffer_size * self.n_envs
-        batches = 1 if batch_size is None else max(1, round(total / batch_size))
-        sizes = np.array([segments[i].steps for i in order])
+        units = [[segment] for segment in self.segments] if units is None else units
+        order = np.random.permutation(len(units))  # noqa: NPY002 (the generator that SB3 seeds)
+        sizes = np.array([sum(segment.steps for segment in units[i]) for i in order])
+        batches = 1 if batch_size is None else max(1, round(float(sizes.sum()) / batch_size))
         for part in np.split(order, _even_cuts(sizes, batches)):
-            yield self.samples([segments[i] for i in part])
+            yield self.samples([segment for i in part for segment in units[i]])
 
     def places(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Where the arrays ``(T, N)`` have the M transitions of some segments: steps and rows, ``(M,)`` each."""
@@ -226,10 +261,19 @@ class EpisodeBuffer(RolloutBuffer):
             returns=self.to_torch(self.returns[at]),
             action_masks=masks,
             importance=None if self.importance is None else self.to_torch(self.importance[at]),
+            ref_log_prob=None if self.ref_log_probs is None else self.to_torch(self.ref_log_probs[at]),
+            episodes=np.array([s.episode for s in segments]),
+            prompt_lengths=np.array([s.prompt_length or len(s.prefix) for s in segments]),
+            rewards=self.to_torch(self.rewards[at]),
         )
 
     def as_single_steps(self) -> DictRolloutBuffer:
-        """The same rollout as SB3 stores it: every transition with its whole observation."""
+        """The same rollout as SB3 stores it: every transition with its whole observation.
+
+        :raises ValueError: if a row waited at a step, which SB3's buffer has no place for
+        """
+        if not self.active.all():
+            raise ValueError("the rollout is of whole episodes, and rows waited at its end")
         buffer = DictRolloutBuffer(
             self.buffer_size,
             self.observation_space,
@@ -248,6 +292,8 @@ class EpisodeBuffer(RolloutBuffer):
                 written = self.actions[segment.start : step, segment.row, 0]
                 buffer.observations["input_ids"][at][:length] = np.concatenate([segment.prefix, written])
                 buffer.observations["attention_mask"][at][:length] = 1
+                if "prompt_length" in buffer.observations:
+                    buffer.observations["prompt_length"][at][:] = segment.prompt_length or len(segment.prefix)
         buffer.pos, buffer.full = self.pos, self.full
         return buffer
 

@@ -1,7 +1,7 @@
-"""What the agents that learn from their own rollouts share: environments, rollouts, statistics and saving.
+"""What the agents that learn from their own rollouts share: rollouts, updates, statistics and saving.
 
-An agent derives from :class:`TextOnPolicyAlgorithm` and from one of Stable-Baselines3's algorithms, and adds
-a loss.
+An agent derives from :class:`TextOnPolicyAlgorithm` and adds its loss. The rollout loop and the update loop are here
+and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,23 +10,25 @@ import contextlib
 import copy
 import dataclasses
 import io
-import numbers
 import pathlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from textgym.agents.blueprint import LanguageModelBlueprint
+from textgym.agents.checks import check_choice, check_count, check_schedule
 from textgym.agents.distributed import Processes
-from textgym.agents.episode_buffer import EpisodeBuffer
+from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.pretrained import (
     arguments_of,
@@ -36,9 +38,10 @@ from textgym.agents.pretrained import (
     stored_spaces,
     write_agent,
 )
+from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.options import check_number
-from textgym.envs.sb3 import TextGenVecEnv, as_vec_env, deferrable
+from textgym.envs.sb3 import as_vec_env, deferrable
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora
 from textgym.rewards import RewardError
@@ -46,124 +49,168 @@ from textgym.rewards import RewardError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
 EVALUATE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass over a rollout; bounds memory, not results
 SCORINGS = ("auto", "deferred", "instant")
+
+
+@dataclasses.dataclass
+class Loss:
+    """What an agent wants less of, for one minibatch.
+
+    :param value: ``()`` a mean, with gradients
+    :param figures: what is logged as ``train/NAME``, averaged over the minibatches of an update; ``approx_kl``, nats
+        per token, is what ``target_kl`` looks at, and ``ratio_first`` is kept of the first minibatch
+    :param weight: how much the mean counts beside those of other processes; default the number of transitions
+    """
+
+    value: Tensor
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float | None = None
 
 
 class TrustWarning(UserWarning):
     """A file is opened that can run code."""
 
 
-class TextEnvironment:
-    """What an agent asks of the text environment at the bottom of a ``VecEnv``, whatever is wrapped around
-    it.
-
-    :param vec_env: around one :class:`TextGenVectorEnv`, or around N single environments
-    """
-
-    def __init__(self, vec_env: VecEnv) -> None:
-        self.vec_env = vec_env
-        bottom = vec_env.unwrapped
-        self.rows: TextGenVectorEnv | None = bottom.text_env if isinstance(bottom, TextGenVecEnv) else None
-
-    def _get(self, name: str) -> Any:
-        if self.rows is not None:
-            return getattr(self.rows, name)
-        return self.vec_env.get_attr(name, indices=[0])[0]
-
-    @property
-    def temperature(self) -> float:
-        return float(self._get("temperature"))
-
-    @property
-    def masking(self) -> bool:
-        return bool(self._get("masking"))
-
-    @property
-    def kl_coef(self) -> float:
-        return float(self._get("kl_coef"))
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        if self.rows is not None:
-            self.rows.kl_coef = value
-        else:  # set_attr would set it on the outermost wrapper of each
-            self.vec_env.env_method("set_wrapper_attr", "kl_coef", value)
-
-    def action_masks(self) -> np.ndarray:
-        """``(N, V)`` bool, the tokens that the current states allow."""
-        if self.rows is not None:
-            return self.rows.action_masks()
-        return np.stack(self.vec_env.env_method("action_masks"))
-
-    def forget_cached(self) -> None:
-        """Drop what the environment's models have cached."""
-        if self.rows is not None:
-            self.rows.forget_cached()
-        else:
-            self.vec_env.env_method("forget_cached")
-
-    def report_log_probs(self, log_probs: np.ndarray) -> None:
-        """:param log_probs: ``(N,)`` of the actions of the coming step, in nats."""
-        log_probs = np.minimum(log_probs, 0.0)  # a sure token may come out at +1e-7
-        if self.rows is not None:
-            self.rows.report_log_probs(log_probs)
-        else:
-            for row, log_prob in enumerate(log_probs.tolist()):
-                self.vec_env.env_method("report_log_prob", log_prob, indices=[row])
-
-    def policy_language_model(self, device: torch.device) -> LanguageModel:
-        """A trainable copy of the environment's language model."""
-        if self.rows is not None:
-            return self.rows.policy_language_model(device)
-        model: LanguageModel = self.vec_env.env_method("policy_language_model", device, indices=[0])[0]
-        return model
-
-    def shared_language_model(self, device: torch.device) -> LanguageModel:
-        """The environment's language model itself, for an adapter beside its weights; a copy from another process."""
-        if self.rows is not None:
-            return self.rows.reference_language_model()
-        if isinstance(self.vec_env.unwrapped, DummyVecEnv):
-            model: LanguageModel = self.vec_env.env_method("reference_language_model", indices=[0])[0]
-            return model
-        return self.policy_language_model(device)
-
-
 class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
-    """Rollouts in text environments for Stable-Baselines3's on-policy algorithms.
+    """A language model that learns from its own rollouts in a text environment.
 
-    A class ``Agent(TextOnPolicyAlgorithm, SB3Algorithm)`` passes its environment through
-    :meth:`make_vec_env`, sets the attributes below before ``_setup_model``, and uses :class:`EpisodeBuffer`
-    as its rollout buffer.
+    An agent overrides :meth:`loss`, and, where they aren't generalised advantage estimates,
+    :meth:`compute_advantages`; CONTRIBUTING shows one in 40 lines. Arguments have the names and the meaning they have
+    in Stable-Baselines3; a step is a token.
 
-    - ``scoring``: ``"deferred"`` scores a whole rollout at its end, in a few teacher-forced passes;
-      ``"instant"`` every token at once; ``"auto"`` defers where nothing between environment and agent looks
-      at the rewards. Both give the same rewards, but while it is deferred callbacks see zeros during the
-      rollout
-    - ``whiten_rewards``: divide the rewards of a rollout by their standard deviation (biased), keeping their
-      mean
     - ``finished_episodes``: the episodes that ended in the last rollout, each with ``r`` (return), ``l``
       (tokens), ``kl`` (nats), ``score``, ``finish_reason``, ``prompt`` and ``completion``
-    - ``importance_cap``: where tokens were drawn with a copy of the weights (``rollout_dtype``), each counts in
-      the loss by the ratio of its probabilities under the weights and the copy, at most this (truncated importance
-      sampling); None for no such weights
-    - ``bootstrap_truncated``: add γ·V(last state) to the last reward where the token budget ran out, as SB3
-      does
     - ``processes``: those that learn together (:mod:`textgym.agents.distributed`), in most cases one alone. Rows are
       each process's own; ``num_timesteps`` counts the tokens of all, and ``ep_info_buffer``, which ``rollout/*`` are
       means of, has everybody's episodes
+
+    :param policy: ``"LanguageModelPolicy"`` or a subclass of
+        :class:`~textgym.agents.policy.LanguageModelPolicy`
+    :param env: an id, a Gymnasium environment or vector environment, or a ``VecEnv``
+    :param learning_rate: a number, or a function of the remaining progress (1 to 0)
+    :param n_steps: tokens per row and rollout, T
+    :param batch_size: tokens per minibatch and process, as nearly as whole episodes allow; None for the whole rollout
+    :param n_epochs: passes over a rollout
+    :param gamma: discount per token
+    :param gae_lambda: λ of generalised advantage estimation
+    :param normalize_advantage: True: per minibatch, as SB3's PPO; ``"rollout"``: once over the rollout, with the
+        biased variance; False: not at all
+    :param ent_coef: weight of the entropy bonus
+    :param vf_coef: weight of the value loss
+    :param max_grad_norm: gradients are scaled down to this norm
+    :param target_kl: stop the update when the new policy is 1.5 times this far from the old one, in nats per
+        token
+    :param whiten_rewards: divide the rewards of a rollout by their standard deviation (biased), keeping their mean
+    :param bootstrap_truncated: add γ·V(last state) to the last reward where the token budget ran out, as SB3 does
+    :param scoring: ``"deferred"`` scores a whole rollout at its end, in a few teacher-forced passes;
+        ``"instant"`` every token at once; ``"auto"`` defers where nothing between environment and agent looks
+        at the rewards. Both give the same rewards, but while it is deferred callbacks see zeros during the
+        rollout
+    :param importance_cap: where tokens were drawn with a copy of the weights (``rollout_dtype``), each counts in
+        the loss by the ratio of its probabilities under the weights and the copy, at most this (truncated importance
+        sampling); None for no such weights
+    :param stats_window_size: episodes that ``rollout/*`` are averaged over
+    :param tensorboard_log: where TensorBoard logs go
+    :param policy_kwargs: further arguments of the policy, such as ``value_head`` or a ``language_model`` of
+        its own
+    :param verbose: 0, 1 or 2
+    :param seed: of everything random
+    :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
+    :param _init_setup_model: whether to build the networks now
+    :raises ValueError: if a hyperparameter is impossible
     """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"LanguageModelPolicy": LanguageModelPolicy}
 
     policy: LanguageModelPolicy
     rollout_buffer: EpisodeBuffer
-    scoring: str
-    whiten_rewards: bool
-    bootstrap_truncated: bool
-    importance_cap: float | None
     processes: Processes
     finished_episodes: list[dict[str, Any]]
     _last_obs: Any
+
+    def __init__(
+        self,
+        policy: str | type[LanguageModelPolicy],
+        env: TextEnv | None,
+        learning_rate: float | Schedule = 1e-4,
+        n_steps: int = 32,
+        batch_size: int | None = None,
+        n_epochs: int = 1,
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        normalize_advantage: bool | str = False,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.1,
+        max_grad_norm: float = 1.0,
+        target_kl: float | None = None,
+        whiten_rewards: bool = False,
+        bootstrap_truncated: bool = False,
+        scoring: str = "auto",
+        importance_cap: float | None = 2.0,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        check_schedule("learning_rate", learning_rate)
+        check_count("n_steps", n_steps)
+        check_count("n_epochs", n_epochs)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        check_number("gamma", gamma, low=0.0, high=1.0)
+        check_number("gae_lambda", gae_lambda, low=0.0, high=1.0)
+        check_choice("normalize_advantage", normalize_advantage, (True, False, "rollout"))
+        check_number("ent_coef", ent_coef)
+        check_number("vf_coef", vf_coef, low=0.0)
+        check_number("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
+        if target_kl is not None:
+            check_number("target_kl", target_kl, low=0.0, open_low=True)
+        check_choice("scoring", scoring, SCORINGS)
+        if importance_cap is not None:
+            check_number("importance_cap", importance_cap, low=1.0)
+        vec_env = self.make_vec_env(env)
+        if vec_env is not None and batch_size is not None and batch_size > n_steps * vec_env.num_envs:
+            raise ValueError(
+                f"batch_size={batch_size} is more than the rollout has, n_steps * num_envs = "
+                f"{n_steps * vec_env.num_envs}: make it smaller, or take more steps or rows"
+            )
+        if normalize_advantage is True and vec_env is not None and batch_size == 1:
+            raise ValueError("batch_size=1 has nothing to normalize_advantage over: pass False or 'rollout'")
+        super().__init__(
+            policy,
+            vec_env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            rollout_buffer_class=EpisodeBuffer,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.whiten_rewards = whiten_rewards
+        self.bootstrap_truncated = bootstrap_truncated
+        self.scoring = scoring
+        self.importance_cap = importance_cap
+        if _init_setup_model:
+            self._setup_model()
 
     # Environments and the policy that starts from their language model
 
@@ -200,7 +247,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         self._pending_log: dict[str, Any] = {}  # of a resumed run: what the last update before the stop recorded
         super()._setup_model()
         self._all_rows = int(self.processes.total(self.n_envs))
-        self.processes.broadcast(p for p in self.policy.parameters() if p.requires_grad)
+        self.processes.take(self.policy)
         # What is saved with the agent: no path of this machine, no weights a second time.
         kwargs = {name: value for name, value in kwargs.items() if name != "tokenizer"}
         self.policy_kwargs = {**kwargs, "language_model": self.policy.blueprint()}
@@ -299,7 +346,6 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         deferred: TextGenVectorEnv | None,
     ) -> bool:
         """:meth:`collect_rollouts`, with scoring deferred in ``deferred`` if that is given."""
-        assert self._last_episode_starts is not None
         environment = TextEnvironment(env)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
@@ -308,21 +354,30 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         self.policy.forget_cached()
         self.finished_episodes = []
         bootstrap = np.zeros((n_rollout_steps, env.num_envs), dtype=np.float32)
-        n_steps = 0
+        kl = np.full((n_rollout_steps, env.num_envs), np.nan, dtype=np.float32)
+        n_steps, timesteps = 0, self.num_timesteps
         callback.on_rollout_start()
+        self.begin_rollout(environment)
+        assert self._last_episode_starts is not None
 
         while n_steps < n_rollout_steps:
-            masks = environment.action_masks() if environment.masking else None
-            tokens, values, log_probs = self.policy(self._last_obs, action_masks=masks)
-            actions = tokens.cpu().numpy()
+            numbers = environment.episode_numbers
+            if numbers is not None and (numbers < 0).all():
+                rollout_buffer.finish()
+                break
+            masks = self.action_masks(environment)
+            actions, values, log_probs = self._act(masks, numbers)
             environment.report_log_probs(log_probs.cpu().numpy())
             new_obs, rewards, dones, infos = env.step(actions)
 
-            self.num_timesteps += self._all_rows
-            rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs, masks)
+            self.num_timesteps += self._all_rows if numbers is None else self._count_of_all(numbers >= 0)
+            rollout_buffer.add(
+                self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs, masks, numbers
+            )
             if self.bootstrap_truncated:
                 bootstrap[n_steps] = self.gamma * self._values_where_truncated(dones, infos)
             if deferred is None:
+                kl[n_steps] = [info.get("kl", np.nan) for info in infos]
                 self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts))
             # Before the callback, unlike SB3: a rollout that a callback stops can be gone on from.
             self._last_obs, self._last_episode_starts = new_obs, dones
@@ -334,25 +389,189 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
                 return False
             n_steps += 1
 
+        self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.transitions))
         acted_with_copy = self.policy.rollout_dtype is not None
         if acted_with_copy:
             self._evaluate_anew(rollout_buffer)
         if deferred is not None:
-            scores = deferred.score_deferred(rollout_buffer.log_probs if acted_with_copy else None)
-            rollout_buffer.rewards[:] = scores.rewards[-n_rollout_steps:]
+            scores = deferred.score_deferred(rollout_buffer.log_probs[:n_steps] if acted_with_copy else None)
+            rollout_buffer.rewards[:n_steps] = scores.rewards[-n_steps:]
+            kl[:n_steps] = scores.kl[-n_steps:]
             self._note_finished(scores.episodes)
         if self.whiten_rewards:
-            rollout_buffer.rewards = whitened(rollout_buffer.rewards, self.processes)
+            active = rollout_buffer.active
+            rollout_buffer.rewards[active] = whitened(rollout_buffer.rewards[active], self.processes)
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += bootstrap
+        rollout_buffer.kl = kl
+        if self.needs_reference:
+            rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
         last_values = (self.policy.forced_values if acted_with_copy else self.policy.predict_values)(self._last_obs)
-        rollout_buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
+        self.compute_advantages(rollout_buffer, last_values)
         if self.processes.world_size > 1:
             self._remember(self.processes.interleaved(_figures_of(self.finished_episodes)))
 
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    # What agents may do in another way
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether minibatches are to have the reference model's log-probabilities."""
+        return False
+
+    def begin_rollout(self, environment: TextEnvironment) -> None:
+        """Before the first step of a rollout; the rows go on where they are."""
+
+    def draw(self, obs: Any, masks: np.ndarray | None, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The next tokens ``(B,)``, with values ``(B, 1)`` and log-probabilities ``(B,)``; here the policy's.
+
+        :param obs: observations of B rows
+        :param masks: ``(B, V)`` bool, from :meth:`action_masks`
+        :param rows: ``(B,)`` which rows they are; default 0 to B-1
+        """
+        return self.policy(obs, action_masks=masks, rows=rows)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What an exact checkpoint needs besides policy, optimizer and environment, as tensors and plain data."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`extra_state` gave."""
+
+    def action_masks(self, environment: TextEnvironment) -> np.ndarray | None:
+        """``(N, V)`` bool, the tokens that may be drawn in the current states; None where all may."""
+        return environment.action_masks() if environment.masking else None
+
+    def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
+        """Fill the buffer's ``advantages`` and ``returns``; here with generalised advantage estimates.
+
+        Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation".
+
+        :param buffer: with rewards, values and ``episode_starts``
+        :param last_values: ``(N, 1)`` V of the states after the last step
+        """
+        assert self._last_episode_starts is not None
+        buffer.compute_returns_and_advantage(last_values, self._last_episode_starts)
+
+    def loss(self, batch: SegmentSamples) -> Loss:
+        """The loss of a minibatch.
+
+        :param batch: B segments with M transitions; ``self.policy.evaluate_segments(batch)`` gives their values,
+            log-probabilities and entropies
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss: an agent defines loss(batch)")
+
+    def units(self, buffer: EpisodeBuffer) -> list[list[Segment]]:
+        """Segments that come in one minibatch together; here each by itself."""
+        return [[segment] for segment in buffer.segments]
+
+    # Updates
+
+    def train(self) -> None:
+        """Update the policy with the current rollout: ``n_epochs`` passes, an optimizer step on each minibatch."""
+        self._update_learning_rate(self.policy.optimizer)
+        buffer = self.rollout_buffer
+        if self.normalize_advantage == "rollout":
+            advantages = buffer.advantages[buffer.active]
+            centred = advantages - self.processes.mean(advantages)
+            buffer.advantages[buffer.active] = centred / (np.sqrt(self.processes.variance(centred)) + 1e-8)
+        figures: dict[str, list[float]] = {}
+        grad_norms: list[float] = []
+        ratio_first: float | None = None
+        go_on = True
+        self.processes.begin_update()
+        for epoch in range(self.n_epochs):
+            figures["approx_kl"] = []  # of the last epoch alone, as in SB3
+            for batch in self._minibatches(buffer):
+                self.policy.optimizer.zero_grad()  # before the forward: old gradients beside activations are the peak
+                loss = self.loss(batch)
+                for name, value in {**loss.figures, "loss": loss.value}.items():
+                    figures.setdefault(name, []).append(value.item() if isinstance(value, Tensor) else float(value))
+                if ratio_first is None and "ratio_first" in loss.figures:
+                    ratio_first = float(loss.figures["ratio_first"])
+                weight = len(batch.actions) if loss.weight is None else loss.weight
+                if self.target_kl is not None and self._too_far(figures["approx_kl"], weight, epoch):
+                    go_on = False
+                    break
+                self.processes.backward(loss.value, self.policy, weight)
+                grad_norms.append(self.processes.clip_gradients(self.policy, self.max_grad_norm))
+                self.policy.optimizer.step()
+            self._n_updates += 1
+            if not go_on:
+                break
+        self.processes.end_update()
+        self._record_update(figures, grad_norms, ratio_first)
+
+    def _minibatches(self, buffer: EpisodeBuffer) -> Iterator[SegmentSamples]:
+        """Every process makes as many minibatches; where whole units don't allow that many, all make fewer."""
+        units = self.units(buffer)
+        tokens = sum(segment.steps for unit in units for segment in unit)
+        wished = 1 if self.batch_size is None else max(1, round(tokens / self.batch_size))
+        batches = int(self.processes.smallest(min(wished, len(units))))
+        yield from buffer.get(tokens / batches, units)
+
+    def _too_far(self, approx_kls: list[float], weight: float, epoch: int) -> bool:
+        """Whether the newest minibatch says that the policy went beyond ``target_kl``."""
+        assert self.target_kl is not None
+        if not approx_kls:
+            raise ValueError(f"target_kl={self.target_kl}: {type(self).__name__} has no ratio of policies to stop at")
+        approx_kl = self.processes.weighted_mean(approx_kls[-1], weight)
+        if approx_kl <= 1.5 * self.target_kl:
+            return False
+        if self.verbose >= 1 and self.processes.is_main:
+            print(f"Early stopping in epoch {epoch} due to reaching max kl: {approx_kl:.2f}")
+        return True
+
+    def _record_update(
+        self, figures: dict[str, list[float]], grad_norms: list[float], ratio_first: float | None
+    ) -> None:
+        """Log what an update was like."""
+        figures.pop("ratio_first", None)
+        means = {name: values[-1] if name == "loss" else np.mean(values) for name, values in figures.items() if values}
+        for name, value in self.processes.means(means).items():
+            self.logger.record(f"train/{name}", value)
+        buffer = self.rollout_buffer
+        if self.vf_coef > 0:
+            returns, values = buffer.returns[buffer.active], buffer.values[buffer.active]
+            variance, residual = self.processes.variance(returns), self.processes.variance(returns - values)
+            self.logger.record("train/explained_variance", float(1 - residual / variance) if variance else np.nan)
+        if ratio_first is not None:
+            self.logger.record("train/ratio_first", self.processes.largest(ratio_first))
+        if grad_norms:
+            self.logger.record("train/grad_norm", np.mean(grad_norms))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def normalized(self, advantages: Tensor) -> Tensor:
+        """``(M,)`` the advantages of a minibatch, normalised over it and those of the other processes if
+        ``normalize_advantage`` is True."""
+        if self.normalize_advantage is not True:
+            return advantages
+        count, mean, std = self.processes.moments(advantages)
+        return (advantages - mean) / (std + 1e-8) if count > 1 else advantages
+
+    # Parts of a rollout
+
+    def _act(self, masks: np.ndarray | None, numbers: np.ndarray | None) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Actions, values and log-probabilities in the current states, ``(N,)`` each; 0 where a row waits."""
+        if numbers is None or (numbers >= 0).all():
+            tokens, values, log_probs = self.draw(self._last_obs, masks)
+            return tokens.cpu().numpy(), values.flatten(), log_probs
+        rows = np.flatnonzero(numbers >= 0)
+        obs = {name: array[rows] for name, array in self._last_obs.items()}
+        masks = None if masks is None else masks[rows]
+        tokens, values, log_probs = self.draw(obs, masks, rows)
+        actions = np.zeros(len(numbers), dtype=np.int64)
+        actions[rows] = tokens.cpu().numpy()
+        every = torch.zeros((2, len(numbers)), device=values.device)
+        every[0, rows], every[1, rows] = values.flatten(), log_probs.to(every.dtype)
+        return actions, every[0], every[1]
+
+    def _count_of_all(self, active: np.ndarray) -> int:
+        """About how many tokens all processes wrote in this step; the sum at the end of the rollout is exact."""
+        return round(int(active.sum()) * self._all_rows / len(active))
 
     def _values_where_truncated(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """``(N,)`` V of the last observation of episodes whose budget ran out, 0 elsewhere (SB3 issue
@@ -372,20 +591,31 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     def _evaluate_anew(self, buffer: EpisodeBuffer) -> None:
         """Put the trained weights' log-probabilities and values in the place of those of the copy that acted."""
         drawn_with = buffer.log_probs.copy()
-        segments = sorted(buffer.segments, key=lambda segment: -segment.length)
-        start = 0
-        while start < len(segments):
-            part = segments[start : start + max(1, EVALUATE_TOKENS // segments[start].length)]
-            start += len(part)
+        for part in _in_parts(buffer.segments):
             values, log_prob, _ = self.policy.evaluate_segments(buffer.samples(part))
             at = buffer.places(part)
             buffer.values[at] = values.flatten().cpu().numpy()
             buffer.log_probs[at] = np.minimum(log_prob.cpu().numpy(), 0.0)  # a sure token may come out at +1e-7
-        log_ratio = buffer.log_probs - drawn_with
+        log_ratio = np.where(buffer.active, buffer.log_probs - drawn_with, 0.0)
         if self.importance_cap is not None:
             buffer.importance = np.minimum(np.exp(log_ratio), self.importance_cap)
         self.logger.record("rollout/log_ratio_abs", self.processes.mean(np.abs(log_ratio)))
         self.logger.record("rollout/log_ratio_max", self.processes.largest(np.abs(log_ratio).max()))
+
+    @torch.no_grad()
+    def _reference_log_probs(self, environment: TextEnvironment, buffer: EpisodeBuffer) -> np.ndarray:
+        """``(T, N)`` log-probabilities, in nats, of the buffer's actions under the reference model."""
+        reference = environment.shared_language_model(self.device)
+        stepper = reference.cached(self.policy.context)
+        log_probs = np.zeros_like(buffer.log_probs)
+        for part in _in_parts(buffer.segments):
+            batch = buffer.samples(part)
+            hidden = stepper.hidden_at(batch.input_ids, batch.lengths, batch.rows, batch.positions)
+            tokens = batch.actions.to(hidden.device)
+            masks = None if batch.action_masks is None else batch.action_masks.to(hidden.device)
+            chosen, _ = reference.token_log_probs(hidden, tokens, self.policy.temperature, masks, with_entropy=False)
+            log_probs[buffer.places(part)] = chosen.cpu().numpy()
+        return log_probs
 
     # Statistics
 
@@ -552,6 +782,34 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         return model
 
 
+def _in_parts(segments: list[Segment]) -> Iterator[list[Segment]]:
+    """Segments of like length together, so few that a forward over them fits."""
+    ordered = sorted(segments, key=lambda segment: -segment.length)
+    start = 0
+    while start < len(ordered):
+        part = ordered[start : start + max(1, EVALUATE_TOKENS // ordered[start].length)]
+        start += len(part)
+        yield part
+
+
+def ratio_figures(log_ratio: Tensor, clip_range: float | tuple[float, float]) -> dict[str, float]:
+    """What is logged of the ratio of new to old probabilities.
+
+    :param log_ratio: ``(M,)``
+    :param clip_range: beyond which distance from 1 a ratio counts as clipped; below and above where they differ
+    :return: ``approx_kl``, Schulman's k3 estimate of KL(old ‖ new) in nats per token
+        (http://joschu.net/blog/kl-approx.html), ``clip_fraction``, and ``ratio_first``, the largest distance from 1
+    """
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    with torch.no_grad():
+        change = log_ratio.exp() - 1
+        return {
+            "approx_kl": (change - log_ratio).mean().item(),
+            "clip_fraction": ((change > high) | (change < -low)).float().mean().item(),
+            "ratio_first": change.abs().max().item(),
+        }
+
+
 def _figures_of(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What ``rollout/*`` are made of; without the texts, because they are saved with the agent."""
     names = ("r", "l", "score", "kl", "finish_reason")
@@ -570,24 +828,3 @@ def whitened(rewards: np.ndarray, processes: Processes | None = None) -> np.ndar
     mean = processes.mean(rewards)
     whitened: np.ndarray = (rewards - mean) / np.sqrt(processes.variance(rewards) + 1e-8) + mean
     return whitened
-
-
-def check_count(name: str, value: Any) -> None:
-    """:raises ValueError: unless ``value`` is a whole number of at least 1"""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
-
-
-def check_schedule(name: str, value: Any, open_low: bool = False) -> None:
-    """Check a hyperparameter that may be a number or a function of the remaining progress.
-
-    :raises ValueError: if it is a number that is negative, not finite, or 0 with ``open_low``
-    """
-    if not callable(value):
-        check_number(name, value, low=0.0, open_low=open_low)
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """:raises ValueError: unless ``value`` is one of the choices"""
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(c) for c in choices)}")

@@ -191,17 +191,22 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
     @torch.no_grad()
     def forward(
-        self, obs: Observation, deterministic: bool = False, action_masks: np.ndarray | Tensor | None = None
+        self,
+        obs: Observation,
+        deterministic: bool = False,
+        action_masks: np.ndarray | Tensor | None = None,
+        rows: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the next token of each row, from cached states and without gradients.
 
-        :param obs: observations of B rows; row i lives in cache slot i
+        :param obs: observations of B rows
         :param deterministic: whether to take the most likely token
         :param action_masks: ``(B, V)`` bool; other tokens can't be chosen, and the probabilities are
             renormalised
+        :param rows: ``(B,)`` cache slots the rows live in; default 0 to B-1
         :return: actions ``(B,)``, values ``(B, 1)`` and log-probs ``(B,)``
         """
-        hidden = self._cached_hidden(obs)  # (B, H)
+        hidden = self._cached_hidden(obs, rows)  # (B, H)
         log_probs = self._log_distribution(self.acting_model, hidden, action_masks)  # (B, V)
         actions = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs)
         return actions, self._values(hidden), log_probs.gather(1, actions[:, None]).squeeze(1)

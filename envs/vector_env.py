@@ -22,6 +22,7 @@ from textgym.envs.deferred import PendingSteps
 from textgym.envs.infos import VectorInfos
 from textgym.envs.options import TextGenOptions, check_number, prompt_room, share
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
+from textgym.envs.schedule import EpisodeRound
 from textgym.envs.scoring import DeferredScores, Scorer
 from textgym.envs.texts import Texts
 from textgym.language_model import (
@@ -116,6 +117,7 @@ class TextGenVectorEnv(VectorEnv):
         self._seeds: tuple[int | None, ...] | None = None
         self._reported: np.ndarray | None = None
         self._warned_truncation = False
+        self._round: EpisodeRound | None = None
         self._deferred = False
         self._pending = PendingSteps(self._texts, self._scorer)
 
@@ -213,6 +215,9 @@ class TextGenVectorEnv(VectorEnv):
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(self._checked_mask(mask))
         if mask is not None and len(self._pending):
             raise RuntimeError("reset of some rows while steps wait to be scored; call score_deferred() first")
+        if mask is not None and self._round is not None:
+            raise RuntimeError("reset of some rows within a round of episodes; reset() of all rows ends the round")
+        self._round = None
         self._pending.clear()  # of episodes that are given up
         self._reported = None
         self._seed_rows(seed, rows)
@@ -252,9 +257,13 @@ class TextGenVectorEnv(VectorEnv):
         self._reported = None
 
         texts, mode = self._texts, self.options.autoreset_mode
-        waiting = texts.done.copy()  # rows that finished at the step before and haven't begun anew
-        if waiting.any() and mode == AutoresetMode.DISABLED:
+        waiting = texts.done.copy()  # rows that finished and haven't begun anew
+        if waiting.all() and self._round is not None:
+            raise error.ResetNeeded(f"all {len(self._round)} episodes of the round are finished: begin another one")
+        if waiting.any() and mode != AutoresetMode.NEXT_STEP and self._round is None:
             row = int(np.flatnonzero(waiting)[0])
+            if mode == AutoresetMode.SAME_STEP:
+                raise error.ResetNeeded(f"row {row} has finished with the round of episodes it was in: reset() first")
             raise error.ResetNeeded(
                 f"row {row} has finished and autoreset is disabled: reset(options={{'reset_mask': ...}}) first"
             )
@@ -279,8 +288,10 @@ class TextGenVectorEnv(VectorEnv):
         if mode == AutoresetMode.SAME_STEP and len(finished):
             self._add_mask_info(infos, finished)
             infos.move_to_final(finished, [texts.observation(row) for row in finished.tolist()])
-            self._begin(finished)
-            self._add_reset_info(infos, finished)
+            begun = finished if self._round is None else finished[: self._round.left]
+            if len(begun):
+                self._begin(begun)
+                self._add_reset_info(infos, begun)
         elif mode == AutoresetMode.NEXT_STEP and waiting.any():
             rows = np.flatnonzero(waiting)
             self._begin(rows)
@@ -315,6 +326,61 @@ class TextGenVectorEnv(VectorEnv):
         self._spec = spec
 
     _spec: Any = None
+
+    # ------------------------------------------------------------------ rounds of episodes
+
+    def begin_round(self, episodes: int, group_size: int = 1) -> dict[str, np.ndarray]:
+        """Begin a round: a fixed number of whole episodes, ``group_size`` of them from each prompt drawn.
+
+        A row that finishes takes the next episode of the round at once; where none is left it waits: its observation
+        stays, ``step`` neither reads its action nor pays it anything. :meth:`end_round` goes back to episodes without
+        end. For agents that compare completions of one prompt with each other.
+
+        :param episodes: E, a multiple of ``group_size`` and at least the number of rows
+        :param group_size: completions of each prompt
+        :return: the observation, as of ``reset``
+        :raises ValueError: if the numbers do not fit each other, or the environment does not reset in the same step
+        :raises RuntimeError: while steps wait to be scored
+        """
+        self._check_ready("begin_round")
+        if self.options.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"autoreset_mode={self.options.autoreset_mode}: rounds need rows that reset in the same step"
+            )
+        if group_size < 1 or episodes < 1 or episodes % group_size:
+            raise ValueError(f"episodes={episodes} must be a multiple of group_size={group_size}, both at least 1")
+        if episodes < self.num_envs:
+            raise ValueError(
+                f"episodes={episodes} is less than num_envs={self.num_envs}: rows would never have one; make the "
+                "environment with fewer rows, or the round longer"
+            )
+        if len(self._pending):
+            raise RuntimeError(f"{len(self._pending)} steps wait to be scored; call score_deferred() before a round")
+        groups = episodes // group_size
+        prompts = [self._prompts.sample(self._rngs[group % self.num_envs]) for group in range(groups)]
+        self._round = EpisodeRound(prompts, group_size, self.num_envs)
+        self._reported = None
+        rows = np.arange(self.num_envs)
+        self._scorer.forget(rows)
+        self._begin(rows)
+        return self._texts.observation()
+
+    def end_round(self) -> None:
+        """Let finished rows begin anew from drawn prompts again; those that wait do so at the next ``reset``."""
+        self._round = None
+
+    @property
+    def episode_numbers(self) -> np.ndarray:
+        """``(N,)`` the number, in its round, of the episode that each row writes; -1 without a round and where a row
+        waits."""
+        if self._round is None:
+            return np.full(self.num_envs, -1, dtype=np.int64)
+        return np.where(self._texts.done, -1, self._round.numbers)
+
+    @property
+    def in_round(self) -> bool:
+        """Whether the episodes are those of a round."""
+        return self._round is not None
 
     # ------------------------------------------------------------------ deferred scoring
 
@@ -389,6 +455,7 @@ class TextGenVectorEnv(VectorEnv):
             "reward": self._reward.state_dict(),
             "allowed": None if self._masks is None else np.packbits(self._allowed, axis=1),
             "warned_truncation": self._warned_truncation,
+            "round": None if self._round is None else self._round.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -414,6 +481,7 @@ class TextGenVectorEnv(VectorEnv):
         if self._masks is not None:
             self._allowed = np.unpackbits(state["allowed"], axis=1, count=self.vocab_size).astype(bool)
         self._warned_truncation = bool(state["warned_truncation"])
+        self._round = None if state["round"] is None else EpisodeRound.from_state_dict(state["round"])
         self._reported = None
         self.forget_cached()
 
@@ -473,7 +541,12 @@ class TextGenVectorEnv(VectorEnv):
     def _begin(self, rows: np.ndarray, prompts: list[PromptRow] | None = None) -> None:
         """Put a prompt into each of the rows and start its episode."""
         for i, row in enumerate(rows.tolist()):
-            prompt = self._prompts.sample(self._rngs[row]) if prompts is None else prompts[i]
+            if prompts is not None:
+                prompt = prompts[i]
+            elif self._round is not None:
+                prompt = self._round.take(row)
+            else:
+                prompt = self._prompts.sample(self._rngs[row])
             self._texts.begin(row, prompt, self._fit(self.vocabulary.encode(prompt.prompt), prompt.prompt))
         self._pending.begin(rows)
         self._mask_actions(rows)

@@ -1,0 +1,115 @@
+"""REINFORCE with a baseline: the policy gradient from whole episodes, and nothing else.
+
+Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning"; Sutton and
+Barto, "Reinforcement Learning: An Introduction", section 13.4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor
+from torch.nn import functional as F
+
+from textgym.agents.checks import check_choice
+from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.episodes import TextEpisodeAlgorithm
+from textgym.agents.groups import leave_one_out_advantages
+from textgym.agents.on_policy import Loss
+from textgym.agents.policy import LanguageModelPolicy
+from textgym.agents.text_environment import TextEnv
+
+BASELINES = ("value", "mean", "none")
+
+
+class REINFORCE(TextEpisodeAlgorithm):
+    """Log-probabilities weighted by the rewards that follow, minus a baseline.
+
+    Further arguments are those of :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+
+        >>> import gymnasium as gym, textgym
+        >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4)
+        >>> model = textgym.agents.REINFORCE("LanguageModelPolicy", vec, baseline="mean", seed=0).learn(8)
+        >>> len(model.finished_episodes)
+        4
+
+    :param baseline: ``"value"``: the value head, which learns the rewards-to-go; ``"mean"``: at each place the mean
+        over the other episodes of the rollout of their rewards from there on (0 where they have ended); ``"none"``
+    :param gamma: discount per token
+    :param vf_coef: weight of the value loss, with ``baseline="value"``
+    """
+
+    def __init__(
+        self,
+        policy: str | type[LanguageModelPolicy],
+        env: TextEnv | None,
+        learning_rate: float | Schedule = 1e-4,
+        episodes: int | None = None,
+        baseline: str = "value",
+        gamma: float = 1.0,
+        normalize_advantage: bool | str = False,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.1,
+        max_grad_norm: float = 1.0,
+        whiten_rewards: bool = False,
+        scoring: str = "auto",
+        importance_cap: float | None = 2.0,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        check_choice("baseline", baseline, BASELINES)
+        self.baseline = baseline
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            episodes=episodes,
+            gamma=gamma,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            whiten_rewards=whiten_rewards,
+            scoring=scoring,
+            importance_cap=importance_cap,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
+        """Rewards-to-go minus the baseline."""
+        if self.baseline == "value":
+            super().compute_advantages(buffer, last_values)  # with λ = 1 that is it
+            return
+        segments, to_go = self.rewards_to_go(buffer)
+        if self.baseline == "mean" and len(segments) < 2:
+            raise ValueError("baseline='mean' compares episodes with each other; the rollout has one: take more rows")
+        advantages = to_go if self.baseline == "none" else leave_one_out_advantages(to_go, len(segments))
+        self.fill(buffer, segments, advantages, to_go)
+
+    def loss(self, batch: SegmentSamples) -> Loss:
+        """The policy gradient, and the value loss where the value head is the baseline."""
+        values, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
+        weights = self.normalized(batch.advantages)
+        if batch.importance is not None:
+            weights = weights * batch.importance
+        policy_loss = -(weights * log_prob).mean()
+        loss, figures = policy_loss, {"policy_loss": policy_loss, "entropy_loss": -entropy.mean()}
+        if self.baseline == "value":
+            figures["value_loss"] = F.mse_loss(batch.returns, values.flatten())
+            loss = loss + self.vf_coef * figures["value_loss"]
+        if self.ent_coef != 0.0:
+            loss = loss + self.ent_coef * figures["entropy_loss"]
+        return Loss(loss, figures)

@@ -1,0 +1,131 @@
+"""REINFORCE leave-one-out: several completions of each prompt are each other's baseline, and no critic is needed.
+
+Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+LLMs", https://arxiv.org/abs/2402.14740. The KL penalty is in the reward (``kl_coef`` of the environment), as there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor
+
+from textgym.agents.checks import check_choice
+from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.episodes import TextEpisodeAlgorithm
+from textgym.agents.groups import CREDITS, by_credit, leave_one_out_advantages
+from textgym.agents.on_policy import Loss, ratio_figures
+from textgym.agents.policy import LanguageModelPolicy
+from textgym.agents.text_environment import TextEnv
+from textgym.envs.options import check_number
+
+
+class RLOO(TextEpisodeAlgorithm):
+    """Completions of one prompt compared with the mean of the others.
+
+    A completion is one action with the probability of all its tokens, so the ratio of new to old probabilities, which
+    is clipped as in PPO, is that of the completion. With ``credit="token"`` tokens are actions with ratios of their own
+    (:mod:`textgym.agents.groups`). Further arguments are those of
+    :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+
+        >>> import gymnasium as gym, textgym
+        >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4)
+        >>> model = textgym.agents.RLOO("LanguageModelPolicy", vec, group_size=2, seed=0).learn(8)
+        >>> len({episode["prompt"] for episode in model.finished_episodes})
+        2
+
+    :param group_size: completions of each prompt, K, at least 2
+    :param credit: ``"completion"`` or ``"token"``
+    :param clip_range: ratios are clipped to 1 ± this; it matters with ``n_epochs`` or minibatches
+    :param normalize_advantage: True: per minibatch; ``"rollout"``: over the rollout; False: not at all
+    """
+
+    def __init__(
+        self,
+        policy: str | type[LanguageModelPolicy],
+        env: TextEnv | None,
+        learning_rate: float | Schedule = 1e-4,
+        group_size: int = 4,
+        credit: str = "completion",
+        episodes: int | None = None,
+        batch_size: int | None = None,
+        n_epochs: int = 1,
+        gamma: float = 1.0,
+        clip_range: float = 0.2,
+        normalize_advantage: bool | str = False,
+        ent_coef: float = 0.0,
+        max_grad_norm: float = 1.0,
+        target_kl: float | None = None,
+        whiten_rewards: bool = False,
+        scoring: str = "auto",
+        importance_cap: float | None = 2.0,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        check_choice("credit", credit, CREDITS)
+        check_number("group_size", group_size, low=2)
+        check_number("clip_range", clip_range, low=0.0, open_low=True)
+        self.credit = credit
+        self.clip_range = clip_range
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            episodes=episodes,
+            group_size=group_size,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            max_grad_norm=max_grad_norm,
+            target_kl=target_kl,
+            whiten_rewards=whiten_rewards,
+            scoring=scoring,
+            importance_cap=importance_cap,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
+        """Returns, or rewards-to-go, minus the mean of the others of the group."""
+        segments, to_go = self.rewards_to_go(buffer)
+        advantages = leave_one_out_advantages(by_credit(to_go, self.credit), self.group_size)
+        self.fill(buffer, segments, advantages, to_go)
+
+    def loss(self, batch: SegmentSamples) -> Loss:
+        """The clipped surrogate, summed over each completion and averaged over completions."""
+        _, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
+        number = len(batch.episodes)
+        log_ratio = log_prob - batch.old_log_prob  # (M,)
+        advantages, importance = self.normalized(batch.advantages), batch.importance
+        if self.credit == "completion":
+            last = torch.as_tensor(batch.rows).bincount().cumsum(0) - 1  # (B,) where each completion's tokens end
+            advantages = advantages[last.to(advantages.device)]  # (B,), the same for all tokens of a completion
+            log_ratio = self.completion_sums(log_ratio, batch.rows, number)  # (B,)
+            if importance is not None:
+                importance = (
+                    self.completion_sums(importance.log(), batch.rows, number).exp().clamp(max=self.importance_cap)
+                )
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        surrogate = torch.min(advantages * ratio, advantages * clipped)
+        if importance is not None:
+            surrogate = surrogate * importance
+        policy_loss = -surrogate.sum() / number
+        entropy_loss = -entropy.mean()
+        loss = policy_loss if self.ent_coef == 0.0 else policy_loss + self.ent_coef * entropy_loss
+        figures = {"policy_loss": policy_loss, "entropy_loss": entropy_loss}
+        return Loss(loss, {**figures, **ratio_figures(log_ratio, self.clip_range)}, weight=number)

@@ -1,0 +1,116 @@
+"""What an agent asks of the text environment below a ``VecEnv``, whatever is wrapped around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from textgym.envs import TextGenVectorEnv
+from textgym.envs.sb3 import TextGenVecEnv, deferrable
+from textgym.language_model import LanguageModel
+
+TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
+
+
+class TextEnvironment:
+    """What an agent asks of the text environment at the bottom of a ``VecEnv``, whatever is wrapped around
+    it.
+
+    :param vec_env: around one :class:`TextGenVectorEnv`, or around N single environments
+    """
+
+    def __init__(self, vec_env: VecEnv) -> None:
+        self.vec_env = vec_env
+        bottom = vec_env.unwrapped
+        self.rows: TextGenVectorEnv | None = bottom.text_env if isinstance(bottom, TextGenVecEnv) else None
+
+    def _get(self, name: str) -> Any:
+        if self.rows is not None:
+            return getattr(self.rows, name)
+        return self.vec_env.get_attr(name, indices=[0])[0]
+
+    @property
+    def temperature(self) -> float:
+        return float(self._get("temperature"))
+
+    @property
+    def masking(self) -> bool:
+        return bool(self._get("masking"))
+
+    @property
+    def kl_coef(self) -> float:
+        return float(self._get("kl_coef"))
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        if self.rows is not None:
+            self.rows.kl_coef = value
+        else:  # set_attr would set it on the outermost wrapper of each
+            self.vec_env.env_method("set_wrapper_attr", "kl_coef", value)
+
+    def action_masks(self) -> np.ndarray:
+        """``(N, V)`` bool, the tokens that the current states allow."""
+        if self.rows is not None:
+            return self.rows.action_masks()
+        return np.stack(self.vec_env.env_method("action_masks"))
+
+    def forget_cached(self) -> None:
+        """Drop what the environment's models have cached."""
+        if self.rows is not None:
+            self.rows.forget_cached()
+        else:
+            self.vec_env.env_method("forget_cached")
+
+    @property
+    def episode_numbers(self) -> np.ndarray | None:
+        """``(N,)`` numbers of the rows' episodes in a round, -1 where a row waits; None without a round."""
+        return self.rows.episode_numbers if self.rows is not None and self.rows.in_round else None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return int(self._get("max_new_tokens"))
+
+    def check_rounds(self) -> TextGenVectorEnv:
+        """:raises ValueError: unless the rows are those of one vector environment without wrappers."""
+        bare = deferrable(self.vec_env)
+        if bare is None:
+            raise ValueError(
+                f"env={self.vec_env} has no rounds of whole episodes, which this agent learns from: its rows are "
+                "environments of their own, or something is wrapped around them that counts steps by itself. Make it "
+                "with gym.make_vec('TextGen-v0', num_envs=...), or pass the id"
+            )
+        return bare
+
+    def begin_round(self, episodes: int, group_size: int) -> dict[str, np.ndarray]:
+        """Begin a round of whole episodes, see :meth:`TextGenVectorEnv.begin_round`."""
+        return self.check_rounds().begin_round(episodes, group_size)
+
+    def report_log_probs(self, log_probs: np.ndarray) -> None:
+        """:param log_probs: ``(N,)`` of the actions of the coming step, in nats."""
+        log_probs = np.minimum(log_probs, 0.0)  # a sure token may come out at +1e-7
+        if self.rows is not None:
+            self.rows.report_log_probs(log_probs)
+        else:
+            for row, log_prob in enumerate(log_probs.tolist()):
+                self.vec_env.env_method("report_log_prob", log_prob, indices=[row])
+
+    def policy_language_model(self, device: torch.device) -> LanguageModel:
+        """A trainable copy of the environment's language model."""
+        if self.rows is not None:
+            return self.rows.policy_language_model(device)
+        model: LanguageModel = self.vec_env.env_method("policy_language_model", device, indices=[0])[0]
+        return model
+
+    def shared_language_model(self, device: torch.device) -> LanguageModel:
+        """The environment's language model itself, for an adapter beside its weights; a copy from another process."""
+        if self.rows is not None:
+            return self.rows.reference_language_model()
+        if isinstance(self.vec_env.unwrapped, DummyVecEnv):
+            model: LanguageModel = self.vec_env.env_method("reference_language_model", indices=[0])[0]
+            return model
+        return self.policy_language_model(device)
