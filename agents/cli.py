@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-ALGORITHMS = ("ppo",)
+Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo"]
 
 
 @contextmanager
@@ -92,12 +92,12 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_run_options
 def train(
-    algorithm: Annotated[Literal["ppo"], typer.Argument(help="the agent")] = "ppo",
+    algorithm: Annotated[Algorithm, typer.Argument(help="the agent")] = "ppo",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML or JSON file with options; flags win")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="the run's folder; default runs/ppo-1, runs/ppo-2, ...")
+        Path | None, typer.Option("--output", "-o", help="the run's folder; default runs/AGENT-1, runs/AGENT-2, ...")
     ] = None,
     resume: Annotated[
         Path | None,
@@ -428,6 +428,11 @@ def serve_reward(
 
 
 add_train_reward(app, console, _plain_errors)
+
+
+def train_script(algorithm: str) -> None:
+    """What the example scripts run: the train command of one agent, with the script's arguments."""
+    app(["train", algorithm, *sys.argv[1:]])
 
 
 def main() -> None:

@@ -15,9 +15,7 @@ It is the same code as the command ``textgym train ppo``. From Python, a run is 
     run.agent.policy.generate(["the film is"])
 """
 
-import typer
-
-from textgym.agents.cli import train
+from textgym.agents.cli import train_script
 
 if __name__ == "__main__":
-    typer.run(train)
+    train_script("ppo")

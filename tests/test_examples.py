@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from textgym.agents.runs.agents import AGENTS
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -45,9 +47,14 @@ def test_custom_reward_trains_on_a_function(
         assert word in shown
 
 
-def test_train_ppo_is_the_train_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("algorithm", AGENTS)
+def test_every_agent_has_a_script_which_is_its_train_command(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--timesteps", "64", "--rows", "4", "--max-new-tokens", "8", "--eval-prompts", "2", "--no-progress"]
     with pytest.raises(SystemExit) as stopped:
-        run("train_ppo.py", *options, "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
+        run(f"train_{algorithm}.py", *options, "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
     assert stopped.value.code in (0, None)
-    assert (tmp_path / "run" / "model" / "agent.json").is_file()
+    agent = json.loads((tmp_path / "run" / "model" / "agent.json").read_text(encoding="utf-8"))
+    assert agent["agent"].lower() == algorithm
+    assert f"algorithm: {algorithm}" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")

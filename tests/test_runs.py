@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from textgym.agents import PPO
-from textgym.agents.cli import app
+from textgym.agents.cli import Algorithm, app
 from textgym.agents.runs import Run, RunConfig, RunFolder, read_config
-from textgym.agents.runs.training import load_prompts, load_reward
+from textgym.agents.runs.agents import AGENTS, options_of, resolved
+from textgym.agents.runs.config import ALGORITHM, sections
+from textgym.agents.runs.training import load_prompts, load_reward, make_agent, make_envs
 
 SMALL: dict[str, Any] = {
     "rows": 4,
@@ -82,9 +85,9 @@ def test_a_run_leaves_its_folder_complete(finished: RunFolder) -> None:
         "config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "samples.jsonl", "samples.md", "checkpoints",
         "tensorboard", "best", "model", "curves.png",
     }  # fmt: skip
-    assert RunConfig.from_mapping({k: v for k, v in read_config(finished.config).items() if k != "algorithm"}) == (
-        RunConfig(**SMALL)
-    )
+    written = {name: value for name, value in read_config(finished.config).items() if name != "algorithm"}
+    assert RunConfig.from_mapping(written) == resolved("ppo", RunConfig(**SMALL))
+    assert written["clip_range"] == 0.2  # what the agent's own default was when the run began
     facts = json.loads(finished.run.read_text())
     assert facts["status"] == "finished"
     assert facts["versions"]["torch"] == torch.__version__
@@ -223,7 +226,7 @@ def test_envs_lists_the_ids_and_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "100000"], r"batch_size=100000 is more than a rollout has, rows \* n_steps = 2048"),
+        (["--batch-size", "100000"], r"batch_size=100000 is more than the rollout has, n_steps \* num_envs = 2048"),
         (["--bach-size", "3"], "No such option: --bach-size.*--batch-size"),
         (["-c", "nowhere.yaml"], "config='nowhere.yaml' is no file"),
         (["--reward", "nowhere.py:f"], "there is no file nowhere.py"),
@@ -236,6 +239,8 @@ def test_envs_lists_the_ids_and_options() -> None:
         (["--lora-rank", "2", "--lora-target-modules", "nowhere"], "nowhere"),
         (["--reward-every", "0"], "reward_every='0' must be a whole number"),
         (["--model", "nowhere/nothing"], "nowhere/nothing"),
+        (["a2c", "--clip-range", "0.1"], r"clip_range=0.1 is no option of a2c; its own are learning_rate, n_steps"),
+        (["grpo", "--rows", "6"], r"num_envs=6 must be a multiple of group_size=4, or episodes= be given"),
         (["--resume", "nowhere"], "holds no config.yaml"),
         (["--top-k", "3"], "action_masking"),
     ],
@@ -337,3 +342,25 @@ def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(tmp_path: Path) ->
     ran.unlink()
     assert invoke("generate", str(path), "-n", "1", "--reward", "embedded").exit_code == 2
     assert not ran.exists()
+
+
+def test_the_command_line_knows_every_agent_and_every_option_of_theirs() -> None:
+    assert list(get_args(Algorithm)) == list(AGENTS)
+    fields = {field.name for field in sections()[ALGORITHM]} - {"lr_schedule"}
+    assert set().union(*(options_of(algorithm) for algorithm in AGENTS)) == fields
+    # What an agent has besides these is the place or the session, or general.
+    elsewhere = {"self", "policy", "env", "tensorboard_log", "policy_kwargs", "verbose", "seed", "device"}
+    for algorithm, agent in AGENTS.items():
+        parameters = set(inspect.signature(agent.__init__).parameters) - elsewhere - {"_init_setup_model"}
+        assert parameters == set(options_of(algorithm)), algorithm
+
+
+@pytest.mark.parametrize("algorithm", AGENTS)
+def test_the_defaults_of_a_run_are_those_of_the_agent(algorithm: str) -> None:
+    config = RunConfig(rows=4, max_new_tokens=8)
+    agent = make_agent(algorithm, config, make_envs(config, ["the film is"]))
+    plain = AGENTS[algorithm]("LanguageModelPolicy", make_envs(config, ["the film is"]))
+    for name in options_of(algorithm):
+        if name not in ("n_steps", "batch_size"):  # follow the length of the episodes
+            ours, theirs = ((getattr(a, name) if hasattr(a, name) else getattr(a, f"_{name}")) for a in (agent, plain))
+            assert ours == theirs or callable(ours), name

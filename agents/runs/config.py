@@ -23,15 +23,17 @@ def _option(default: Any, section: str, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"section": section, "help": text})
 
 
-MODEL, DATA, REWARD, EPISODE, ALGORITHM, RUN = "Model", "Prompts", "Reward and KL", "Episodes", "PPO", "Run"
+MODEL, DATA, REWARD, EPISODE, ALGORITHM, RUN = "Model", "Prompts", "Reward and KL", "Episodes", "Agent", "Run"
 
 
 @dataclass
 class RunConfig:
     """Options of a training run; ``metadata`` of each field has its section and its help.
 
-    Those of the environment and of PPO have the names and the meaning that they have there, except ``model``
+    Those of the environment and of the agents have the names and the meaning that they have there, except ``model``
     (``language_model``), ``rows`` (``num_envs``) and ``normalize_advantage`` (``minibatch``, ``rollout`` or ``none``).
+    Those of the agents are None where the agent's own default holds; each agent has some of them, and giving it another
+    one is an error (:mod:`textgym.agents.runs.agents`).
     """
 
     model: str = _option("embedded", MODEL, "embedded, smollm2, a directory or a hub id")
@@ -94,33 +96,59 @@ class RunConfig:
     top_k: int = _option(0, EPISODE, "with masking: only the reference's k most likely tokens; 0 for all")
     top_p: float = _option(1.0, EPISODE, "with masking: only the reference's likeliest tokens up to this probability")
 
-    learning_rate: float = _option(1e-4, ALGORITHM, "of Adam")
+    learning_rate: float | None = _option(None, ALGORITHM, "of Adam; default 1e-4")
     lr_schedule: Literal["constant", "linear"] = _option("constant", ALGORITHM, "linear: falls to 0 at the end")
     n_steps: int | None = _option(None, ALGORITHM, "tokens per row and rollout; default max_new_tokens")
+    episodes: int | None = _option(None, ALGORITHM, "whole episodes in a rollout; default one for each row")
+    group_size: int | None = _option(None, ALGORITHM, "completions of each prompt, which are compared; default 4")
+    credit: Literal["completion", "token"] | None = _option(
+        None, ALGORITHM, "what is compared: completions, or the rewards from each token on; default completion"
+    )
+    baseline: Literal["value", "mean", "none"] | None = _option(
+        None, ALGORITHM, "of REINFORCE: the value head, the mean of the other episodes, or none; default value"
+    )
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] | None = _option(
+        None, ALGORITHM, "how GRPO averages over tokens; default grpo"
+    )
+    scale: Literal["group", "batch", "none"] | None = _option(
+        None, ALGORITHM, "whose standard deviation GRPO divides advantages by; default group"
+    )
     batch_size: int | None = _option(
-        None, ALGORITHM, "tokens per minibatch and process; default 512 or the whole rollout"
+        None, ALGORITHM, "tokens per minibatch and process; default 512 with PPO, else the whole rollout"
     )
-    n_epochs: int = _option(4, ALGORITHM, "passes over a rollout")
-    gamma: float = _option(1.0, ALGORITHM, "discount per token")
-    gae_lambda: float = _option(0.95, ALGORITHM, "of generalised advantage estimation")
-    clip_range: float = _option(0.2, ALGORITHM, "ratios are clipped to 1 ± this")
+    n_epochs: int | None = _option(None, ALGORITHM, "passes over a rollout; default 4 with PPO, else 1")
+    gamma: float | None = _option(None, ALGORITHM, "discount per token; default 1")
+    gae_lambda: float | None = _option(
+        None, ALGORITHM, "of generalised advantage estimation; default 0.95 with PPO, 1 with A2C"
+    )
+    clip_range: float | None = _option(None, ALGORITHM, "ratios are clipped to 1 ± this; default 0.2")
+    clip_range_high: float | None = _option(None, ALGORITHM, "ratios are clipped to 1 + this; default clip_range")
     clip_range_vf: float | None = _option(None, ALGORITHM, "values are clipped to this around the old ones")
-    normalize_advantage: Literal["minibatch", "rollout", "none"] = _option(
-        "minibatch", ALGORITHM, "over what advantages are normalised"
+    normalize_advantage: Literal["minibatch", "rollout", "none"] | None = _option(
+        None, ALGORITHM, "over what advantages are normalised; default minibatch with PPO, else none"
     )
-    ent_coef: float = _option(0.0, ALGORITHM, "weight of the entropy bonus")
-    vf_coef: float = _option(0.1, ALGORITHM, "weight of the value loss")
-    max_grad_norm: float = _option(1.0, ALGORITHM, "gradients are scaled down to this norm")
+    kl_loss_coef: float | None = _option(None, ALGORITHM, "weight of the KL to the reference in the loss; default 0")
+    ent_coef: float | None = _option(None, ALGORITHM, "weight of the entropy bonus; default 0")
+    vf_coef: float | None = _option(None, ALGORITHM, "weight of the value loss; default 0.1")
+    max_grad_norm: float | None = _option(None, ALGORITHM, "gradients are scaled down to this norm; default 1")
     target_kl: float | None = _option(
         None, ALGORITHM, "stop an update at 1.5 times this KL to the old policy, per token"
     )
-    whiten_rewards: bool = _option(False, ALGORITHM, "divide the rewards of a rollout by their standard deviation")
-    bootstrap_truncated: bool = _option(False, ALGORITHM, "add V of the last state where the token budget ran out")
-    scoring: Literal["auto", "deferred", "instant"] = _option("auto", ALGORITHM, "when rewards are computed")
-    importance_cap: float | None = _option(
-        2.0, ALGORITHM, "most that a token drawn with rollout_dtype counts for its probability under the weights"
+    whiten_rewards: bool | None = _option(
+        None, ALGORITHM, "divide the rewards of a rollout by their standard deviation; default no"
     )
-    stats_window_size: int = _option(100, ALGORITHM, "episodes that rollout/* are averaged over")
+    bootstrap_truncated: bool | None = _option(
+        None, ALGORITHM, "add V of the last state where the token budget ran out; default no"
+    )
+    scoring: Literal["auto", "deferred", "instant"] | None = _option(
+        None, ALGORITHM, "when rewards are computed; default auto"
+    )
+    importance_cap: float | None = _option(
+        None,
+        ALGORITHM,
+        "most that a token drawn with rollout_dtype counts for its probability under the weights; default 2",
+    )
+    stats_window_size: int | None = _option(None, ALGORITHM, "episodes that rollout/* are averaged over; default 100")
 
     timesteps: int = _option(49_152, RUN, "tokens to train on, of all processes")
     seed: int = _option(0, RUN, "of everything random")
@@ -154,11 +182,6 @@ class RunConfig:
             )
         if self.reward_every != "end" and not (self.reward_every.isdigit() and int(self.reward_every) >= 1):
             raise ValueError(f"reward_every={self.reward_every!r} must be a whole number of at least 1, or 'end'")
-        rollout = self.rows * (self.n_steps or self.max_new_tokens)
-        if self.batch_size is not None and self.batch_size > rollout:
-            raise ValueError(
-                f"batch_size={self.batch_size} is more than a rollout has, rows * n_steps = {rollout}: make it smaller"
-            )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "the configuration") -> RunConfig:

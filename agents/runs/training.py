@@ -24,7 +24,7 @@ from textgym.agents.checkpoints import resume as resume_training
 from textgym.agents.distributed import DividePrompts, ProcessError, Processes, SharedPrompts
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.plots import plot_runs
-from textgym.agents.ppo import PPO
+from textgym.agents.runs.agents import agent_class, arguments_of, resolved
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
@@ -33,9 +33,6 @@ from textgym.language_model import load_vocabulary
 from textgym.prompt_files import load_prompt_file
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_prompts
 from textgym.rewards import Reward, as_reward
-
-AGENTS = {"ppo": PPO}
-
 
 # From options to objects
 
@@ -142,10 +139,6 @@ _ENV_OPTIONS = (
     "kl_coef kl_estimator max_new_tokens min_new_tokens max_prompt_tokens prompt_overflow stop missing_eos_penalty "
     "temperature action_masking top_k top_p device dtype"
 ).split()
-_AGENT_OPTIONS = (
-    "batch_size n_epochs gamma gae_lambda clip_range clip_range_vf ent_coef vf_coef max_grad_norm target_kl "
-    "whiten_rewards bootstrap_truncated scoring importance_cap stats_window_size seed device"
-).split()
 
 
 def device_of(config: RunConfig, processes: Processes) -> str:
@@ -163,7 +156,13 @@ def device_of(config: RunConfig, processes: Processes) -> str:
 def make_agent(
     algorithm: str, config: RunConfig, envs: TextGenVectorEnv, processes: Processes | None = None
 ) -> TextOnPolicyAlgorithm:
-    """The agent, with the environment's language model as its policy."""
+    """The agent, with the environment's language model as its policy.
+
+    :param algorithm: ``"ppo"``, ``"grpo"`` ...
+    :param config: may leave the agent's own options open
+    :raises ValueError: if it has an option that the agent doesn't have
+    """
+    config = resolved(algorithm, config)
     names = ("value_head", "value_trunk", "autocast", "gradient_checkpointing", "rollout_dtype", "compile")
     policy: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.autocast is not None and config.lora_rank is None:
@@ -172,17 +171,15 @@ def make_agent(
         policy["lora"] = {"r": config.lora_rank, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
         if config.lora_target_modules is not None:
             policy["lora"]["target_modules"] = config.lora_target_modules
-    options = {name: getattr(config, name) for name in _AGENT_OPTIONS}
-    options["device"] = device_of(config, processes or Processes())
-    rate = config.learning_rate
-    normalize: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}
-    return AGENTS[algorithm](
+    options = arguments_of(algorithm, config)
+    if config.lr_schedule == "linear":
+        options["learning_rate"] = LinearSchedule(options["learning_rate"], 0.0, 1.0)
+    return agent_class(algorithm)(
         "LanguageModelPolicy",
         envs,
-        learning_rate=rate if config.lr_schedule == "constant" else LinearSchedule(rate, 0.0, 1.0),
-        n_steps=config.n_steps or config.max_new_tokens,
-        normalize_advantage=normalize[config.normalize_advantage],
         policy_kwargs=policy,
+        seed=config.seed,
+        device=device_of(config, processes or Processes()),
         **options,
     )
 
@@ -196,15 +193,14 @@ class Run:
     Under ``accelerate launch`` every process has its own environment and its own share of the prompts, and the first
     one alone writes to the folder (:mod:`textgym.agents.distributed`).
 
-    :param algorithm: ``"ppo"``
+    :param algorithm: ``"ppo"``, ``"a2c"``, ``"reinforce"``, ``"rloo"``, ``"grpo"`` ...
     :param config: its options
     :param path: its folder
     :param resume: go on from the newest checkpoint in the folder; else the folder must be empty
     """
 
     def __init__(self, algorithm: str, config: RunConfig, path: str | Path, resume: bool = False) -> None:
-        if algorithm not in AGENTS:
-            raise ValueError(f"algorithm={algorithm!r} must be one of {', '.join(AGENTS)}")
+        config = resolved(algorithm, config)
         self.algorithm, self.config, self.folder = algorithm, config, RunFolder(path)
         if config.threads is not None:
             torch.set_num_threads(config.threads)

@@ -1,0 +1,77 @@
+"""The agents that a run can train, by the names that the command line has for them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from textgym.agents.a2c import A2C
+from textgym.agents.grpo import GRPO
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.ppo import PPO
+from textgym.agents.reinforce import REINFORCE
+from textgym.agents.rloo import RLOO
+from textgym.agents.runs.config import ALGORITHM, RunConfig, sections
+
+AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
+    "ppo": PPO,
+    "a2c": A2C,
+    "reinforce": REINFORCE,
+    "rloo": RLOO,
+    "grpo": GRPO,
+}
+# The options whose values have other names on the command line.
+_NORMALIZE: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}
+_GENERAL = ("lr_schedule",)  # of every agent, by way of the learning rate
+
+
+def agent_class(algorithm: str) -> type[TextOnPolicyAlgorithm]:
+    """:raises ValueError: if there is no such agent"""
+    if algorithm not in AGENTS:
+        close = difflib.get_close_matches(algorithm, AGENTS)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"algorithm={algorithm!r} must be one of {', '.join(AGENTS)}{hint}")
+    return AGENTS[algorithm]
+
+
+def options_of(algorithm: str) -> dict[str, Any]:
+    """The agent's options among those of a run, with its own defaults."""
+    parameters = inspect.signature(agent_class(algorithm).__init__).parameters
+    names = [field.name for field in sections()[ALGORITHM] if field.name in parameters]
+    defaults = {name: parameters[name].default for name in names}
+    if "normalize_advantage" in defaults:
+        defaults["normalize_advantage"] = {value: name for name, value in _NORMALIZE.items()}[
+            defaults["normalize_advantage"]
+        ]
+    return defaults
+
+
+def resolved(algorithm: str, config: RunConfig) -> RunConfig:
+    """The configuration with the agent's own defaults in the place of what was left open.
+
+    :raises ValueError: if an option was given that the agent does not have
+    """
+    own = options_of(algorithm)
+    if "n_steps" in own:
+        own["n_steps"] = config.max_new_tokens  # a rollout of whole episodes, more or less
+    values = config.as_dict()
+    for field in sections()[ALGORITHM]:
+        if field.name in _GENERAL:
+            continue
+        if field.name in own:
+            if values[field.name] is None:
+                values[field.name] = own[field.name]
+        elif values[field.name] is not None:
+            raise ValueError(
+                f"{field.name}={values[field.name]!r} is no option of {algorithm}; its own are {', '.join(own)}"
+            )
+    return RunConfig(**values)
+
+
+def arguments_of(algorithm: str, config: RunConfig) -> dict[str, Any]:
+    """The agent's constructor arguments that a configuration, :func:`resolved`, has among its options."""
+    arguments = {name: getattr(config, name) for name in options_of(algorithm)}
+    if "normalize_advantage" in arguments:
+        arguments["normalize_advantage"] = _NORMALIZE[arguments["normalize_advantage"]]
+    return arguments
