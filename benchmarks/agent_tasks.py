@@ -1,8 +1,8 @@
 """Three tasks on which agents are compared, and what is measured of a model on them.
 
-``alphabet``: after a letter come the eight letters that follow it (``c`` → ``d e f g h i j k``; a follows p). The model is
-a small Llama with random weights and a vocabulary of 16 letters and 4 special tokens. Φ of a prefix is the share of the
-eight places that are right so far, so the best score is 1, and a policy that draws at random has about 0.05 · 8 / 8.
+``alphabet``: after a letter come the eight letters that follow it (``c`` → ``d e f g h i j k``; a follows p). The model
+is a small Llama with random weights and a vocabulary of 16 letters and 4 special tokens. Φ of a prefix is the share of
+the eight places that are right so far: the best score is 1, and tokens drawn at random have about 0.05.
 
 ``alphabet-end``: the same, with the reward for the finished text only (``reward_every="end"``).
 

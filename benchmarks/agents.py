@@ -4,9 +4,9 @@
     python benchmarks/agents.py --tasks alphabet --agents ppo grpo --seeds 3
     python benchmarks/agents.py --report              # the table and the plots of what has been run
 
-Each agent's learning rate is chosen on a seed of its own among three, by the return (score minus β · KL) of texts drawn
-after the budget; then it is trained on the seeds 0, 1, 2. Every run is a process of its own with one thread. What is done
-is kept (``--work``), so a run that was broken off goes on.
+Each agent's learning rate is chosen on a seed of its own among three, by the return (score minus β · KL) of texts
+drawn after the budget; then it is trained on the seeds 0, 1, 2. Every run is a process of its own with one thread. What
+is done is kept (``--work``), so a run that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def train(task_name: str, contender: str, rate: float, seed: int) -> dict[str, A
     )
 
     class Curve(BaseCallback):
-        points: list[dict[str, float]] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.points: list[dict[str, float]] = []
 
         def _on_step(self) -> bool:
             return True
