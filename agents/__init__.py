@@ -7,6 +7,7 @@ from textgym.agents.checkpoints import CheckpointError, TrainingCheckpoints, res
 from textgym.agents.early_stopping import StopOnKL
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
+from textgym.agents.exploration import Explore
 from textgym.agents.grpo import GRPO
 from textgym.agents.learning_rewards import LearningRewards
 from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, TrustWarning
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptiveKLCallback",
     "CheckpointError",
     "EpisodeBuffer",
+    "Explore",
     "LanguageModelBlueprint",
     "LanguageModelPolicy",
     "LearningRewards",

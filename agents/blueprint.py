@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from textgym.language_model import LanguageModel, resolve_dtype
+from textgym.language_model import LanguageModel, auto_class, resolve_dtype
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +60,7 @@ class LanguageModelBlueprint:
             config = AutoConfig.from_pretrained(folder)
             tokenizer = self.tokenizer_class.from_pretrained(folder)
         with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(self.dtype))
+            model = auto_class(config).from_config(config, dtype=resolve_dtype(self.dtype))
         return LanguageModel(model, tokenizer, self.name)
 
     def __repr__(self) -> str:

@@ -5,6 +5,9 @@ joins the others by itself when it is made, and then trains data-parallel: rows,
 those of one process, gradients, statistics of advantages and rewards, the KL that is controlled and the KL that ends an
 update are those of all. One process alone runs the same code, in which nothing is exchanged and nothing changes.
 
+Started with an FSDP configuration of Accelerate, they share out the optimizer's state, and in updates gradients and
+weights, too (:mod:`textgym.agents.sharded_weights`).
+
 What has to agree is exchanged in the order in which every process comes to it, so all must make the same
 calls: a callback that ends training in one process has to end it in all of them.
 """
@@ -15,7 +18,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +27,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from textgym.prompts import PromptRow, PromptRows, PromptSource, as_prompt_source
+
+if TYPE_CHECKING:
+    from textgym.agents.policy import LanguageModelPolicy
+    from textgym.agents.sharded_weights import ShardedWeights
 
 TIMEOUT = 1_800.0  # seconds that a process waits for the others; an evaluation or a checkpoint has to fit
 BUCKET = 2**24  # numbers that are exchanged at once
@@ -41,12 +48,17 @@ class Processes:
     :param rank: which one this is, from 0
     :param world_size: how many there are
     :param device: where this one computes; None leaves that open
+    :param shard: whether each keeps a part only of gradients and optimizer, instead of all of it
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, device: torch.device | None = None, shard: bool = False
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.shard = shard
+        self._sharded: ShardedWeights | None = None
 
     @classmethod
     def join(cls, timeout: float = TIMEOUT, cpu: bool = False) -> Processes:
@@ -56,6 +68,7 @@ class Processes:
         :param cpu: compute on the CPU and exchange with gloo, even where there is a GPU; of the first call
         :raises ModuleNotFoundError: if there are several and ``accelerate`` isn't installed
         :raises ProcessError: if they don't find each other
+        :raises ValueError: if they were started with FSDP in its first version
         """
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched == 1 and not (dist.is_available() and dist.is_initialized()):
@@ -78,7 +91,7 @@ class Processes:
                 "with accelerate launch or torchrun"
             )
         device = torch.device("cpu") if cpu else state.device
-        return cls(state.process_index, state.num_processes, device)
+        return cls(state.process_index, state.num_processes, device, _wants_fsdp())
 
     @staticmethod
     def leave() -> None:
@@ -164,6 +177,47 @@ class Processes:
 
     # Weights
 
+    def take(self, policy: LanguageModelPolicy) -> None:
+        """Give all processes the first one's weights; each keeps its part of the optimizer, where that is wished.
+
+        :param policy: whose optimizer has not begun
+        :raises ValueError: if something about the policy does not go together with sharding
+        """
+        self.broadcast(p for p in policy.parameters() if p.requires_grad)
+        if self.shard and self.world_size > 1:
+            from textgym.agents.sharded_weights import ShardedWeights
+
+            self._sharded = self._computed(ShardedWeights, policy, self.device, self._computed)
+
+    def begin_update(self) -> None:
+        """Before an update; in between weights may be sharded."""
+        if self._sharded is not None:
+            self._sharded.begin_update()
+
+    def end_update(self) -> None:
+        """After an update: weights are whole again."""
+        if self._sharded is not None:
+            self._computed(self._sharded.end_update)
+
+    def backward(self, loss: Tensor, policy: LanguageModelPolicy, transitions: float) -> None:
+        """Compute the gradients of the mean loss over everybody's transitions.
+
+        :param loss: mean over one's own transitions
+        :param policy: whose weights they are of
+        :param transitions: M, how many these are
+        """
+        if self._sharded is None:
+            loss.backward()
+            self.average_gradients(policy.parameters(), transitions)
+        else:  # sums the gradients while it computes them
+            share = transitions / float(self.total(transitions))
+            self._computed((loss * share).backward)
+
+    def clip_gradients(self, policy: LanguageModelPolicy, norm: float) -> float:
+        """Scale a policy's gradients down to at most this norm, and return the one that they had."""
+        had = self._computed(torch.nn.utils.clip_grad_norm_, policy.parameters(), norm)
+        return float(had if self._sharded is None else self._computed(had.full_tensor))
+
     @torch.no_grad()
     def broadcast(self, parameters: Iterable[Tensor]) -> None:
         """Put the first process's weights in the place of everybody's."""
@@ -172,16 +226,19 @@ class Processes:
                 self._together(dist.broadcast, parameter.detach(), 0)
 
     @torch.no_grad()
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter], transitions: int) -> None:
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter], transitions: float) -> None:
         """Turn gradients of the mean over one's own transitions into those of the mean over everybody's.
 
         Exact for minibatches of different sizes: each process counts by its number of transitions.
 
         :param parameters: the same in every process
         :param transitions: M, how many this process's loss is the mean over
+        :raises ValueError: with sharded weights, which :meth:`backward` computes gradients for
         """
         if self.world_size == 1:
             return
+        if self._sharded is not None:
+            raise ValueError("gradients of sharded weights (FSDP) are averaged while they are computed: use backward()")
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         # A parameter that no process used stays without gradient, and the optimizer leaves it alone.
         used = self.total([transitions, *(parameter.grad is not None for parameter in learning)])
@@ -243,14 +300,45 @@ class Processes:
         self._together(dist.all_reduce, tensor, operation)
         return tensor.cpu().numpy()
 
-    def _together(self, collective: Callable[..., Any], *arguments: Any) -> None:
+    def _together(self, collective: Callable[..., Any], *arguments: Any) -> Any:
+        """Exchange something."""
         try:
-            collective(*arguments)
+            return collective(*arguments)
         except RuntimeError as error:
-            raise ProcessError(
-                f"process {self.rank} of {self.world_size} lost another one: it ended, or it did not answer in time "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+            raise self._lost(error) from error
+
+    def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Compute something in which weights or gradients are exchanged."""
+        try:
+            return function(*arguments)
+        except RuntimeError as error:
+            if not _is_of_the_exchange(error):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> ProcessError:
+        return ProcessError(
+            f"process {self.rank} of {self.world_size} lost another one: it ended, or it did not answer in time "
+            f"({str(error).splitlines()[0]})"
+        )
+
+
+def _wants_fsdp() -> bool:
+    """Whether the processes were started with FSDP2 in Accelerate's configuration.
+
+    :raises ValueError: if it is another version
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"fsdp_version: {version} in the configuration of accelerate must be 2; see fsdp2.yaml")
+    return True
+
+
+def _is_of_the_exchange(error: RuntimeError) -> bool:
+    """Whether an error comes from the exchange and not from what was computed around it."""
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
 def _buckets(parameters: list[torch.nn.Parameter], size: int) -> list[list[torch.nn.Parameter]]:

@@ -108,6 +108,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.log_probs = np.zeros(shape, dtype=np.float32)
         self.advantages = np.zeros(shape, dtype=np.float32)
         self.packed_masks: np.ndarray | None = None  # (T, N, V / 8) uint8
+        self.drawn_with: np.ndarray | None = None  # (T, N) log-probs that actions were drawn with, if not log_probs
         self.importance: np.ndarray | None = None  # (T, N)
         self.ref_log_probs: np.ndarray | None = None  # (T, N)
         self.kl = np.full(shape, np.nan, dtype=np.float32)  # whose penalty the rewards have in them, nats

@@ -29,6 +29,7 @@ from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.checks import check_choice, check_count, check_schedule
 from textgym.agents.distributed import Processes
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.exploration import Exploration
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.pretrained import (
     arguments_of,
@@ -127,6 +128,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     rollout_buffer: EpisodeBuffer
     processes: Processes
     finished_episodes: list[dict[str, Any]]
+    exploration: Exploration | None = None  # set by Explore, a callback
     _last_obs: Any
 
     def __init__(
@@ -393,6 +395,8 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         acted_with_copy = self.policy.rollout_dtype is not None
         if acted_with_copy:
             self._evaluate_anew(rollout_buffer)
+        if rollout_buffer.drawn_with is not None:
+            self._weigh(rollout_buffer, rollout_buffer.drawn_with)
         if deferred is not None:
             scores = deferred.score_deferred(rollout_buffer.log_probs[:n_steps] if acted_with_copy else None)
             rollout_buffer.rewards[:n_steps] = scores.rewards[-n_steps:]
@@ -432,7 +436,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         :param masks: ``(B, V)`` bool, from :meth:`action_masks`
         :param rows: ``(B,)`` which rows they are; default 0 to B-1
         """
-        return self.policy(obs, action_masks=masks, rows=rows)
+        if self.exploration is None:
+            return self.policy(obs, action_masks=masks, rows=rows)
+        return self._explore(self.exploration, obs, masks, np.arange(len(obs["input_ids"])) if rows is None else rows)
 
     def extra_state(self) -> dict[str, Any]:
         """What an exact checkpoint needs besides policy, optimizer and environment, as tensors and plain data."""
@@ -569,6 +575,29 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         every[0, rows], every[1, rows] = values.flatten(), log_probs.to(every.dtype)
         return actions, every[0], every[1]
 
+    def _explore(
+        self, exploration: Exploration, obs: Any, masks: np.ndarray | None, rows: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`draw`, from other than the policy's own distribution; the buffer notes from what."""
+        assert self.env is not None
+        reference = None
+        if exploration.reference_share > 0:
+            model = TextEnvironment(self.env).shared_language_model(self.device)
+            reference = self.policy.reference_distribution(model, obs, masks, rows)
+        drawn_from: list[Tensor] = []
+
+        def behaviour(log_probs: Tensor) -> Tensor:
+            drawn_from.append(exploration.log_probs(log_probs, reference))
+            return drawn_from[0]
+
+        tokens, values, log_probs = self.policy(obs, action_masks=masks, rows=rows, behaviour=behaviour)
+        buffer = self.rollout_buffer
+        if buffer.drawn_with is None:
+            buffer.drawn_with = np.zeros_like(buffer.log_probs)
+        chosen = drawn_from[0].gather(1, tokens[:, None]).squeeze(1)
+        buffer.drawn_with[buffer.pos, rows] = chosen.float().cpu().numpy()
+        return tokens, values, log_probs
+
     def _count_of_all(self, active: np.ndarray) -> int:
         """About how many tokens all processes wrote in this step; the sum at the end of the rollout is exact."""
         return round(int(active.sum()) * self._all_rows / len(active))
@@ -590,13 +619,17 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     @torch.no_grad()
     def _evaluate_anew(self, buffer: EpisodeBuffer) -> None:
         """Put the trained weights' log-probabilities and values in the place of those of the copy that acted."""
-        drawn_with = buffer.log_probs.copy()
+        if buffer.drawn_with is None:
+            buffer.drawn_with = buffer.log_probs.copy()
         for part in _in_parts(buffer.segments):
             values, log_prob, _ = self.policy.evaluate_segments(buffer.samples(part))
             at = buffer.places(part)
             buffer.values[at] = values.flatten().cpu().numpy()
             buffer.log_probs[at] = np.minimum(log_prob.cpu().numpy(), 0.0)  # a sure token may come out at +1e-7
-        log_ratio = np.where(buffer.active, buffer.log_probs - drawn_with, 0.0)
+
+    def _weigh(self, buffer: EpisodeBuffer, drawn_with: np.ndarray) -> None:
+        """Weigh tokens by their probability under the policy over that under what they were drawn from."""
+        log_ratio = np.where(buffer.active, buffer.log_probs - drawn_with, 0.0).astype(np.float32)
         if self.importance_cap is not None:
             buffer.importance = np.minimum(np.exp(log_ratio), self.importance_cap)
         self.logger.record("rollout/log_ratio_abs", self.processes.mean(np.abs(log_ratio)))
@@ -610,7 +643,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         log_probs = np.zeros_like(buffer.log_probs)
         for part in _in_parts(buffer.segments):
             batch = buffer.samples(part)
-            hidden = stepper.hidden_at(batch.input_ids, batch.lengths, batch.rows, batch.positions)
+            hidden = stepper.hidden_at(
+                batch.input_ids, batch.lengths, batch.rows, batch.positions, batch.prompt_lengths
+            )
             tokens = batch.actions.to(hidden.device)
             masks = None if batch.action_masks is None else batch.action_masks.to(hidden.device)
             chosen, _ = reference.token_log_probs(hidden, tokens, self.policy.temperature, masks, with_entropy=False)
@@ -675,7 +710,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     # Saving
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["finished_episodes", "_row_kl", "_pending_log", "processes", "_all_rows"]
+        own = ["exploration", "finished_episodes", "_row_kl", "_pending_log", "processes", "_all_rows"]
         return [*super()._excluded_save_params(), *own]
 
     @classmethod

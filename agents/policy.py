@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +34,7 @@ from textgym.generation import complete, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.rewards import PrefixBatch
+from textgym.vocabulary import is_encoder_decoder
 
 Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
 PLAIN_ATTENTION = 512  # tokens up to which attention in a smaller type is not fused on a CPU
@@ -42,10 +43,11 @@ VALUE_TRUNKS = ("shared", "detached")
 
 
 class LanguageModelPolicy(ActorCriticPolicy):
-    """A causal language model with a value head on its last hidden states.
+    """A language model with a value head on its last hidden states.
 
     Observations are the environment's: ``input_ids`` ``(B, L)`` right-padded and ``attention_mask`` ``(B,
-    L)``. Values have SB3's shape ``(B, 1)``, log-probs and entropies ``(B,)``, in nats.
+    L)``; an encoder-decoder, whose value head is on the decoder, reads ``prompt_length`` ``(B, 1)``, too.
+    Values have SB3's shape ``(B, 1)``, log-probs and entropies ``(B,)``, in nats.
 
     :param observation_space: ``Dict`` with ``input_ids`` ``(L,)`` and ``attention_mask`` ``(L,)``
     :param action_space: ``Discrete(V)``, V the number of tokens the model has logits for
@@ -159,6 +161,12 @@ class LanguageModelPolicy(ActorCriticPolicy):
             raise ValueError(
                 f"gradient_checkpointing=True: {type(model).__name__} has no layers that transformers can compute again"
             )
+        if is_encoder_decoder(model.config) and "prompt_length" not in self.observation_space.spaces:
+            raise ValueError(
+                f"the language model {self.language_model.name} is an encoder-decoder: observations need "
+                "prompt_length, which says what the encoder reads; this environment's have "
+                f"{', '.join(sorted(self.observation_space.spaces))}"
+            )
         self.context = int(self.observation_space["input_ids"].shape[0])  # type: ignore[index]
         self.language_model.compile_decoding = self.compile_acting and self.rollout_dtype is None
         self.language_model.cached(self.context)  # raises now if the model's context is too short
@@ -196,6 +204,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | Tensor | None = None,
         rows: np.ndarray | None = None,
+        behaviour: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the next token of each row, from cached states and without gradients.
 
@@ -204,11 +213,14 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param action_masks: ``(B, V)`` bool; other tokens can't be chosen, and the probabilities are
             renormalised
         :param rows: ``(B,)`` cache slots the rows live in; default 0 to B-1
+        :param behaviour: makes the log-probs ``(B, V)`` that tokens are drawn from of the policy's own; those returned
+            are the policy's all the same
         :return: actions ``(B,)``, values ``(B, 1)`` and log-probs ``(B,)``
         """
         hidden = self._cached_hidden(obs, rows)  # (B, H)
         log_probs = self._log_distribution(self.acting_model, hidden, action_masks)  # (B, V)
-        actions = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs)
+        drawn_from = log_probs if behaviour is None else behaviour(log_probs)
+        actions = drawn_from.argmax(-1) if deterministic else sample_tokens(drawn_from)
         return actions, self._values(hidden), log_probs.gather(1, actions[:, None]).squeeze(1)
 
     def _predict(
@@ -236,7 +248,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param action_masks: ``(V,)`` or ``(B, V)`` bool, the tokens that may be chosen
         :return: actions, ``()`` or ``(B,)`` int64, and ``state``
         """
-        _check_keys(observation)
+        _check_keys(observation, self._reads)
         single = np.ndim(observation["input_ids"]) == 1
         if single:
             observation = {name: np.asarray(value)[None] for name, value in observation.items()}
@@ -257,6 +269,21 @@ class LanguageModelPolicy(ActorCriticPolicy):
     def forced_values(self, obs: Observation) -> Tensor:
         """Values ``(B, 1)`` from a forward over the whole rows with the trained weights, without gradients."""
         return self._values(self._forced_hidden(obs))
+
+    @torch.no_grad()
+    def reference_distribution(
+        self, reference: LanguageModel, obs: Observation, action_masks: np.ndarray | Tensor | None, rows: np.ndarray
+    ) -> Tensor:
+        """``(B, V)`` log-probs of the next token under another model, from its cached states.
+
+        :param reference: with the same tokens
+        :param obs: observations of B rows
+        :param action_masks: ``(B, V)`` bool
+        :param rows: ``(B,)`` slots of that model's cache
+        """
+        ids, lengths, prompt_lengths = self._tokens(obs)
+        hidden = reference.cached(self.context).last_hidden(ids, lengths, rows, prompt_lengths)
+        return self._log_distribution(reference, hidden, action_masks).to(self.device)
 
     def get_distribution(
         self, obs: Observation, action_masks: np.ndarray | Tensor | None = None
@@ -342,7 +369,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         """
         hidden = self._forced_hidden(obs)
         tokens = torch.as_tensor(actions, device=self.device).long().flatten()
-        values, log_prob, entropy = self._evaluate(hidden, tokens, self._as_mask(action_masks, len(hidden)))
+        values, log_prob, entropy = self.evaluate_hidden(hidden, tokens, self._as_mask(action_masks, len(hidden)))
         return values, log_prob, entropy
 
     def evaluate_segments(
@@ -354,15 +381,20 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param entropy_gradient: whether gradients are to flow through the entropies; without, they cost less
         :return: values ``(M, 1)``, log-probs ``(M,)`` and entropies ``(M,)``
         """
-        with self._autocast(), self._checkpointed():
-            hidden = self._stepper.hidden_at(
-                segments.input_ids, segments.lengths, segments.rows, segments.positions
-            )  # (M, H)
-        return self._evaluate(hidden, segments.actions, segments.action_masks, entropy_gradient)
+        hidden = self.hidden_of(segments)
+        return self.evaluate_hidden(hidden, segments.actions, segments.action_masks, entropy_gradient)
 
-    def _evaluate(
+    def hidden_of(self, segments: SegmentSamples) -> Tensor:
+        """``(M, H)`` the hidden states that the actions of a minibatch are predicted from."""
+        with self._autocast(), self._checkpointed():
+            return self._stepper.hidden_at(
+                segments.input_ids, segments.lengths, segments.rows, segments.positions, segments.prompt_lengths
+            )
+
+    def evaluate_hidden(
         self, hidden: Tensor, actions: Tensor, masks: Tensor | None, entropy_gradient: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`evaluate_segments` from hidden states ``(M, H)``."""
         with self._autocast():
             log_prob, entropy = self.language_model.token_log_probs(
                 hidden, actions, self.temperature, masks, entropy_gradient=entropy_gradient
@@ -419,17 +451,18 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
     def _cached_hidden(self, obs: Observation, rows: np.ndarray | None = None) -> Tensor:
         """``(B, H)`` from the cache."""
-        return self.acting_model.cached(self.context).last_hidden(*self._tokens(obs), rows)
+        ids, lengths, prompt_lengths = self._tokens(obs)
+        return self.acting_model.cached(self.context).last_hidden(ids, lengths, rows, prompt_lengths)
 
     def _forced_hidden(self, obs: Observation) -> Tensor:
         """``(B, H)`` from a forward over the whole rows, with gradients where enabled."""
-        ids, lengths = self._tokens(obs)
+        ids, lengths, prompt_lengths = self._tokens(obs)
         with self._autocast(), self._checkpointed():
-            return self._stepper.hidden_at(ids, lengths, np.arange(len(ids)), lengths - 1)
+            return self._stepper.hidden_at(ids, lengths, np.arange(len(ids)), lengths - 1, prompt_lengths)
 
-    def _tokens(self, obs: Observation) -> tuple[np.ndarray, np.ndarray]:
-        """Checked token ids ``(B, L)`` and lengths ``(B,)`` of an observation."""
-        _check_keys(obs)
+    def _tokens(self, obs: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Checked token ids ``(B, L)``, lengths ``(B,)`` and, where they matter, prompt lengths ``(B,)``."""
+        _check_keys(obs, self._reads)
         ids, mask = _as_numpy(obs["input_ids"]), _as_numpy(obs["attention_mask"])
         if ids.ndim != 2 or ids.shape[1] != self.context or mask.shape != ids.shape or not len(ids):
             raise ValueError(
@@ -447,7 +480,28 @@ class LanguageModelPolicy(ActorCriticPolicy):
                 f"input_ids must lie between 0 and {self.language_model.vocab_size - 1}, "
                 f"got {int(ids[real].min())} to {int(ids[real].max())}"
             )
-        return ids, lengths
+        return ids, lengths, self._prompt_lengths(obs, lengths)
+
+    def _prompt_lengths(self, obs: Observation, lengths: np.ndarray) -> np.ndarray | None:
+        """``(B,)`` tokens of each row that the encoder reads; None where there is no encoder."""
+        if "prompt_length" not in self._reads:
+            return None
+        prompts = _as_numpy(obs["prompt_length"])
+        if prompts.size != len(lengths) or prompts.dtype.kind not in "iu":
+            raise ValueError(
+                f"prompt_length has shape {prompts.shape} and type {prompts.dtype}, expected whole numbers "
+                f"({len(lengths)}, 1)"
+            )
+        prompts = prompts.reshape(-1)
+        if ((prompts < 1) | (prompts > lengths)).any():
+            raise ValueError("prompt_length must lie between 1 and the number of tokens of its row")
+        return prompts
+
+    @property
+    def _reads(self) -> tuple[str, ...]:
+        """What of an observation the policy looks at."""
+        encoder = is_encoder_decoder(self.transformer.config)
+        return ("input_ids", "attention_mask", "prompt_length") if encoder else ("input_ids", "attention_mask")
 
     def _as_mask(self, action_masks: np.ndarray | Tensor | None, rows: int) -> Tensor | None:
         if action_masks is None:
@@ -545,14 +599,15 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
         )
 
 
-def _check_keys(obs: Any) -> None:
+def _check_keys(obs: Any, names: tuple[str, ...]) -> None:
     if isinstance(obs, tuple):
         raise ValueError(
             "the observation is a tuple: Gymnasium's reset returns (observation, info), pass the first only"
         )
-    if not isinstance(obs, Mapping) or not {"input_ids", "attention_mask"} <= set(obs):
+    if not isinstance(obs, Mapping) or not set(names) <= set(obs):
         got = f"a dict with keys {sorted(obs)}" if isinstance(obs, Mapping) else f"a {type(obs).__name__}"
-        raise ValueError(f"the observation must be a dict with input_ids and attention_mask, got {got}")
+        needed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(f"the observation must be a dict with {needed}, got {got}")
 
 
 def _encode_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:

@@ -31,29 +31,34 @@ class ActionMasks:
         self._context = context
 
     def of(
-        self, ids: np.ndarray, lengths: np.ndarray, taken: np.ndarray, done: np.ndarray, rows: np.ndarray
+        self, ids: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, done: np.ndarray, rows: np.ndarray
     ) -> np.ndarray:
         """Allowed actions.
 
         :param ids: ``(B, L)`` token ids
         :param lengths: ``(B,)`` tokens of each row
-        :param taken: ``(B,)`` completion tokens of each row
+        :param prompt_lengths: ``(B,)`` how many of these are the prompt's
         :param done: ``(B,)`` bool, rows whose episode is over: no model is asked what could follow
         :param rows: ``(B,)`` the environment rows, which are slots in the model's cache
         :return: ``(B, V)`` bool, a fresh array; at least one action is allowed
         """
         allowed = np.repeat(self._ordinary[None], len(ids), axis=0)
-        allowed[taken < self.options.min_new_tokens, self.eos_token_id] = False
+        allowed[lengths - prompt_lengths < self.options.min_new_tokens, self.eos_token_id] = False
         running = np.flatnonzero(~done)
         if self._restricts and len(running):
-            allowed[running] &= self._likely(ids[running], lengths[running], allowed[running], rows[running])
+            allowed[running] &= self._likely(
+                ids[running], lengths[running], prompt_lengths[running], allowed[running], rows[running]
+            )
         return allowed
 
     @torch.no_grad()
-    def _likely(self, ids: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _likely(
+        self, ids: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, allowed: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
         """``(B, V)`` bool: tokens among the k most likely allowed ones and among those that make up top-p."""
         assert self._model is not None
-        logits = self._model.head(self._model.cached(self._context).last_hidden(ids, lengths, rows))
+        hidden = self._model.cached(self._context).last_hidden(ids, lengths, rows, prompt_lengths)
+        logits = self._model.head(hidden)
         forbidden = torch.as_tensor(~allowed, device=logits.device)
         logits = (logits / self.options.temperature).masked_fill(forbidden, -torch.inf)
         ordered, order = logits.sort(dim=-1, descending=True)

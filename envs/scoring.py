@@ -146,6 +146,7 @@ class Scorer:
         self,
         ids: np.ndarray,
         lengths: np.ndarray,
+        prompt_lengths: np.ndarray,
         rows: np.ndarray,
         tokens: np.ndarray,
         allowed: np.ndarray | None,
@@ -154,12 +155,13 @@ class Scorer:
 
         :param ids: ``(B, L)`` token ids before that token
         :param lengths: ``(B,)`` how many there are
+        :param prompt_lengths: ``(B,)`` how many of these are the prompt's
         :param rows: ``(B,)`` environment rows, which are slots in the model's cache
         :param tokens: ``(B,)`` the next tokens
         :param allowed: ``(B, V)`` bool action masks, or None without masking
         """
         assert self.reference is not None
-        hidden = self.reference.cached(self.context).last_hidden(ids, lengths, rows)
+        hidden = self.reference.cached(self.context).last_hidden(ids, lengths, rows, prompt_lengths)
         return self._token_log_probs(hidden, torch.as_tensor(tokens, device=hidden.device), allowed)
 
     def _token_log_probs(self, hidden: Tensor, tokens: Tensor, allowed: np.ndarray | None) -> np.ndarray:
@@ -253,7 +255,8 @@ class Scorer:
                 packed = np.stack([allowed[step][column] for step, column in zip(steps, columns, strict=True)])
                 mask = np.unpackbits(packed, axis=1, count=reference.vocab_size).astype(bool)
             lengths = np.array([len(s.ids) for s in part])
-            predicting = reference.cached(self.context).hidden_at(ids, lengths, rows, at - 1)  # (M, H)
+            prompts = np.array([s.prompt_length for s in part])
+            predicting = reference.cached(self.context).hidden_at(ids, lengths, rows, at - 1, prompts)  # (M, H)
             ref_log_prob[steps, columns] = self._token_log_probs(predicting, tokens, mask)
             start += len(part)
 

@@ -493,14 +493,16 @@ class TextGenVectorEnv(VectorEnv):
             return np.full(len(rows), np.nan)
         allowed = None if self._masks is None else self._allowed[rows]
         texts = self._texts
-        return self._scorer.reference_log_probs(texts.ids[rows], texts.lengths[rows], rows, tokens, allowed)
+        return self._scorer.reference_log_probs(
+            texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], rows, tokens, allowed
+        )
 
     def _mask_actions(self, rows: np.ndarray) -> None:
         """Bring the action masks of rows up to date with their states."""
         if self._masks is not None:
             texts = self._texts
             self._allowed[rows] = self._masks.of(
-                texts.ids[rows], texts.lengths[rows], texts.taken[rows], texts.done[rows], rows
+                texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], texts.done[rows], rows
             )
 
     def _reward_step(

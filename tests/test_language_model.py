@@ -361,7 +361,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_directory_is_a_clear_error(directory, damage):
     damage(directory)
-    with pytest.raises(ValueError, match="language_model='.*' can't be opened as a causal language model: "):
+    with pytest.raises(ValueError, match="language_model='.*' can't be opened as a language model: "):
         load_language_model(directory)
 
 

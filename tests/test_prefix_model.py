@@ -12,8 +12,6 @@ from tiny_agents import PROMPTS, count_liked, logs_of_learning, tiny_ppo, tiny_v
 from tiny_models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
@@ -240,10 +238,3 @@ def test_an_encoder_is_refused():
 def test_a_model_with_more_than_a_linear_layer_behind_its_hidden_states_is_refused():
     model = BertLMHeadModel(BertConfig(**IDS, **LLAMA_SHAPE, is_decoder=True))
     refuse(model, r"logits of BertLMHeadModel differ by .* without further layers")
-
-
-def test_an_encoder_decoder_is_refused():
-    shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    model = BartForConditionalGeneration(BartConfig(**IDS, **shape, **heads))
-    refuse(model, "BartForConditionalGeneration is an encoder-decoder model; textgym needs a causal")

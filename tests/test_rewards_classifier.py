@@ -181,7 +181,7 @@ def test_an_unknown_label_is_an_error_that_lists_the_labels():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"output": "logits"}, "output must be 'logit' or 'probability', got 'logits'"),
+        ({"output": "logits"}, "output must be 'logit', 'probability' or 'activation', got 'logits'"),
         ({"reads": "prompt"}, "reads must be .* got 'prompt'"),
         ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'"),
         ({"max_length": 0}, "max_length must lie between 1 and 128, .* got 0"),

@@ -6,6 +6,7 @@ differs, the same row again costs nothing, and when the weights have changed eve
 
 It works on the trunk of any Hugging Face causal model (``model.base_model``), without touching the model's code, by
 passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask and explicit position ids.
+:mod:`textgym.encoder_decoder` is the same for models that read the prompt with an encoder.
 """
 
 from __future__ import annotations
@@ -79,16 +80,18 @@ class CachedModel:
         input_ids: np.ndarray | Tensor,
         lengths: np.ndarray | Tensor,
         rows: np.ndarray | None = None,
+        prompt_lengths: np.ndarray | None = None,
     ) -> Tensor:
         """Hidden state at the last token of each row.
 
         :param input_ids: ``(B, L)`` right-padded token ids
         :param lengths: ``(B,)`` number of real tokens of each row, at least 1
         :param rows: ``(B,)`` distinct slots the rows live in; default 0 to B-1
+        :param prompt_lengths: ``(B,)`` tokens of each row's prompt; decoder-only models need not know
         :return: ``(B, H)``, without gradient
         :raises ValueError: if a row is empty or longer than the context
         """
-        ids, lengths = _as_numpy(input_ids), _as_numpy(lengths)
+        ids, lengths = as_numpy(input_ids), as_numpy(lengths)
         rows = np.arange(len(ids)) if rows is None else np.asarray(rows)
         longest = int(lengths.max())
         if longest > self.context or int(lengths.min()) < 1:
@@ -136,13 +139,15 @@ class CachedModel:
                 part = prefill[start : start + at_once]
                 self._prefill(rows[part], ids[part], common[part], new[part])
 
-    def hidden_states(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, lengths: Tensor | None = None, prompt_lengths: np.ndarray | None = None
+    ) -> Tensor:
         """Hidden states of whole rows in one teacher-forced pass; gradients flow where enabled.
 
         Rows are padded on the right and attention is causal, so padding can't reach a real token and no mask is needed.
 
         :param input_ids: ``(B, L)`` right-padded token ids on the model's device
-        :param lengths: unused by causal models; accepted so that callers need not care
+        :param lengths: unused by decoder-only models, like ``prompt_lengths``; accepted so that callers need not care
         :return: ``(B, L, H)``; what stands at padded positions is meaningless
         """
         self._forbid_dropout()
@@ -150,7 +155,12 @@ class CachedModel:
         return self.trunk(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
 
     def hidden_at(
-        self, input_ids: np.ndarray | Tensor, lengths: np.ndarray, rows: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray | Tensor,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        prompt_lengths: np.ndarray | None = None,
     ) -> Tensor:
         """Hidden states at some places of whole rows, from one teacher-forced pass; gradients flow where enabled.
 
@@ -160,6 +170,7 @@ class CachedModel:
         :param lengths: ``(B,)`` how many tokens of each row are to be read, at least 1
         :param rows: ``(M,)`` which rows are meant
         :param positions: ``(M,)`` and which of their tokens
+        :param prompt_lengths: ``(B,)`` tokens of each row's prompt; decoder-only models need not know
         :return: ``(M, H)``
         """
         width = int(lengths.max())
@@ -170,7 +181,7 @@ class CachedModel:
             hidden = self.hidden_states(ids, torch.as_tensor(lengths, device=self.device))
             return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
         self._forbid_dropout()
-        packed = pack(_as_numpy(input_ids), lengths)
+        packed = pack(as_numpy(input_ids), lengths)
         hidden = self.trunk(
             input_ids=torch.as_tensor(packed.input_ids, device=self.device),
             attention_mask=self._attention_mask(torch.as_tensor(packed.visible(), device=self.device))[:, None],
@@ -305,7 +316,8 @@ def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 register_optimizer_step_post_hook(_count_as_modified)
 
 
-def _as_numpy(array: np.ndarray | Tensor) -> np.ndarray:
+def as_numpy(array: np.ndarray | Tensor) -> np.ndarray:
+    """Token ids or lengths as an int64 array on the CPU."""
     if isinstance(array, Tensor):
         array = array.detach().cpu().numpy()
     return np.asarray(array, dtype=np.int64)

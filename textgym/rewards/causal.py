@@ -1,4 +1,4 @@
-"""A causal transformer with a scalar head as a reward: every prefix of a text gets a score.
+"""A transformer with a scalar head as a reward: every prefix of a text gets a score.
 
 It reads the policy's own tokens where its tokenizer has the same vocabulary. Then it steps along token by
 token with a slot cache (:meth:`CausalRewardModel.potentials`) or scores all prefixes of an episode in one
@@ -26,12 +26,13 @@ from transformers import (
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
+from textgym.rewards import headed_model  # noqa: F401  teaches transformers to open models with heads of their own
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
-from textgym.vocabulary import context_limit, position_limit
+from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 Activation = Literal["identity", "tanh", "sigmoid"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,8 +46,14 @@ Origin = Callable[[int], tuple[int, str]]  # the row and the completion that sco
 class CausalRewardModel(Reward):
     """Φ = activation(head(hidden state at the prefix's last token)).
 
+    An encoder-decoder reads the prompt, as its tokenizer encodes a text, with the encoder and the completion, behind
+    its start token, with the decoder, as a language model of that kind does: Φ of the empty completion is the head on
+    the start token. (``T5ForSequenceClassification``'s own forward feeds one text to encoder and decoder alike: for a
+    model that was trained in that way there is :class:`~textgym.rewards.ClassifierReward`.)
+
     :param model: a causal sequence classifier with one label and a head called ``score``, for example
-        ``LlamaForSequenceClassification(config)`` with ``num_labels=1``; it is put in evaluation mode
+        ``LlamaForSequenceClassification(config)`` with ``num_labels=1``, or an encoder-decoder with a
+        ``classification_head``, such as ``T5ForSequenceClassification``; it is put in evaluation mode
     :param tokenizer: the model's tokenizer
     :param activation: ``"identity"``, ``"tanh"`` or ``"sigmoid"``; by default the ``reward_activation`` of
         the model's configuration, or the identity where it has none
@@ -54,7 +61,7 @@ class CausalRewardModel(Reward):
     :param dtype: what to convert the weights to; by default they stay as they are
     :param append_eos: whether the model was trained on texts that end in its end-of-sequence token. It then
         also reads that token where a completion ended by itself; otherwise it never sees it.
-    :raises ValueError: if the model has more than one label or no head called ``score`` or is not causal, the
+    :raises ValueError: if the model has more than one label or no such head or is not causal, the
         activation is unknown, or ``append_eos`` is set and the tokenizer has no end-of-sequence token
     """
 
@@ -68,10 +75,14 @@ class CausalRewardModel(Reward):
         dtype: str | torch.dtype | None = None,
         append_eos: bool = True,
     ) -> None:
-        if not isinstance(getattr(model, "score", None), torch.nn.Module):
+        self._encoder_decoder = is_encoder_decoder(model.config)
+        heads = ("score", "classification_head") if self._encoder_decoder else ("score",)
+        head = next((h for h in (getattr(model, name, None) for name in heads) if h is not None), None)
+        if not isinstance(head, torch.nn.Module):
             raise ValueError(
                 f"{type(model).__name__} has no head called 'score'; a causal reward model is a causal "
-                "sequence classifier such as LlamaForSequenceClassification"
+                "sequence classifier such as LlamaForSequenceClassification, or an encoder-decoder with a "
+                "'classification_head' such as T5ForSequenceClassification"
             )
         if model.config.num_labels != 1:
             raise ValueError(f"a reward model has one label, this model has num_labels={model.config.num_labels}")
@@ -85,15 +96,16 @@ class CausalRewardModel(Reward):
             dtype=None if dtype is None else resolve_dtype(dtype),
         )
         self.model = model
+        self.head = head
         self.tokenizer = tokenizer
         self.activation = activation
         self.append_eos = append_eos
         self._name = Path(model.name_or_path).name or type(model).__name__
         self._limit = position_limit(model.config)
         vocab_size = int(model.config.get_text_config().vocab_size)
-        stepped = SteppedModel(model, f"reward={self._name}", vocab_size, model.score, self._own_output)
+        stepped = SteppedModel(model, f"reward={self._name}", vocab_size, head, self._own_output)
         self._stepping = Stepping(stepped)
-        self._same_tokens = SameTokens(tokenizer, vocab_size)
+        self._same_tokens = SameTokens(tokenizer, vocab_size, self._encoder_decoder)
 
     @classmethod
     def from_pretrained(
@@ -145,9 +157,8 @@ class CausalRewardModel(Reward):
 
         :raises RewardError: if a text is longer than the model's context
         """
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        complete = np.ones(len(texts), dtype=bool)
-        return list(self._score_texts(texts, complete, lambda i: (i, completions[i])).tolist())
+        complete = np.ones(len(completions), dtype=bool)
+        return list(self._score_texts(prompts, completions, complete, lambda i: (i, completions[i])).tolist())
 
     def potentials(self, batch: PrefixBatch) -> np.ndarray:
         """Φ of each prefix; where one has grown by a token since the last call, only that token is computed.
@@ -163,15 +174,19 @@ class CausalRewardModel(Reward):
         if len(batch) == 0:
             return np.zeros(0)
         if not self._same_tokens.of(batch):
-            return self._score_texts(batch.texts, batch.finished, origin)
+            # Not the prompts' own texts: what counts is what the tokens say, and a prompt may have been cut.
+            pairs = zip(batch.texts, batch.completions, strict=True)
+            prompts = [text[: len(text) - len(completion)] for text, completion in pairs]
+            return self._score_texts(prompts, batch.completions, batch.finished, origin)
         lengths = batch.lengths - self._unread(batch.finished)
         self._check_lengths(lengths, origin)
         if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
-            scores = np.concatenate(self._score_positions(list(batch.input_ids), list(lengths[:, None] - 1)))
+            positions = list(lengths[:, None] - 1)
+            scores = np.concatenate(self._score_positions(list(batch.input_ids), batch.prompt_lengths, positions))
         else:
             self.model.eval()
             machine = self._machine(int(lengths.max()))
-            scores = self._head(machine.last_hidden(batch.input_ids, lengths, batch.rows))
+            scores = self._head(machine.last_hidden(batch.input_ids, lengths, batch.rows, batch.prompt_lengths))
         return self._checked(scores, origin)
 
     def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -203,7 +218,8 @@ class CausalRewardModel(Reward):
         lengths -= self._unread(batch.finished)[owner] * (wanted == available)
         self._check_lengths(lengths, origin)
         bounds = np.cumsum(counts)[:-1]
-        scores = self._score_positions(list(batch.input_ids), np.split(lengths - 1, bounds))
+        positions = np.split(lengths - 1, bounds)
+        scores = self._score_positions(list(batch.input_ids), batch.prompt_lengths, positions)
         return np.split(self._checked(np.concatenate(scores), origin), bounds)
 
     def forget(self, rows: np.ndarray) -> None:
@@ -213,32 +229,48 @@ class CausalRewardModel(Reward):
         """``(B,)`` tokens at the end of each row that the model doesn't read: an EOS it wasn't trained on."""
         return np.zeros(len(finished), dtype=np.int64) if self.append_eos else finished.astype(np.int64)
 
-    def _score_texts(self, texts: list[str], finished: np.ndarray, origin: Origin) -> np.ndarray:
+    def _score_texts(
+        self, prompts: list[str], completions: list[str], finished: np.ndarray, origin: Origin
+    ) -> np.ndarray:
         """Φ of texts, tokenized anew, ``(B,)``."""
-        if not texts:
+        if not completions:
             return np.zeros(0)
         eos = self.tokenizer.eos_token_id
-        ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        encoded: list[list[int]] = []  # what an encoder reads
+        if self._encoder_decoder:
+            encoded = self.tokenizer(prompts)["input_ids"]
+            ids: list[list[int]] = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
         for row, ended in zip(ids, finished.tolist(), strict=True):
             while row and eos is not None and row[-1] == eos:  # some tokenizers add one to everything
                 row.pop()
             if ended and self.append_eos:
                 row.append(eos)
+        prompt_lengths = np.array([len(row) for row in encoded])
+        if self._encoder_decoder:
+            self._check_lengths(prompt_lengths, origin)
+            ids = [prompt + row for prompt, row in zip(encoded, ids, strict=True)]
         lengths = np.array([len(row) for row in ids])
         self._check_lengths(lengths, origin)
-        scores = self._score_positions([np.array(row) for row in ids], list(lengths[:, None] - 1))
+        scores = self._score_positions([np.array(row) for row in ids], prompt_lengths, list(lengths[:, None] - 1))
         return self._checked(np.concatenate(scores), origin)
 
-    def _score_positions(self, ids: list[np.ndarray], positions: list[np.ndarray]) -> list[np.ndarray]:
+    def _score_positions(
+        self, ids: list[np.ndarray], prompt_lengths: np.ndarray, positions: list[np.ndarray]
+    ) -> list[np.ndarray]:
         """Φ at given positions of each row, in teacher-forced passes over rows of similar length.
 
         :param ids: B rows of token ids, of any lengths
+        :param prompt_lengths: ``(B,)`` how many of these an encoder reads; unused without one
         :param positions: for each row the positions of the tokens after which Φ is wanted
         :return: for each row float64 values, one for each of its positions
         """
         self.model.eval()
         machine = self._machine(1)
         needed = np.array([p.max(initial=-1) + 1 for p in positions])  # (B,) tokens to read of each row
+        if self._encoder_decoder:
+            needed = np.where(needed > 0, np.maximum(needed, prompt_lengths), 0)
         scores = [np.zeros(len(p)) for p in positions]
         for part in micro_batches(needed, BATCH_TOKENS):
             width = int(needed[part].max())
@@ -248,7 +280,8 @@ class CausalRewardModel(Reward):
             which = np.repeat(np.arange(len(part)), [len(positions[row]) for row in part])  # (K,)
             where = np.concatenate([positions[row] for row in part])  # (K,)
             with torch.inference_mode():
-                values = self._head(machine.hidden_at(padded, needed[part], which, where))  # (K,)
+                prompts = prompt_lengths[part] if self._encoder_decoder else None
+                values = self._head(machine.hidden_at(padded, needed[part], which, where, prompts))  # (K,)
             bounds = np.cumsum([len(positions[row]) for row in part])[:-1]
             for row, row_values in zip(part, np.split(values, bounds), strict=True):
                 scores[row] = row_values
@@ -257,7 +290,7 @@ class CausalRewardModel(Reward):
     @torch.inference_mode()
     def _head(self, hidden: Tensor) -> np.ndarray:
         """Φ ``(N,)`` of hidden states ``(N, H)``."""
-        logits: Tensor = self.model.score(hidden)[:, 0]
+        logits: Tensor = self.head(hidden)[:, 0]
         return ACTIVATIONS[self.activation](logits.double()).cpu().numpy()
 
     def _machine(self, longest: int) -> CachedModel:
@@ -272,9 +305,14 @@ class CausalRewardModel(Reward):
             room = min(room, window)
         return self._stepping.machine(room if self._limit is None else min(room, self._limit))
 
-    def _own_output(self, ids: Tensor) -> Tensor:
-        """What the model itself says of one row of token ids ``(1, L)``: ``(1,)``."""
-        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    def _own_output(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the model itself says of one row: ``(1,)``."""
+        if self._encoder_decoder:  # its own forward reads one text twice: here the head is put on its two halves
+            states: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            score: Tensor = self.head(states[:, -1])[0]
+            return score
+        mask = torch.ones_like(inputs["input_ids"])
+        return self.model(**inputs, attention_mask=mask, use_cache=False).logits[0]
 
     def _check_lengths(self, lengths: np.ndarray, origin: Origin) -> None:
         limit = np.inf if self._limit is None else self._limit

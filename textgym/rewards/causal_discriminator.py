@@ -15,7 +15,7 @@ from textgym.rewards.base import Reward
 from textgym.rewards.causal import CausalRewardModel
 from textgym.rewards.errors import RewardError
 from textgym.rewards.text_units import well_formed
-from textgym.vocabulary import position_limit
+from textgym.vocabulary import is_encoder_decoder, position_limit
 
 
 class CausalDiscriminator:
@@ -57,6 +57,11 @@ class CausalDiscriminator:
             raise ValueError(
                 f"learning_rate={learning_rate}, batch_size={batch_size} and max_grad_norm={max_grad_norm} "
                 "must be positive"
+            )
+        if is_encoder_decoder(model.config):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder; a discriminator reads a text from its first token on: "
+                "give a causal sequence classifier such as LlamaForSequenceClassification"
             )
         self._causal = CausalRewardModel(model, tokenizer, activation="identity", dtype="float32", append_eos=False)
         self.model = model

@@ -20,14 +20,16 @@ from transformers import (
 
 from textgym.exactness import SteppedModel, Stepping
 from textgym.rewards.base import Reward, wanted_per_row
+from textgym.rewards.causal import ACTIVATIONS
 from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import micro_batches
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
 from textgym.rewards.text_forward import TextForward, open_pretrained
 from textgym.rewards.text_units import well_formed
+from textgym.vocabulary import is_encoder_decoder
 
-Output = Literal["logit", "probability"]
+Output = Literal["logit", "probability", "activation"]
 Reads = Literal["text", "completion", "pair", "chat"]
 
 
@@ -35,8 +37,8 @@ class ClassifierReward(Reward):
     """Logit or probability of one label of a sequence classifier, encoder or causal, with any tokenizer.
 
     Φ is what ``model(**tokenizer(text))`` gives: the logit z_k without limits, or its probability from 0 to 1:
-    σ(z) of a model with one output or of a ``multi_label_classification``, else softmax(z)_k. None where there is no
-    token to read.
+    σ(z) of a model with one output or of a ``multi_label_classification``, else softmax(z)_k; or what the model was
+    trained to say, the logit behind its configuration's ``reward_activation``. None where there is no token to read.
 
     Texts are read anew for every prefix, in batches. A causal model with a linear head called ``score`` that has the
     policy's tokens reads them directly (``reads="text"``, prefixes of at most ``max_length`` tokens): token by token
@@ -51,7 +53,7 @@ class ClassifierReward(Reward):
     :param model: for example from ``AutoModelForSequenceClassification``; put in evaluation mode
     :param tokenizer: the model's tokenizer
     :param label: name or index of the label; may be left out where there is one only
-    :param output: ``"logit"`` or ``"probability"``
+    :param output: ``"logit"``, ``"probability"`` or ``"activation"``
     :param reads: ``"text"`` (prompt and completion as one text), ``"completion"``, ``"pair"`` (prompt and completion as
         the two segments of a pair) or ``"chat"`` (as two messages, a user's and an assistant's, in the tokenizer's chat
         template)
@@ -82,8 +84,11 @@ class ClassifierReward(Reward):
         dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if output not in ("logit", "probability"):
-            raise ValueError(f"output must be 'logit' or 'probability', got {output!r}")
+        if output not in ("logit", "probability", "activation"):
+            raise ValueError(f"output must be 'logit', 'probability' or 'activation', got {output!r}")
+        if output == "activation" and (activation_of(model) not in ACTIVATIONS):
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"reward_activation={activation_of(model)!r} in the configuration is none of {known}")
         if reads not in ("text", "completion", "pair", "chat"):
             raise ValueError(f"reads must be 'text', 'completion', 'pair' or 'chat', got {reads!r}")
         if reads == "chat" and not getattr(tokenizer, "chat_template", None):
@@ -98,7 +103,8 @@ class ClassifierReward(Reward):
         self._stepping: Stepping | None = None
         head = getattr(model, "score", None)
         ids = tokenizer("a")["input_ids"]
-        if reads == "text" and isinstance(head, torch.nn.Linear) and ids[-1:] != [tokenizer.eos_token_id]:
+        one_text = reads == "text" and not is_encoder_decoder(model.config)  # and not one to encode, one to decode
+        if one_text and isinstance(head, torch.nn.Linear) and ids[-1:] != [tokenizer.eos_token_id]:
             vocab_size = int(model.config.get_text_config().vocab_size)
             stepped = SteppedModel(model, f"reward={self._name}", vocab_size, lambda h: head(h), self._own_output)
             try:
@@ -254,9 +260,10 @@ class ClassifierReward(Reward):
         """Φ ``(N,)`` of hidden states ``(N, H)``."""
         return self._value(self.reader.model.score(hidden))
 
-    def _own_output(self, ids: Tensor) -> Tensor:
-        """What the model itself says of one row of token ids ``(1, L)``: ``(labels,)``."""
-        return self.reader.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    def _own_output(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the model itself says of one row: ``(labels,)``."""
+        mask = torch.ones_like(inputs["input_ids"])
+        return self.reader.model(**inputs, attention_mask=mask, use_cache=False).logits[0]
 
     def _checked(self, scores: np.ndarray, batch: PrefixBatch, owner: np.ndarray | None = None) -> np.ndarray:
         for k in np.flatnonzero(~np.isfinite(scores)).tolist():
@@ -422,12 +429,19 @@ def label_index(model: PreTrainedModel, label: str | int | None) -> int:
     return int(label)
 
 
+def activation_of(model: PreTrainedModel) -> str:
+    """The configuration's ``reward_activation``; the identity where it has none."""
+    return getattr(model.config, "reward_activation", None) or "identity"
+
+
 def label_values(model: PreTrainedModel, logits: Tensor, label: int, output: Output) -> np.ndarray:
-    """Logit or probability of a label, ``(N,)`` float64, of logits ``(N, labels)``."""
+    """Logit, probability or activation of a label, ``(N,)`` float64, of logits ``(N, labels)``."""
     logits = logits.double()
     if output == "probability":
         several = model.config.problem_type == "multi_label_classification"
         logits = logits.sigmoid() if several or logits.shape[-1] == 1 else logits.softmax(-1)
+    elif output == "activation":
+        logits = ACTIVATIONS[activation_of(model)](logits)
     return logits[..., label].cpu().numpy()
 
 

@@ -17,7 +17,7 @@ from textgym.language_model import HEAD_ELEMENTS, LanguageModel, load_language_m
 from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.rewards.text_units import well_formed
-from textgym.vocabulary import context_limit
+from textgym.vocabulary import context_limit, is_encoder_decoder
 
 Origin = Callable[[int], tuple[int, str]]  # the row and the completion that text i belongs to, for errors
 ModelSpec: TypeAlias = str | Path | PreTrainedModel | LanguageModel
@@ -44,6 +44,11 @@ class TextLikelihood:
     ) -> None:
         check_batch_tokens(max_batch_tokens)
         self.language_model = load_language_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
+        if is_encoder_decoder(self.language_model.model.config):
+            raise ValueError(
+                f"model={self.language_model.name} is an encoder-decoder; rewards that measure how likely a text is "
+                "read it as one, and need a decoder-only language model"
+            )
         self.max_batch_tokens = max_batch_tokens
 
     @property

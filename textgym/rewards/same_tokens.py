@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from textgym.rewards.prefixes import PrefixBatch
@@ -12,11 +13,14 @@ class SameTokens:
 
     :param own: the model's tokenizer
     :param vocab_size: ids that the model has
+    :param encoder_decoder: whether the model reads prompts with an encoder, and so as whole texts
     """
 
-    def __init__(self, own: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def __init__(self, own: PreTrainedTokenizerBase, vocab_size: int, encoder_decoder: bool = False) -> None:
         self.own = own
         self.vocab_size = vocab_size
+        # T5's tokenizer ends a whole text with EOS. Prompts that are to be continued don't end so.
+        self._prompts_end = encoder_decoder and own("a")["input_ids"][-1:] == [own.eos_token_id]
         # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
         self._known: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
 
@@ -36,4 +40,9 @@ class SameTokens:
 
     def of(self, batch: PrefixBatch) -> bool:
         """Whether the model can read a batch's token ids; a policy may have ids that its tokenizer lacks."""
-        return bool(batch.input_ids.max(initial=0) < self.vocab_size) and self(batch.tokenizer)
+        if batch.input_ids.max(initial=0) >= self.vocab_size or not self(batch.tokenizer):
+            return False
+        # A policy of the other kind has prompts that end in another way. EOS alone is a prompt of either.
+        rows = np.flatnonzero(batch.prompt_lengths > 1)
+        ends = batch.input_ids[rows, batch.prompt_lengths[rows] - 1] == self.own.eos_token_id
+        return bool((ends == self._prompts_end).all())

@@ -1,0 +1,118 @@
+"""Opening a backbone and putting a new head on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from textgym.language_model import quiet_progress
+from textgym.rewards.causality import is_causal
+from textgym.rewards.headed_model import HeadedRewardModel
+
+Head = Literal["linear", "mlp", "cnn"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+
+def open_backbone(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_labels: int,
+    seed: int,
+    head: Head = "linear",
+    head_size: int | None = None,
+    head_dropout: float = 0.1,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with a head and its tokenizer.
+
+    A linear head that the checkpoint has is kept; one that it lacks, and any other, is drawn at random.
+
+    :param model: ``"embedded"`` (textgym's language model), ``"minilm"``, a directory, a hub id, or an object, which is
+        trained in place: a sequence classifier, or with ``head="mlp"`` or ``"cnn"`` any transformer
+    :param tokenizer: by default the one saved with the model; needed with an object
+    :param num_labels: outputs of the head
+    :param seed: of the new head
+    :param head: ``"linear"``, ``"mlp"`` or ``"cnn"``
+    :param head_size: see :meth:`~textgym.rewards.headed_model.HeadedRewardModel.around`, as for ``head_dropout``
+    :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
+    :raises ValueError: if an object has no tokenizer or another number of outputs, or weights other than the head's
+        are missing
+    :raises TypeError: if ``model`` is an object of another kind
+    """
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError(f"model is a {type(model).__name__} object: pass its tokenizer too (tokenizer=...)")
+        if head != "linear":
+            return _with_head(model.base_model, num_labels, seed, head, head_size, head_dropout), tokenizer
+        if not (type(model).__name__.endswith("ForSequenceClassification") or isinstance(model, HeadedRewardModel)):
+            raise TypeError(f"model is a {type(model).__name__}; give a sequence classifier, or a directory or hub id")
+        if model.config.num_labels != num_labels:
+            raise ValueError(f"model has num_labels={model.config.num_labels}; the data and the loss need {num_labels}")
+        return model, tokenizer
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a name, a directory or a sequence classifier, got {type(model).__name__}")
+    path = _location(model)
+    set_seed(seed)
+    auto_class: Any = AutoModelForSequenceClassification if head == "linear" else AutoModel
+    options = {"num_labels": num_labels} if head == "linear" else {}
+    with quiet_progress(), _quiet_loading():
+        opened, loading = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+    trunk = opened.base_model_prefix + "." if head == "linear" else ""
+    missing = sorted(name for name in loading["missing_keys"] if name.startswith(trunk) and "pooler." not in name)
+    if missing:
+        raise ValueError(f"model={path!r} has no weights for {', '.join(missing[:3])}; its backbone would be random")
+    if head != "linear":
+        opened = _with_head(opened, num_labels, seed, head, head_size, head_dropout)
+    return opened, AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer
+
+
+def _with_head(
+    backbone: PreTrainedModel, num_labels: int, seed: int, head: Any, size: int | None, dropout: float
+) -> HeadedRewardModel:
+    set_seed(seed)
+    return HeadedRewardModel.around(backbone, head, num_labels, is_causal(backbone), size, dropout)
+
+
+def _location(model: str | os.PathLike[str]) -> str:
+    """A directory, or the id of a model on the hub.
+
+    :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
+    """
+    path = os.fspath(model)
+    if path == "embedded":
+        from textgym.embedded import LANGUAGE_MODEL
+
+        return str(LANGUAGE_MODEL)
+    if path == "minilm":
+        from textgym.minilm import minilm_directory
+
+        return str(minilm_directory())
+    if isinstance(model, os.PathLike) or path.startswith((".", "~", os.sep)):
+        path = str(Path(path).expanduser())
+        if not os.path.isdir(path):
+            raise FileNotFoundError(f"model={os.fspath(model)!r}: there is no such directory")
+    return path
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' report on a head that the checkpoint lacks: what is missing is checked here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

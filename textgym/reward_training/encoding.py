@@ -1,0 +1,104 @@
+"""Texts and their prefixes as tokens.
+
+A causal model reads a complete text with an end-of-sequence token behind it, as
+:class:`~textgym.rewards.CausalRewardModel` does; an unfinished one stands without. An encoder reads each with the
+special tokens that its tokenizer puts around a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """The tokens of a text: ``head`` + ``completion`` + ``tail``.
+
+    :param head: tokens of the prompt, with the special tokens before it
+    :param completion: tokens of the completion
+    :param tail: special tokens behind a complete text
+    :param prefix_tail: special tokens behind a text that goes on
+    """
+
+    head: list[int]
+    completion: list[int]
+    tail: list[int]
+    prefix_tail: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.head + self.completion + self.tail
+
+    def prefix(self, length: int) -> list[int]:
+        """The tokens of the text that ends, for now, after ``length`` tokens of the completion."""
+        return self.head + self.completion[:length] + self.prefix_tail
+
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens of the completion that leave anything to read."""
+        return 0 if self.head else min(1, len(self.completion))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_length: int,
+    ends_in_eos: bool,
+) -> tuple[list[EncodedText], int]:
+    """Tokens of texts; prompt and completion are tokenized as one text, as rewards do.
+
+    :param max_length: most tokens of a text; longer ones lose tokens at their beginning
+    :param ends_in_eos: whether an end-of-sequence token stands behind a complete text and nothing behind an unfinished
+        one; otherwise behind both stands what the tokenizer puts there
+    :return: the tokens, and how many texts were longer than ``max_length`` and lost their beginning
+    """
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    whole = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    alone = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+    special, eos = set(tokenizer.all_special_ids), tokenizer.eos_token_id
+    encoded, cut = [], 0
+    for ids, prompt_ids, prompt in zip(whole, alone, prompts, strict=True):
+        stop = len(ids)
+        if ends_in_eos:
+            while stop and ids[stop - 1] == eos:  # some tokenizers add one to everything
+                stop -= 1
+        else:
+            while stop and ids[stop - 1] in special:
+                stop -= 1
+        tail = ([] if eos is None else [eos]) if ends_in_eos else ids[stop:]
+        start = 0
+        while start < min(stop, len(prompt_ids)) and ids[start] == prompt_ids[start]:
+            start += 1
+        begin = 0  # special tokens at the beginning, which stay where a text is cut
+        while begin < start and ids[begin] in special:
+            begin += 1
+        if not prompt:
+            start = begin
+        room = max_length - begin - len(tail)
+        first = max(begin, stop - room)
+        cut += first > begin
+        encoded.append(
+            EncodedText(
+                ids[:begin] + ids[first : max(first, start)],
+                ids[max(first, start) : stop],
+                tail,
+                [] if ends_in_eos else tail,
+            )
+        )
+    return encoded, cut
+
+
+def token_positions(text: EncodedText, lengths: Iterable[int]) -> list[int]:
+    """Positions of the last tokens of prefixes with so many tokens of the completion."""
+    return [len(text.head) + length - 1 for length in lengths]
+
+
+def end_positions(text: EncodedText) -> list[int]:
+    """Positions at which the text is complete: its last token, and the special tokens behind it."""
+    last = len(text.ids) - 1
+    content = len(text.head) + len(text.completion) - 1
+    return [last] if content in (-1, last) else [content, last]

@@ -1,0 +1,126 @@
+"""The directory of a run: what is in it, and whether a run may start or go on there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from textgym.language_model import quiet_progress
+from textgym.rewards.headed_model import HeadedRewardModel
+from textgym.rewards.reward_directory import ENSEMBLE_FILE
+
+from .report import RewardReport
+
+OPTIONS_FILE = "training.json"
+_OPENED_BY_TEXTGYM = """\
+from textgym.rewards import as_reward
+
+reward = as_reward("path/to/this/directory")
+reward(prompts=["the film"], completions=[" is good"])
+"""
+_OPENED_BY_TRANSFORMERS = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("path/to/this/directory")
+"""
+
+
+def check_free(folder: Path) -> None:
+    """:raises ValueError: if there is anything in the folder"""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output={str(folder)!r} is there and not empty; name another folder, or pass resume=True")
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Note what a run is, by which it is known when it is resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OPTIONS_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "report.json").exists()
+
+
+def check_resumable(folder: Path, record: Mapping[str, Any]) -> None:
+    """:raises ValueError: if the folder holds no unfinished run, or another one"""
+    path = folder / OPTIONS_FILE
+    if not path.is_file():
+        raise ValueError(f"resume=True: {str(folder)!r} has no {OPTIONS_FILE}, so it holds no run to go on with")
+    if is_finished(folder):
+        raise ValueError(f"resume=True: the run in {str(folder)!r} is finished")
+    check_same_run(folder, record)
+
+
+def check_same_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """:raises ValueError: if the run in the folder has other options or data"""
+    path = folder / OPTIONS_FILE
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"resume=True: {path} is broken JSON: {error}") from error
+    now = json.loads(json.dumps(record))
+    for name in now:
+        if before.get(name) == now[name]:
+            continue
+        if name != "options":
+            raise ValueError(f"resume=True: the run in {str(folder)!r} has other {name.replace('_', ' ')}")
+        old = before.get(name) or {}
+        option = next(key for key, value in now[name].items() if old.get(key) != value)
+        raise ValueError(
+            f"resume=True: the run in {str(folder)!r} has {option}={old.get(option)!r}, not {now[name][option]!r}"
+        )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint of a run, None if it ended before its first."""
+    checkpoints = folder / "checkpoints"
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: RewardReport) -> None:
+    """Write a model, its tokenizer, its card and its report, the report last: it says that a run is finished."""
+    model.eval()
+    with quiet_progress():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(model, report), encoding="utf-8")
+    report.save(folder)
+
+
+def save_ensemble(folder: Path, members: int, report: RewardReport) -> None:
+    """Write what says that a directory's members are an ensemble, its card and its report."""
+    names = [f"member_{i}" for i in range(members)]
+    (folder / ENSEMBLE_FILE).write_text(json.dumps({"members": names}, indent=1), encoding="utf-8")
+    text = f"{members} reward models, trained by textgym; each is in a directory of its own.\n\n"
+    text += f"```python\n{_OPENED_BY_TEXTGYM}```\n\nThat is the mean of the members. `open_reward` has the others.\n"
+    (folder / "README.md").write_text("# A reward model ensemble\n\n" + text + _figures(report), encoding="utf-8")
+    report.save(folder)
+
+
+def model_card(model: PreTrainedModel, report: RewardReport) -> str:
+    """What a reader of the directory should know first: what opens it."""
+    config = model.config
+    text = "# A reward model\n\n"
+    if isinstance(model, HeadedRewardModel):
+        text += (
+            f"Trained by textgym. It has a custom head (`{config.head}`), which transformers alone does not know: the "
+            f"model type in `config.json` is `{config.model_type}`, and `import textgym.rewards.headed_model` is what "
+            f"makes the Auto classes open it.\n\n```python\n{_OPENED_BY_TEXTGYM}```\n"
+        )
+    else:
+        text += (
+            f"Trained by textgym; a `{type(model).__name__}` with the head that transformers gives it.\n\n"
+            f"```python\n{_OPENED_BY_TRANSFORMERS}```\n\nAs a reward:\n\n```python\n{_OPENED_BY_TEXTGYM}```\n"
+        )
+    outputs = ", ".join(f"{i} `{name}`" for i, name in sorted(config.id2label.items()))
+    return f"{text}\nOutputs: {outputs}.\n{_figures(report)}"
+
+
+def _figures(report: RewardReport) -> str:
+    rows = "".join(f"| {name.replace('_', ' ')} | {value:.4f} |\n" for name, value in report.metrics.items())
+    return f"\nOn {report.rows.get('validation', '?')} validation rows:\n\n| | |\n|---|---|\n{rows}"
