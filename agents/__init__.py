@@ -10,11 +10,15 @@ from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.exploration import Explore
 from textgym.agents.grpo import GRPO
 from textgym.agents.learning_rewards import LearningRewards
+from textgym.agents.off_policy import TextOffPolicyAlgorithm
 from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, TrustWarning
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
+from textgym.agents.q_learning import QLearning
 from textgym.agents.reinforce import REINFORCE
 from textgym.agents.rloo import RLOO
+from textgym.agents.sarsa import SARSA
+from textgym.agents.soft_q_learning import SoftQLearning
 from textgym.agents.text_environment import TextEnvironment
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "PPO",
     "REINFORCE",
     "RLOO",
+    "SARSA",
     "AdaptiveKLCallback",
     "CheckpointError",
     "EpisodeBuffer",
@@ -31,11 +36,14 @@ __all__ = [
     "LanguageModelPolicy",
     "LearningRewards",
     "Loss",
+    "QLearning",
     "Segment",
     "SegmentSamples",
+    "SoftQLearning",
     "StopOnKL",
     "TextEnvironment",
     "TextEpisodeAlgorithm",
+    "TextOffPolicyAlgorithm",
     "TextOnPolicyAlgorithm",
     "TrainingCheckpoints",
     "TrustWarning",

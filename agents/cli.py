@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo"]
+Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "softq", "q", "sarsa"]
 
 
 @contextmanager

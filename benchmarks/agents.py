@@ -35,6 +35,9 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RLOO, token": ("rloo", {"credit": "token", "normalize_advantage": "rollout"}),
     "GRPO": ("grpo", {"n_epochs": 2, "batch_size": 128}),
     "GRPO, token": ("grpo", {"credit": "token", "n_epochs": 2, "batch_size": 128}),
+    "Soft Q-learning": ("softq", {}),
+    "Q-learning": ("q", {}),
+    "SARSA": ("sarsa", {}),
     "Dr. GRPO": ("grpo", {"loss_type": "dr_grpo", "scale": "none", "n_epochs": 2, "batch_size": 128}),
 }
 

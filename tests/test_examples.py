@@ -56,5 +56,5 @@ def test_every_agent_has_a_script_which_is_its_train_command(
         run(f"train_{algorithm}.py", *options, "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
     assert stopped.value.code in (0, None)
     agent = json.loads((tmp_path / "run" / "model" / "agent.json").read_text(encoding="utf-8"))
-    assert agent["agent"].lower() == algorithm
+    assert agent["agent"] == AGENTS[algorithm].__name__
     assert f"algorithm: {algorithm}" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")

@@ -10,9 +10,12 @@ from textgym.agents.a2c import A2C
 from textgym.agents.grpo import GRPO
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.ppo import PPO
+from textgym.agents.q_learning import QLearning
 from textgym.agents.reinforce import REINFORCE
 from textgym.agents.rloo import RLOO
 from textgym.agents.runs.config import ALGORITHM, RunConfig, sections
+from textgym.agents.sarsa import SARSA
+from textgym.agents.soft_q_learning import SoftQLearning
 
 AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
     "ppo": PPO,
@@ -20,6 +23,9 @@ AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
     "grpo": GRPO,
+    "softq": SoftQLearning,
+    "q": QLearning,
+    "sarsa": SARSA,
 }
 # The options whose values have other names on the command line.
 _NORMALIZE: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}

@@ -113,6 +113,27 @@ class RunConfig:
     scale: Literal["group", "batch", "none"] | None = _option(
         None, ALGORITHM, "whose standard deviation GRPO divides advantages by; default group"
     )
+    replay_episodes: int | None = _option(
+        None, ALGORITHM, "newest episodes that soft Q and Q learning draw from; default 1000"
+    )
+    batch_episodes: int | None = _option(
+        None, ALGORITHM, "episodes of a minibatch from the replay; default as many as a rollout has"
+    )
+    gradient_steps: int | None = _option(None, ALGORITHM, "minibatches from the replay after a rollout; default 4")
+    td_lambda: float | None = _option(
+        None, ALGORITHM, "λ of the targets: 0 one step, 1 the whole rest; default 1 (softq), 0 (q), 0.9 (sarsa)"
+    )
+    tau: float | None = _option(None, ALGORITHM, "how far the target copy moves at an update of it; default 0.5")
+    target_update_interval: int | None = _option(
+        None, ALGORITHM, "rollouts between two updates of the target copy; default 1"
+    )
+    q_temperature: float | None = _option(None, ALGORITHM, "α: Q = V + α log π, for Q-learning and SARSA; default 0.1")
+    epsilon: float | None = _option(None, ALGORITHM, "share of explored tokens of Q-learning; default 1")
+    explore_with: Literal["policy", "reference", "uniform"] | None = _option(
+        None, ALGORITHM, "what Q-learning explores with; default policy"
+    )
+    double: bool | None = _option(None, ALGORITHM, "double Q-learning; default yes")
+    expected: bool | None = _option(None, ALGORITHM, "expected SARSA; default no")
     batch_size: int | None = _option(
         None, ALGORITHM, "tokens per minibatch and process; default 512 with PPO, else the whole rollout"
     )

@@ -1,0 +1,122 @@
+"""Soft Q-learning: the language model's log-probabilities are advantages in units of β, learned from old episodes.
+
+Guo et al. 2021, "Efficient (Soft) Q-Learning for Text Generation with Limited Good Data",
+https://arxiv.org/abs/2106.07704; path consistency: Nachum et al. 2017, "Bridging the Gap Between Value and Policy Based
+Reinforcement Learning", https://arxiv.org/abs/1702.08892.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from textgym.agents.bellman_targets import bellman_targets
+from textgym.agents.episode_buffer import SegmentSamples
+from textgym.agents.off_policy import TextOffPolicyAlgorithm, td_loss
+from textgym.agents.on_policy import Loss
+from textgym.agents.policy import LanguageModelPolicy
+from textgym.agents.text_environment import TextEnv, TextEnvironment
+
+
+class SoftQLearning(TextOffPolicyAlgorithm):
+    """Q-learning of the KL-regularised task, whose optimal policy is π_ref(a|s) · exp((Q(s, a) − V(s)) / β).
+
+    With the environment's ``kl_coef`` as β, the policy's log-probabilities and its value head are
+
+        Q(s, a) = V(s) + β · (log π(a|s) − log π_ref(a|s)),
+
+    so that V(s) = β · log Σ_a π_ref(a|s) · exp(Q(s, a) / β) holds always, and π is the policy that Q asks for: acting,
+    ``predict`` and ``save_pretrained`` are those of any language model. Guo et al. (2021, equation 8) read Q / β
+    directly from the logits, with a uniform prior in the place of π_ref. That is the same where a model's logits may
+    have any mean; a pretrained model's have one that says nothing of rewards, so here V has a head of its own and
+    starts as 0, and Q as β · 0.
+
+    The loss is ½ (Q(s_t, a_t) − y_t)². With λ = 0, y_t = r_t + γ · V'(s_t+1), and with λ = 1
+
+        y_t = r_t + γ · [r_t+1 − β · (log π' − log π_ref)(a_t+1|s_t+1)] + γ² · [r_t+2 − ...] + ...
+
+    (equation 11; Nachum et al.'s path consistency, equation 12), r being the rewards without KL penalty and ' a lagging
+    copy. At the optimum both hold for every token of every episode, whoever wrote it, so neither is biased by old
+    episodes; that is peculiar to soft values. Long paths carry what the end earns to the beginning at once.
+
+    Needs an environment with ``kl_coef`` > 0. Further arguments are those of
+    :class:`~textgym.agents.off_policy.TextOffPolicyAlgorithm`. ::
+
+        >>> import gymnasium as gym, textgym
+        >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4, kl_coef=0.1)
+        >>> agent = textgym.agents.SoftQLearning("LanguageModelPolicy", vec, replay_episodes=100, seed=0).learn(16)
+        >>> len(agent.replay) >= 4
+        True
+
+    :param td_lambda: λ; default 1
+    """
+
+    def __init__(
+        self,
+        policy: str | type[LanguageModelPolicy],
+        env: TextEnv | None,
+        learning_rate: float | Schedule = 1e-4,
+        episodes: int | None = None,
+        replay_episodes: int = 1_000,
+        batch_episodes: int | None = None,
+        gradient_steps: int = 4,
+        td_lambda: float = 1.0,
+        gamma: float = 1.0,
+        tau: float = 0.5,
+        target_update_interval: int = 1,
+        max_grad_norm: float = 1.0,
+        scoring: str = "auto",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            episodes=episodes,
+            replay_episodes=replay_episodes,
+            batch_episodes=batch_episodes,
+            gradient_steps=gradient_steps,
+            td_lambda=td_lambda,
+            gamma=gamma,
+            tau=tau,
+            target_update_interval=target_update_interval,
+            max_grad_norm=max_grad_norm,
+            scoring=scoring,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def _checked_environment(self, env: VecEnv) -> TextEnvironment:
+        environment = super()._checked_environment(env)
+        if environment.kl_coef <= 0:
+            raise ValueError(
+                f"kl_coef={environment.kl_coef} of the environment must be greater than 0: it is what soft Q-learning "
+                "measures advantages in; QLearning needs none"
+            )
+        return environment
+
+    def loss(self, batch: SegmentSamples) -> Loss:
+        """Squared difference of Q and its target."""
+        assert batch.ref_log_prob is not None
+        beta = self.kl_coef
+        values, log_prob, _ = self.policy.evaluate_segments(batch, entropy_gradient=False)
+        q = values.flatten() + beta * (log_prob - batch.ref_log_prob)
+        with torch.no_grad():
+            ahead, lagging_log_prob, _ = self.target.evaluate_segments(batch)
+            toll = beta * (lagging_log_prob - batch.ref_log_prob)
+            targets = bellman_targets(batch.rewards, ahead.flatten(), batch.rows, self.gamma, self.td_lambda, toll)
+        return td_loss(q, targets, values)
