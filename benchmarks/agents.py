@@ -4,25 +4,24 @@
     python benchmarks/agents.py --tasks alphabet --agents ppo grpo --seeds 3
     python benchmarks/agents.py --report              # the table and the plots of what has been run
 
-Each agent's learning rate is chosen on a seed of its own among two or three, by the return (score minus β · KL) of texts
-drawn after the budget; then it is trained on the seeds 0, 1, 2. Every run is a process of its own with one thread. What
-is done is kept (``--work``), so a run that was broken off goes on.
+Each agent's learning rate is chosen on a seed of its own among two or three, by the return (score minus β · KL) of
+texts drawn after the budget; then it is trained on the seeds 0, 1, 2. Every run is a process of its own with one
+thread. What is done is kept (``--work``), so a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from separate_runs import keep, kept_result, path_of
 
 SEARCH_SEED = 1_000
 KL_COEF = {"alphabet": 0.01, "alphabet-end": 0.01, "reviews": 0.05}
@@ -100,23 +99,6 @@ def train(task_name: str, contender: str, rate: float, seed: int) -> dict[str, A
     }
 
 
-def path_of(work: Path, task: str, contender: str, rate: float, seed: int) -> Path:
-    name = "".join(c if c.isalnum() else "_" for c in contender.lower())
-    return work / f"{task}-{name}-{rate:g}-{seed}.json"
-
-
-def result(work: Path, task: str, contender: str, rate: float, seed: int) -> dict[str, Any]:
-    """What a run gave, from its file or from a process that makes it."""
-    path = path_of(work, task, contender, rate, seed)
-    if not path.is_file():
-        command = [sys.executable, __file__, "--one", task, contender, str(rate), str(seed), "--work", str(work)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise RuntimeError(f"{contender} on {task}, learning rate {rate}, seed {seed}:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 def objective(run: dict[str, Any]) -> float:
     """The return that agents are trained for."""
     return float(run["after"]["score"] - KL_COEF[run["task"]] * run["after"]["kl"])
@@ -140,9 +122,7 @@ def main() -> None:
     if arguments.one:
         task, contender, rate, seed = arguments.one
         run = train(task, contender, float(rate), int(seed))
-        path = path_of(arguments.work, task, contender, float(rate), int(seed))
-        path.with_suffix(".part").write_text(json.dumps(run), encoding="utf-8")
-        path.with_suffix(".part").replace(path)
+        keep(run, arguments.work, task, contender, rate, seed)
         return
     from agent_tasks import TASKS
 
@@ -154,12 +134,12 @@ def main() -> None:
             path_of(arguments.work, searched, contender, rate, SEARCH_SEED).is_file() for rate in rates
         ):
             return
-        tried = [result(arguments.work, searched, contender, rate, SEARCH_SEED) for rate in rates]
+        tried = [kept_result(__file__, arguments.work, searched, contender, rate, SEARCH_SEED) for rate in rates]
         best = max(tried, key=objective)["rate"]
         seeds = range(arguments.seeds)
         if arguments.report:
             seeds = [s for s in seeds if path_of(arguments.work, task, contender, best, s).is_file()]  # type: ignore
-        runs = [result(arguments.work, task, contender, best, seed) for seed in seeds]
+        runs = [kept_result(__file__, arguments.work, task, contender, best, seed) for seed in seeds]
         if runs:
             chosen[task, contender] = runs
             scores = ", ".join(f"{run['after']['score']:.3f}" for run in runs)

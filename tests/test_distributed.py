@@ -1,35 +1,45 @@
 """Training in two processes on the CPU: what they exchange, what they write, how they stop and go on.
 
-The processes are real ones: this file launches itself, and ``examples/train_ppo.py``, with ``accelerate launch``.
+The processes are real ones. Starting them, which imports everything for each, takes longer than what they do. So there
+is one ``accelerate launch``, of ``examples/train_ppo.py``, one of whose processes is killed; everything else is done,
+with replicated and with sharded weights, by this file as a script that imports once and forks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.logger import Logger
-from tiny_agents import tiny_ppo, tiny_vector_env
+from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
+from torch.distributed.tensor import DTensor
 
 from textgym.agents import PPO
 from textgym.agents.callbacks import AdaptiveKLCallback
-from textgym.agents.checkpoints import checkpoints_in, read_checkpoint
-from textgym.agents.distributed import DividePrompts, Processes, SharedPrompts
+from textgym.agents.checkpoints import TrainingCheckpoints, checkpoints_in, read_checkpoint, resume
+from textgym.agents.distributed import DividePrompts, Processes, SharedPrompts, _wants_fsdp
 from textgym.agents.episode_buffer import EpisodeBuffer
 from textgym.agents.on_policy import whitened
 from textgym.agents.runs import Run, RunConfig, RunFolder
+from textgym.agents.sharded_weights import ShardedWeights
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "examples" / "train_ppo.py"
 ROWS = {0: [0, 1, 2], 1: [3]}  # of the four rows of one process; three and one, so that a mean of means would be wrong
 SETTINGS: dict[str, dict[str, Any]] = {
     "minibatch": {"normalize_advantage": True},
@@ -47,16 +57,39 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def launch(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Start a script in two processes, as a user does."""
-    config = ROOT / "examples" / "accelerate" / "cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
+def run_options(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run on a tiny model, whose checkpoints are small."""
+    names = {"model": str(folder / "tiny"), "prompts": str(folder / "prompts.txt")}
+    return {**RUN, **names, "reward": f"{folder / 'mine.py'}:score", **changes}
+
+
+def launched(config: str, *arguments: str | Path) -> list[str]:
+    """The arguments of ``accelerate launch`` for a script in two processes."""
+    path = ROOT / "examples" / "accelerate" / config
+    return ["--config_file", str(path), "--num_processes", "2", *map(str, arguments)]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    command = (sys.executable, *map(str, command))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def environment_of(config: str) -> dict[str, str]:
+    """What ``accelerate launch`` tells the processes of a script through their environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(launched(config, "script.py"))
+    return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+
+
+class Plain(torch.optim.Optimizer):
+    """An optimizer that isn't torch's."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
 
 
 # What the two processes do with the rollout of one
@@ -72,8 +105,13 @@ def agent(num_envs: int, setting: str) -> PPO:
 
 
 def gradients_of_an_update(model: PPO) -> dict[str, torch.Tensor]:
+    names = [name for name, _ in model.policy.named_parameters()]
     model.train()
-    return {name: p.grad.clone() for name, p in model.policy.named_parameters() if p.grad is not None}
+    gradients = {}
+    for name, parameter in zip(names, model.policy.optimizer.param_groups[0]["params"], strict=True):
+        gradient = parameter.grad
+        gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+    return gradients
 
 
 def part_of(whole: dict[str, Any], rows: list[int], model: PPO) -> EpisodeBuffer:
@@ -81,31 +119,83 @@ def part_of(whole: dict[str, Any], rows: list[int], model: PPO) -> EpisodeBuffer
     buffer = EpisodeBuffer(12, model.observation_space, model.action_space, "cpu", n_envs=len(rows))
     for name, array in whole["arrays"].items():
         setattr(buffer, name, array[:, rows].copy())
-    buffer._prefixes = {(rows.index(row), step): prefix for (row, step), prefix in whole["prefixes"] if row in rows}
+    for name, places in whole["places"].items():
+        setattr(buffer, name, {(rows.index(row), step): value for (row, step), value in places if row in rows})
     buffer.pos, buffer.full = 12, True
     return buffer
 
 
 def stored(buffer: EpisodeBuffer) -> dict[str, Any]:
-    names = ("actions", "rewards", "returns", "episode_starts", "values", "log_probs", "advantages")
-    return {
-        "arrays": {name: getattr(buffer, name).copy() for name in names},
-        "prefixes": list(buffer._prefixes.items()),
-    }
+    """What a buffer holds of each step and row, and of each place where a segment begins."""
+    shape = (buffer.buffer_size, buffer.n_envs)
+    arrays = {name: v.copy() for name, v in vars(buffer).items() if isinstance(v, np.ndarray) and v.shape[:2] == shape}
+    places = {name: list(v.items()) for name, v in vars(buffer).items() if name in ("_prefixes", "_prompt_lengths")}
+    return {"arrays": arrays, "places": places}
 
 
-def worker(folder: Path) -> None:
+def digest(model: PPO) -> str:
+    weights = model.policy.state_dict().values()
+    return hashlib.sha256(b"".join(tensor.clone().numpy().tobytes() for tensor in weights)).hexdigest()
+
+
+@contextlib.contextmanager
+def replicated_weights() -> Iterator[None]:
+    """Agents that are made in this context don't shard."""
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    yield
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+
+def fork_workers(folder: Path) -> int:
+    """Run :func:`worker` in two processes, as if launched with ``fsdp2.yaml``; 0 if all went well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(environment_of("fsdp2.yaml"))
+    os.environ.update({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=worker, args=(folder, rank)) for rank in range(2)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    return int(any(each.exitcode != 0 for each in workers))
+
+
+def worker(folder: Path, rank: int) -> None:
     """What each of the two processes does; the first one writes what came of it."""
-    processes = Processes.join(timeout=60)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    processes = Processes.join(timeout=60, cpu=True)
+    assert processes.shard  # says the configuration
     rollout = torch.load(folder / "rollout.pt", weights_only=False)
+    with replicated_weights():
+        found = exchanged(processes, rollout, folder)
+        assert Run("ppo", RunConfig(**run_options(folder)), folder / "whole").train()
+    save_gradients(processes, rollout, folder, "sharded")
+    found["sharded"] = sharded(processes, folder)
+    if processes.is_main:
+        (folder / "found.json").write_text(json.dumps(found))
+    with replicated_weights(), contextlib.suppress(SystemExit):
+        sys.argv = ["train_ppo.py", "--resume", str(folder / "killed"), "--no-progress"]
+        runpy.run_path(str(TRAIN), run_name="__main__")  # the script as a user starts it; it ends the connection
+
+
+def save_gradients(processes: Processes, rollout: dict[str, Any], folder: Path, kind: str) -> None:
     for setting in SETTINGS:
         model = agent(len(ROWS[processes.rank]), setting)
         model.rollout_buffer = part_of(rollout, ROWS[processes.rank], model)
         gradients = gradients_of_an_update(model)
         if processes.is_main:
-            save_file(gradients, folder / f"{setting}.safetensors")
+            save_file(gradients, folder / f"{setting}-{kind}.safetensors")
+
+
+def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What replicated weights, rewards and prompts are like."""
+    save_gradients(processes, rollout, folder, "replicated")
     mine = rollout["arrays"]["rewards"][:, ROWS[processes.rank]]
     whitened_rewards = processes.gather(whitened(mine, processes))
+    if processes.is_main:
+        np.save(folder / "whitened.npy", np.concatenate(whitened_rewards, axis=1))
 
     # Several updates, with minibatches of uneven size and an early stop.
     prompts = SharedPrompts(PROMPTS, seed=3)
@@ -116,12 +206,9 @@ def worker(folder: Path) -> None:
     weights = model.policy.state_dict()
     first = processes.gather(hashlib.sha256(weights["value_net.0.weight"].numpy().tobytes()).hexdigest())
     model.learn(300, callback=[DividePrompts(prompts), kl])
-    digest = hashlib.sha256()
-    for tensor in model.policy.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
     ends = processes.gather(
         {
-            "weights": digest.hexdigest(),
+            "weights": digest(model),
             "kl_coef": env.kl_coef,
             "timesteps": model.num_timesteps,
             "updates": model._n_updates,
@@ -137,18 +224,73 @@ def worker(folder: Path) -> None:
         drawn = [shared.sample(rng).prompt for _ in range(3 + 4 * processes.rank)]
         rounds.append([prompt for part in processes.gather(drawn) for prompt in part])
         shared.divide()
-    if processes.is_main:
-        found = {"ends": ends, "first": first, "rounds": rounds, "actions": actions}
-        (folder / "found.json").write_text(json.dumps(found))
-        np.save(folder / "whitened.npy", np.concatenate(whitened_rewards, axis=1))
+    return {"ends": ends, "first": first, "rounds": rounds, "actions": actions}
 
-    assert Run("ppo", RunConfig(**RUN, reward=f"{folder / 'mine.py'}:score"), folder / "whole").train()
-    processes.leave()
+
+def sharded(processes: Processes, folder: Path) -> dict[str, Any]:
+    """What sharded weights are like in training, in checkpoints and in files."""
+    options: dict[str, Any] = {
+        "n_epochs": 2, "learning_rate": 3e-3, "batch_size": 7, "target_kl": 0.5,
+        "policy_kwargs": {"gradient_checkpointing": True, "value_head": "mlp"},
+    }  # fmt: skip
+
+    def trained(on_from: Path | None) -> PPO:
+        callback = TrainingCheckpoints(folder / "sharded-checkpoints", every=60, keep=None)
+        model = tiny_ppo(tiny_vector_env(2 + processes.rank), **options)
+        if on_from is not None:
+            resume(model, on_from, callback)
+        model.learn(180 - model.num_timesteps, callback=callback, reset_num_timesteps=on_from is None)
+        return model
+
+    model = trained(None)
+    resumed = trained(folder / "sharded-checkpoints" / "checkpoint-000000000120")
+    parts = [part for group in model.policy.optimizer.param_groups for part in group["params"]]
+    moments = [t for state in model.policy.optimizer.state.values() for t in state.values() if t.ndim]
+    found: dict[str, Any] = {
+        "weights": digest(model),
+        "resumed": digest(resumed),
+        "ratio_first": model.logger.name_to_value["train/ratio_first"],
+        "all_bytes": sum(p.numel() * p.element_size() for p in model.policy.parameters()),
+        "part_bytes": sum(part.to_local().untyped_storage().nbytes() for part in parts),
+        "gradient_bytes": sum(part.grad.to_local().numel() * 4 for part in parts),
+        "moment_bytes": sum(t.to_local().untyped_storage().nbytes() for t in moments),
+    }
+    processes.on_main(lambda: model.save_pretrained(folder / "sharded-model"))
+    opened = PPO.from_pretrained(folder / "sharded-model", tiny_vector_env(2), device="cpu")
+    found["opened"] = digest(opened)
+    opened.learn(24)
+    found["learned"] = digest(opened)
+
+    fast = {"timesteps": 48, "eval_every": 24, "rollout_dtype": "bfloat16", "autocast": "bfloat16"}
+    assert Run("ppo", RunConfig(**run_options(folder, **fast)), folder / "sharded-run").train()
+
+    _ = next(resumed.policy.parameters()).detach().numpy()
+    with pytest.raises(RuntimeError, match=r"is held by a NumPy array: .*detach\(\).clone\(\).numpy\(\)"):
+        resumed.processes.begin_update()
+    return {name: processes.gather(value) for name, value in found.items()}
+
+
+class Two(NamedTuple):
+    """What two processes made.
+
+    :param folder: of the worker: ``whole``, a run; ``killed``, one whose second process was killed, and then resumed
+    :param rollout: of four rows in one process, which they updated with
+    :param found: what else the worker wrote
+    :param died: what was printed when a process was killed
+    :param left: what was in the folder of the killed run's checkpoints then, and whether there was a model
+    :param printed: what the worker printed
+    """
+
+    folder: Path
+    rollout: dict[str, Any]
+    found: dict[str, Any]
+    died: str
+    left: dict[str, Any]
+    printed: str
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The folder of what two processes made of a rollout of four rows, that rollout, and what else they found."""
+def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder = tmp_path_factory.mktemp("two")
     model = agent(4, "minibatch")
     train, model.train = model.train, lambda: None  # type: ignore[method-assign]
@@ -157,18 +299,36 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
     rollout = stored(model.rollout_buffer)
     torch.save(rollout, folder / "rollout.pt")
     (folder / "mine.py").write_text(REWARD)
-    (folder / "killed").touch()  # so that nobody is
-    launch(__file__, folder)
-    return folder, rollout, json.loads((folder / "found.json").read_text())
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    tiny_language_model().save_pretrained(folder / "tiny")
+    flags = [
+        part for name, value in run_options(folder).items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    killed = RunFolder(folder / "killed")
+    arguments = launched("cpu.yaml", TRAIN, *flags, "--output", killed.path, "--no-progress")
+    died = run("-m", "accelerate.commands.accelerate_cli", "launch", *arguments)
+    assert died.returncode != 0
+    left = {
+        "checkpoints": checkpoints_in(killed.checkpoints),
+        "states": [read_checkpoint(path) for _, path in checkpoints_in(killed.checkpoints)],
+        "names": {path.name for path in killed.checkpoints.iterdir()},
+        "model": killed.model.exists(),
+    }
+    with pytest.raises(ValueError, match="training in 2 processes, and this is one in 1: .*--num_processes 2"):
+        Run.resumed(killed.path)
+    done = run(__file__, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    return Two(folder, rollout, found, died.stdout + died.stderr, left, done.stdout)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_gradient_of_two_processes_is_that_of_one_with_all_the_rows(two: Any, setting: str) -> None:
-    folder, rollout, _ = two
+def test_the_gradient_of_two_processes_is_that_of_one_with_all_the_rows(two: Two, setting: str, kind: str) -> None:
     model = agent(4, setting)
-    model.rollout_buffer = part_of(rollout, [0, 1, 2, 3], model)
-    alone, together = gradients_of_an_update(model), load_file(folder / f"{setting}.safetensors")
+    model.rollout_buffer = part_of(two.rollout, [0, 1, 2, 3], model)
+    alone, together = gradients_of_an_update(model), load_file(two.folder / f"{setting}-{kind}.safetensors")
     assert alone.keys() == together.keys()
     for name, gradient in alone.items():
         torch.testing.assert_close(together[name], gradient, atol=1e-5, rtol=1e-5)
@@ -176,14 +336,14 @@ def test_the_gradient_of_two_processes_is_that_of_one_with_all_the_rows(two: Any
 
 
 @pytest.mark.slow
-def test_rewards_are_whitened_over_all_processes(two: Any) -> None:
-    folder, rollout, _ = two
-    np.testing.assert_allclose(np.load(folder / "whitened.npy"), whitened(rollout["arrays"]["rewards"]), atol=1e-6)
+def test_rewards_are_whitened_over_all_processes(two: Two) -> None:
+    rewards = two.rollout["arrays"]["rewards"]
+    np.testing.assert_allclose(np.load(two.folder / "whitened.npy"), whitened(rewards), atol=1e-6)
 
 
 @pytest.mark.slow
-def test_processes_with_rows_of_their_own_keep_the_same_weights(two: Any) -> None:
-    _, _, found = two
+def test_processes_with_rows_of_their_own_keep_the_same_weights(two: Two) -> None:
+    found = two.found
     assert found["first"][0] == found["first"][1]
     assert found["ends"][0] == found["ends"][1]  # weights, β, counters and the figures of the episodes
     assert found["ends"][0]["timesteps"] == 300  # of both: 2 + 3 rows
@@ -192,13 +352,79 @@ def test_processes_with_rows_of_their_own_keep_the_same_weights(two: Any) -> Non
 
 
 @pytest.mark.slow
-def test_no_prompt_is_seen_twice_before_all_are(two: Any) -> None:
-    rounds = two[2]["rounds"]  # of ten prompts each, three by one process and seven by the other
+def test_no_prompt_is_seen_twice_before_all_are(two: Two) -> None:
+    rounds = two.found["rounds"]  # of ten prompts each, three by one process and seven by the other
     first_three = [prompt for part in rounds[:3] for prompt in part]
     assert len(set(first_three)) == 30
     drawn = Counter(prompt for part in rounds[:5] for prompt in part)
     assert set(drawn) == set(PROMPTS)
     assert max(drawn.values()) == 2
+
+
+# Sharded weights
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_holds_half_of_a_sharded_training(two: Two) -> None:
+    found = two.found["sharded"]
+    whole = found["all_bytes"][0]
+    for kind, copies in (("part_bytes", 1), ("gradient_bytes", 1), ("moment_bytes", 2)):
+        # FSDP pads what has an odd number of rows, such as a bias of one.
+        assert found[kind] == pytest.approx([copies * whole / 2] * 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_sharded_training_keeps_one_set_of_weights_that_act_and_learn_alike(two: Two) -> None:
+    found = two.found["sharded"]
+    assert found["weights"][0] == found["weights"][1]
+    assert max(found["ratio_first"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_sharded_training_resumes_exactly(two: Two) -> None:
+    assert two.found["sharded"]["resumed"] == two.found["sharded"]["weights"]
+
+
+@pytest.mark.slow
+def test_a_sharded_agent_is_saved_whole_and_learns_on(two: Two) -> None:
+    found = two.found["sharded"]
+    assert found["opened"] == found["weights"]
+    assert found["learned"][0] == found["learned"][1] != found["weights"][0]
+    alone = PPO.from_pretrained(two.folder / "sharded-model", device="cpu")
+    assert digest(alone) == found["weights"][0]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_evaluates_in_one_process_and_writes_a_model(two: Two) -> None:
+    run = RunFolder(two.folder / "sharded-run")
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [r["time/total_timesteps"] for r in rows if "eval/score_mean" in r] == [0, 24, 48]
+    assert (run.model / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": True}, "lora=.* with sharded weights .*; use a configuration without FSDP"),
+        ({}, "compile=True with sharded weights .*: .* give a rollout_dtype"),
+        ({"optimizer_class": Plain}, "optimizer_class=Plain with sharded weights .*: only torch's own"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(options: dict[str, Any], message: str) -> None:
+    policy = tiny_ppo(policy_kwargs=options).policy
+    policy.compile_acting = not options  # building such a policy would begin to compile
+    with pytest.raises(ValueError, match=message):
+        ShardedWeights(policy, torch.device("cpu"))
+
+
+def test_fsdp_in_its_first_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version: 1 .* must be 2"):
+        _wants_fsdp()
+
+
+# Prompts and seeds
 
 
 def test_one_process_draws_every_prompt_once_before_any_twice() -> None:
@@ -231,35 +457,23 @@ def test_seeds_of_processes_differ_and_the_first_keeps_its_own() -> None:
 REWARD = """
 import os, pathlib, signal
 
-killed = pathlib.Path(__file__).with_name("killed")
+died = pathlib.Path(__file__).with_name("died")
 calls = 0
 
 
 def score(prompts, completions, **columns):
     global calls
     calls += 1
-    if os.environ["RANK"] == "1" and calls == 7 and not killed.exists():
-        killed.touch()
+    if os.environ["RANK"] == "1" and calls == 7 and not died.exists():
+        died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return [len(text.split()) / 10 for text in completions]
 """
 
 
-@pytest.fixture(scope="module")
-def runs(two: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, RunFolder, str]:
-    """A run in two processes, one whose second process was killed, and what was printed at that."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "mine.py").write_text(REWARD)
-    options = {**RUN, "reward": f"{folder / 'mine.py'}:score"}
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    died = launch("examples/train_ppo.py", *flags, "--output", folder / "run", "--no-progress", check=False)
-    assert died.returncode != 0
-    return RunFolder(two[0] / "whole"), RunFolder(folder / "run"), died.stdout + died.stderr
-
-
 @pytest.mark.slow
-def test_one_process_writes_and_counts_the_tokens_of_both(runs: Any) -> None:
-    whole: RunFolder = runs[0]
+def test_one_process_writes_and_counts_the_tokens_of_both(two: Two) -> None:
+    whole = RunFolder(two.folder / "whole")
     rows = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
     assert [r["time/total_timesteps"] for r in rows if "train/loss" in r] == list(range(24, 241, 24))
     assert [r["time/total_timesteps"] for r in rows if "eval/score_mean" in r] == [0, 96, 192, 240]
@@ -270,29 +484,20 @@ def test_one_process_writes_and_counts_the_tokens_of_both(runs: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_leaves_whole_checkpoints(runs: Any) -> None:
-    _, killed, printed = runs
-    assert "lost another one" in printed
-    assert f"--resume {killed.path}" in printed.replace("\n", " ")
-    found = checkpoints_in(killed.checkpoints)
-    assert found
-    for _, path in found:
-        assert len(read_checkpoint(path)["other_processes"]) == 1
-    assert {path.name for path in killed.checkpoints.iterdir()} == {path.name for _, path in found}
-    assert not killed.model.exists()
+def test_a_killed_process_ends_the_run_and_leaves_whole_checkpoints(two: Two) -> None:
+    assert "lost another one" in two.died
+    assert f"--resume {two.folder / 'killed'}" in two.died.replace("\n", " ")
+    assert two.left["checkpoints"]
+    for state in two.left["states"]:
+        assert len(state["other_processes"]) == 1
+    assert two.left["names"] == {path.name for _, path in two.left["checkpoints"]}
+    assert not two.left["model"]
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_refused(runs: Any) -> None:
-    with pytest.raises(ValueError, match="training in 2 processes, and this is one in 1: .*--num_processes 2"):
-        Run.resumed(runs[1].path)
-
-
-@pytest.mark.slow
-def test_a_run_killed_and_resumed_ends_like_one_that_was_not(runs: Any) -> None:
-    whole, killed, _ = runs
-    resumed = launch("examples/train_ppo.py", "--resume", killed.path, "--no-progress")
-    assert "from checkpoint-" in resumed.stdout
+def test_a_run_killed_and_resumed_ends_like_one_that_was_not(two: Two) -> None:
+    whole, killed = RunFolder(two.folder / "whole"), RunFolder(two.folder / "killed")
+    assert "from checkpoint-" in two.printed
     one, other = (load_file(folder.model / "model.safetensors") for folder in (whole, killed))
     assert all(torch.equal(one[name], other[name]) for name in one)
     clock = ("time/fps", "time/time_elapsed", "time/iterations")
@@ -312,4 +517,4 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(runs: Any) -> None:
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    sys.exit(fork_workers(Path(sys.argv[1])))
