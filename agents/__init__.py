@@ -4,12 +4,15 @@ from textgym.agents.a2c import A2C
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import CheckpointError, TrainingCheckpoints, resume
+from textgym.agents.dpo import DPO
 from textgym.agents.early_stopping import StopOnKL
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
+from textgym.agents.expert_iteration import ExpertIteration
 from textgym.agents.exploration import Explore
 from textgym.agents.grpo import GRPO
 from textgym.agents.learning_rewards import LearningRewards
+from textgym.agents.nlpo import NLPO
 from textgym.agents.off_policy import TextOffPolicyAlgorithm
 from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, TrustWarning
 from textgym.agents.policy import LanguageModelPolicy
@@ -20,17 +23,23 @@ from textgym.agents.rloo import RLOO
 from textgym.agents.sarsa import SARSA
 from textgym.agents.soft_q_learning import SoftQLearning
 from textgym.agents.text_environment import TextEnvironment
+from textgym.agents.trpo import TRPO
+from textgym.agents.warm_start import warm_start
 
 __all__ = [
     "A2C",
+    "DPO",
     "GRPO",
+    "NLPO",
     "PPO",
     "REINFORCE",
     "RLOO",
     "SARSA",
+    "TRPO",
     "AdaptiveKLCallback",
     "CheckpointError",
     "EpisodeBuffer",
+    "ExpertIteration",
     "Explore",
     "LanguageModelBlueprint",
     "LanguageModelPolicy",
@@ -48,4 +57,5 @@ __all__ = [
     "TrainingCheckpoints",
     "TrustWarning",
     "resume",
+    "warm_start",
 ]

@@ -1,4 +1,4 @@
-"""The command ``textgym``: train, resume, generate, evaluate, plot, list the environments, serve and train a reward.
+"""The command ``textgym``: train, resume, generate, evaluate, plot, list environments, rewards and imitation.
 
 It is a thin layer: options become a :class:`~textgym.agents.runs.RunConfig` or the arguments of a function, and what
 can go wrong with them is said in one line.
@@ -28,6 +28,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from textgym.agents.cli_reward import add_train_reward
+from textgym.agents.cli_warm_start import add_warm_start
 from textgym.agents.runs.config import RunConfig, read_config
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "softq", "q", "sarsa"]
+Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "nlpo", "trpo", "softq", "q", "sarsa", "expert", "dpo"]
 
 
 @contextmanager
@@ -428,6 +429,7 @@ def serve_reward(
 
 
 add_train_reward(app, console, _plain_errors)
+add_warm_start(app, console, _plain_errors)
 
 
 def train_script(algorithm: str) -> None:

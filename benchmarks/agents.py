@@ -37,6 +37,11 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Soft Q-learning": ("softq", {}),
     "Q-learning": ("q", {}),
     "SARSA": ("sarsa", {}),
+    "NLPO": ("nlpo", {"batch_size": 128}),
+    "TRPO": ("trpo", {}),
+    "Expert iteration": ("expert", {"n_epochs": 2, "batch_size": 128}),
+    "DPO, offline": ("dpo", {"group_size": 4, "n_epochs": 2, "batch_size": 128}),
+    "DPO, online": ("dpo", {"group_size": 4, "n_epochs": 2, "batch_size": 128, "offline": False}),
 }
 
 

@@ -1,5 +1,4 @@
 """Train a language model with soft Q-learning: its policy is the soft-optimal one of its own Q-values.
-a replay of episodes.
 
     python examples/train_softq.py --help
     python examples/train_softq.py --replay-episodes 2000 --td-lambda 1.0 --output runs/mine

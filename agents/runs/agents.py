@@ -7,7 +7,10 @@ import inspect
 from typing import Any
 
 from textgym.agents.a2c import A2C
+from textgym.agents.dpo import DPO
+from textgym.agents.expert_iteration import ExpertIteration
 from textgym.agents.grpo import GRPO
+from textgym.agents.nlpo import NLPO
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.ppo import PPO
 from textgym.agents.q_learning import QLearning
@@ -16,6 +19,7 @@ from textgym.agents.rloo import RLOO
 from textgym.agents.runs.config import ALGORITHM, RunConfig, sections
 from textgym.agents.sarsa import SARSA
 from textgym.agents.soft_q_learning import SoftQLearning
+from textgym.agents.trpo import TRPO
 
 AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
     "ppo": PPO,
@@ -23,9 +27,13 @@ AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
     "grpo": GRPO,
+    "nlpo": NLPO,
+    "trpo": TRPO,
     "softq": SoftQLearning,
     "q": QLearning,
     "sarsa": SARSA,
+    "expert": ExpertIteration,
+    "dpo": DPO,
 }
 # The options whose values have other names on the command line.
 _NORMALIZE: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}

@@ -96,11 +96,13 @@ class RunConfig:
     top_k: int = _option(0, EPISODE, "with masking: only the reference's k most likely tokens; 0 for all")
     top_p: float = _option(1.0, EPISODE, "with masking: only the reference's likeliest tokens up to this probability")
 
-    learning_rate: float | None = _option(None, ALGORITHM, "of Adam; default 1e-4")
+    learning_rate: float | None = _option(None, ALGORITHM, "of Adam; default 1e-4, and 1e-3 of TRPO's value head")
     lr_schedule: Literal["constant", "linear"] = _option("constant", ALGORITHM, "linear: falls to 0 at the end")
     n_steps: int | None = _option(None, ALGORITHM, "tokens per row and rollout; default max_new_tokens")
     episodes: int | None = _option(None, ALGORITHM, "whole episodes in a rollout; default one for each row")
-    group_size: int | None = _option(None, ALGORITHM, "completions of each prompt, which are compared; default 4")
+    group_size: int | None = _option(
+        None, ALGORITHM, "completions of each prompt, which are compared; default 4, with DPO 2"
+    )
     credit: Literal["completion", "token"] | None = _option(
         None, ALGORITHM, "what is compared: completions, or the rewards from each token on; default completion"
     )
@@ -113,6 +115,21 @@ class RunConfig:
     scale: Literal["group", "batch", "none"] | None = _option(
         None, ALGORITHM, "whose standard deviation GRPO divides advantages by; default group"
     )
+    mask_top_p: float | None = _option(None, ALGORITHM, "of NLPO's mask: the likeliest tokens up to this; default 0.9")
+    mask_update_every: int | None = _option(None, ALGORITHM, "rollouts between two copies of NLPO's mask; default 10")
+    cg_max_steps: int | None = _option(None, ALGORITHM, "of TRPO's conjugate gradients; default 15")
+    cg_damping: float | None = _option(None, ALGORITHM, "of TRPO's Fisher matrix; default 0.1")
+    line_search_shrinking_factor: float | None = _option(None, ALGORITHM, "of TRPO's steps; default 0.8")
+    line_search_max_iter: int | None = _option(None, ALGORITHM, "steps that TRPO tries; default 10")
+    n_critic_updates: int | None = _option(None, ALGORITHM, "passes of TRPO's value head; default 10")
+    sub_sampling_factor: int | None = _option(None, ALGORITHM, "of the states that TRPO looks at; default 1, all")
+    keep: int | None = _option(None, ALGORITHM, "best of each prompt that expert iteration learns; default 1")
+    threshold: float | None = _option(None, ALGORITHM, "least return that expert iteration learns")
+    quantile: float | None = _option(None, ALGORITHM, "share of a rollout that is below what expert iteration learns")
+    beta: float | None = _option(None, ALGORITHM, "of DPO's loss; default 0.1")
+    label_smoothing: float | None = _option(None, ALGORITHM, "probability that DPO's preferences are wrong; default 0")
+    offline: bool | None = _option(None, ALGORITHM, "DPO learns from the reference model's texts; default yes")
+    min_margin: float | None = _option(None, ALGORITHM, "least difference of a pair of DPO; default 0.0001")
     replay_episodes: int | None = _option(
         None, ALGORITHM, "newest episodes that soft Q and Q learning draw from; default 1000"
     )
@@ -137,7 +154,9 @@ class RunConfig:
     batch_size: int | None = _option(
         None, ALGORITHM, "tokens per minibatch and process; default 512 with PPO, else the whole rollout"
     )
-    n_epochs: int | None = _option(None, ALGORITHM, "passes over a rollout; default 4 with PPO, else 1")
+    n_epochs: int | None = _option(
+        None, ALGORITHM, "passes over a rollout; default 4 with PPO, NLPO and expert iteration, else 1"
+    )
     gamma: float | None = _option(None, ALGORITHM, "discount per token; default 1")
     gae_lambda: float | None = _option(
         None, ALGORITHM, "of generalised advantage estimation; default 0.95 with PPO, 1 with A2C"
@@ -146,14 +165,14 @@ class RunConfig:
     clip_range_high: float | None = _option(None, ALGORITHM, "ratios are clipped to 1 + this; default clip_range")
     clip_range_vf: float | None = _option(None, ALGORITHM, "values are clipped to this around the old ones")
     normalize_advantage: Literal["minibatch", "rollout", "none"] | None = _option(
-        None, ALGORITHM, "over what advantages are normalised; default minibatch with PPO, else none"
+        None, ALGORITHM, "over what advantages are normalised; default minibatch with PPO, NLPO and TRPO, else none"
     )
     kl_loss_coef: float | None = _option(None, ALGORITHM, "weight of the KL to the reference in the loss; default 0")
     ent_coef: float | None = _option(None, ALGORITHM, "weight of the entropy bonus; default 0")
     vf_coef: float | None = _option(None, ALGORITHM, "weight of the value loss; default 0.1")
     max_grad_norm: float | None = _option(None, ALGORITHM, "gradients are scaled down to this norm; default 1")
     target_kl: float | None = _option(
-        None, ALGORITHM, "stop an update at 1.5 times this KL to the old policy, per token"
+        None, ALGORITHM, "stop an update at 1.5 times this KL to the old policy, per token; TRPO's bound, default 0.01"
     )
     whiten_rewards: bool | None = _option(
         None, ALGORITHM, "divide the rewards of a rollout by their standard deviation; default no"

@@ -1,0 +1,87 @@
+"""The command for a supervised warm start; ``agents/cli.py`` adds it to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+
+def add_warm_start(
+    app: typer.Typer, console: Console, plain_errors: Callable[[], AbstractContextManager[None]], name: str = "sft"
+) -> None:
+    """Put a warm start on an app.
+
+    :param console: for the report
+    :param plain_errors: context that says in one line what is wrong with what the user gave
+    :param name: what the command is called
+    """
+
+    @app.command(name)
+    def sft(
+        data: Annotated[str, typer.Argument(help="file or hub id with prompts and completions, as --prompts of train")],
+        output: Annotated[
+            Path, typer.Option("--output", "-o", help="new directory for the model, for --model of train")
+        ],
+        model: Annotated[str, typer.Option(help="embedded, smollm2, gemma3, a directory or a hub id")] = "embedded",
+        tokenizer: Annotated[str | None, typer.Option(help="another tokenizer than the model's own")] = None,
+        column: Annotated[str, typer.Option(help="the column of DATA with the completions")] = "completion",
+        validation: Annotated[
+            str | None, typer.Option(help="data to measure on; by default a part of DATA, split by prompt")
+        ] = None,
+        validation_share: Annotated[float, typer.Option(help="of the prompts, without --validation")] = 0.1,
+        epochs: Annotated[int, typer.Option(help="most passes over the data")] = 3,
+        patience: Annotated[
+            int, typer.Option(help="passes without a smaller validation loss to stop after; 0 for never")
+        ] = 1,
+        batch_size: Annotated[int, typer.Option(help="rows of a batch")] = 16,
+        gradient_accumulation: Annotated[int, typer.Option(help="batches of a step")] = 1,
+        learning_rate: Annotated[float, typer.Option(help="of AdamW")] = 5e-5,
+        warmup: Annotated[float, typer.Option(help="share of the steps in which it rises")] = 0.1,
+        weight_decay: Annotated[float, typer.Option(help="of AdamW")] = 0.0,
+        max_length: Annotated[
+            int | None, typer.Option(help="most tokens of a row; default what the model reads")
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+        seed: Annotated[int, typer.Option(help="of the split and the order")] = 0,
+        progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+    ) -> None:
+        """Train a language model on reference completions, before or instead of reinforcement learning."""
+        with plain_errors():
+            from textgym.agents.warm_start import warm_start
+            from textgym.language_model import load_vocabulary
+            from textgym.prompt_files import load_prompt_file
+
+            vocabulary = load_vocabulary(model, tokenizer=tokenizer)
+            report = warm_start(
+                model,
+                load_prompt_file(data, tokenizer=vocabulary.tokenizer),
+                column,
+                output=output,
+                validation=None if validation is None else load_prompt_file(validation, tokenizer=vocabulary.tokenizer),
+                validation_share=validation_share,
+                epochs=epochs,
+                patience=patience or None,
+                batch_size=batch_size,
+                gradient_accumulation=gradient_accumulation,
+                learning_rate=learning_rate,
+                warmup=warmup,
+                weight_decay=weight_decay,
+                max_length=max_length,
+                tokenizer=tokenizer,
+                device=device,
+                seed=seed,
+                progress_bar=progress,
+            )
+            console.print(
+                f"Perplexity per completion token {report.perplexity_before:.2f} before and "
+                f"{report.perplexity_after:.2f} after {report.best_epoch} of {report.epochs} passes over "
+                f"{report.training_rows:,} rows, measured on {report.validation_rows or report.training_rows:,}",
+                highlight=False,
+            )
+            console.print(f"Wrote the model to [bold]{escape(str(output))}[/bold]")
