@@ -1,8 +1,8 @@
 """Three tasks on which agents are compared, and what is measured of a model on them.
 
-``alphabet``: after a letter come the eight letters that follow it (``c`` → ``d e f g h i j k``; a follows p). The model
-is a small Llama with random weights and a vocabulary of 16 letters and 4 special tokens. Φ of a prefix is the share of
-the eight places that are right so far: the best score is 1, and tokens drawn at random have about 0.05.
+``alphabet``: after a letter come the six letters that follow it (``c`` → ``d e f g h a``; a follows h). The model is a
+small Llama with random weights and a vocabulary of 8 letters and 4 special tokens. Φ of a prefix is the share of the six
+places that are right so far: the best score is 1, and tokens drawn at random have about 0.06.
 
 ``alphabet-end``: the same, with the reward for the finished text only (``reward_every="end"``).
 
@@ -27,8 +27,8 @@ from textgym.evaluation import evaluate
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.rewards import as_reward
 
-LETTERS = "abcdefghijklmnop"
-PLACES = 8
+LETTERS = "abcdefgh"
+PLACES = 6
 ROWS = 32
 
 
@@ -73,7 +73,7 @@ class AgentTask:
             reference, reward = load_language_model(), as_reward(None)
             options = {"max_new_tokens": 24, "min_new_tokens": 8}
         else:
-            prompts, reference, reward = list(LETTERS) * 8, letter_model(), as_reward(right_letters)
+            prompts, reference, reward = list(LETTERS) * 16, letter_model(), as_reward(right_letters)
             options = {"max_new_tokens": PLACES}
         evaluation = evaluate(model, reference, reward, prompts, seed=1, **options)
         figures = {name: float(evaluation.figures()[name]) for name in ("score", "kl", "distinct_2", "length")}
@@ -84,14 +84,14 @@ class AgentTask:
 
 
 TASKS = {
-    "alphabet": AgentTask("alphabet", 65_536, (3e-4, 1e-3, 3e-3), "alphabet"),
-    "alphabet-end": AgentTask("alphabet-end", 65_536, (3e-4, 1e-3, 3e-3), "alphabet"),
-    "reviews": AgentTask("reviews", 18_432, (1e-4, 3e-4), "reviews"),
+    "alphabet": AgentTask("alphabet", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
+    "alphabet-end": AgentTask("alphabet-end", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
+    "reviews": AgentTask("reviews", 12_288, (1e-4, 3e-4), "reviews"),
 }
 
 
 def right_letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """The share of the eight places that have the letter which follows, in the alphabet's circle of 16."""
+    """The share of the six places that have the letter which follows, in the alphabet's circle of eight."""
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         start = LETTERS.index(prompt.strip())

@@ -4,7 +4,7 @@ The reference completions are made on the spot: of eight that the embedded langu
 one that a judge likes best. Elsewhere they are people's, in a file of rows with a prompt and a completion:
 
     python examples/warm_start.py
-    textgym train sft my.jsonl --output warm && textgym train ppo --model warm      # the same from the shell
+    textgym sft my.jsonl --output warm && textgym train ppo --model warm      # the same from the shell
 """
 
 from __future__ import annotations
