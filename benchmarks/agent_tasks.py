@@ -1,8 +1,8 @@
 """Three tasks on which agents are compared, and what is measured of a model on them.
 
 ``alphabet``: after a letter come the six letters that follow it (``c`` → ``d e f g h a``; a follows h). The model is a
-small Llama with random weights and a vocabulary of 8 letters and 4 special tokens. Φ of a prefix is the share of the six
-places that are right so far: the best score is 1, and tokens drawn at random have about 0.06.
+small Llama with random weights and a vocabulary of 8 letters and 4 special tokens. Φ of a prefix is the share of the
+six places that are right so far: the best score is 1, and tokens drawn at random have about 0.06.
 
 ``alphabet-end``: the same, with the reward for the finished text only (``reward_every="end"``).
 
@@ -84,8 +84,8 @@ class AgentTask:
 
 
 TASKS = {
-    "alphabet": AgentTask("alphabet", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
-    "alphabet-end": AgentTask("alphabet-end", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
+    "alphabet": AgentTask("alphabet", 49_152, (1e-3, 3e-3), "alphabet"),
+    "alphabet-end": AgentTask("alphabet-end", 49_152, (1e-3, 3e-3), "alphabet"),
     "reviews": AgentTask("reviews", 12_288, (1e-4, 3e-4), "reviews"),
 }
 
