@@ -29,7 +29,7 @@ from stable_baselines3.common.logger import Logger
 from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
 from torch.distributed.tensor import DTensor
 
-from textgym.agents import PPO
+from textgym.agents import GRPO, PPO, RLOO
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import TrainingCheckpoints, checkpoints_in, read_checkpoint, resume
 from textgym.agents.distributed import DividePrompts, Processes, SharedPrompts, _wants_fsdp
@@ -44,6 +44,10 @@ ROWS = {0: [0, 1, 2], 1: [3]}  # of the four rows of one process; three and one,
 SETTINGS: dict[str, dict[str, Any]] = {
     "minibatch": {"normalize_advantage": True},
     "rollout": {"normalize_advantage": "rollout", "ent_coef": 0.01, "clip_range_vf": 0.2},
+    # Losses that are means over something else than tokens.
+    "grpo": {"agent": GRPO, "loss_type": "grpo"},
+    "dr_grpo": {"agent": GRPO, "loss_type": "dr_grpo"},
+    "rloo": {"agent": RLOO},
 }
 PROMPTS = [f"the film is {word} and" for word in "good great fine warm funny clever moving fresh bad dull".split()]
 PROMPTS += [f"we {prompt}" for prompt in PROMPTS]
@@ -96,8 +100,12 @@ class Plain(torch.optim.Optimizer):
 
 
 def agent(num_envs: int, setting: str) -> PPO:
-    arguments = {"batch_size": 12 * num_envs, "n_epochs": 1, "max_grad_norm": 1e9, **SETTINGS[setting]}
-    model = tiny_ppo(tiny_vector_env(num_envs), **arguments)
+    arguments = {"n_epochs": 1, "max_grad_norm": 1e9, **SETTINGS[setting]}
+    if "agent" in arguments:
+        in_groups = {"group_size": 2, "episodes": 4, "seed": 0, "device": "cpu", **arguments}
+        model = in_groups.pop("agent")("LanguageModelPolicy", tiny_vector_env(num_envs), **in_groups)
+    else:
+        model = tiny_ppo(tiny_vector_env(num_envs), batch_size=12 * num_envs, **arguments)
     with torch.no_grad():  # else the value loss would not reach the transformer
         model.policy.value_net.weight.fill_(0.05)
     model.set_logger(Logger(None, []))
@@ -110,6 +118,8 @@ def gradients_of_an_update(model: PPO) -> dict[str, torch.Tensor]:
     gradients = {}
     for name, parameter in zip(names, model.policy.optimizer.param_groups[0]["params"], strict=True):
         gradient = parameter.grad
+        if gradient is None:  # the value head, of agents without a critic
+            continue
         gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
     return gradients
 
