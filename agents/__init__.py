@@ -1,5 +1,9 @@
 """The Stable-Baselines3 side: a language model as a policy, and agents that train it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from textgym.agents.a2c import A2C
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.callbacks import AdaptiveKLCallback
@@ -24,7 +28,9 @@ from textgym.agents.sarsa import SARSA
 from textgym.agents.soft_q_learning import SoftQLearning
 from textgym.agents.text_environment import TextEnvironment
 from textgym.agents.trpo import TRPO
-from textgym.agents.warm_start import warm_start
+
+if TYPE_CHECKING:
+    from textgym.agents.imitation import WarmStartReport, warm_start
 
 __all__ = [
     "A2C",
@@ -56,6 +62,16 @@ __all__ = [
     "TextOnPolicyAlgorithm",
     "TrainingCheckpoints",
     "TrustWarning",
+    "WarmStartReport",
     "resume",
     "warm_start",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers.Trainer takes seconds to import, and who doesn't imitate does not need it.
+    if name not in ("WarmStartReport", "warm_start"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from textgym.agents import imitation
+
+    return getattr(imitation, name)

@@ -32,7 +32,10 @@ def add_train_reward(
             Path | None, typer.Option(help="data to measure on; by default a part of DATA, split by prompt")
         ] = None,
         kind: Annotated[
-            Literal["preferences", "scores", "labels"] | None, typer.Option(help="by default what the columns say")
+            Literal["preferences", "scores", "labels", "tasks"] | None,
+            typer.Option(
+                help="by default what the columns say; tasks, where a column 'task' has several, must be said"
+            ),
         ] = None,
         column: Annotated[
             list[str] | None, typer.Option(help="what DATA calls a column, such as score=rating; may be repeated")
@@ -48,7 +51,20 @@ def add_train_reward(
         huber_delta: Annotated[float, typer.Option(help="error from which the Huber loss is linear")] = 1.0,
         centring: Annotated[float, typer.Option(help="coefficient of the squared sum of a pair's scores")] = 0.0,
         balanced: Annotated[bool, typer.Option("--balanced", help="weigh classes inversely to their number")] = False,
-        frozen: Annotated[bool, typer.Option("--frozen", help="train the head only")] = False,
+        head: Annotated[
+            Literal["linear", "mlp", "cnn"],
+            typer.Option(help="a layer or an MLP on one state, or convolutions over the states of all tokens"),
+        ] = "linear",
+        head_size: Annotated[
+            int | None, typer.Option(help="hidden units of mlp, filters of each size of cnn", show_default=False)
+        ] = None,
+        head_dropout: Annotated[float, typer.Option(help="of mlp and cnn")] = 0.1,
+        head_layers: Annotated[
+            Literal["last", "all"],
+            typer.Option(help="whose states mlp and cnn read: the last layer's, or all side by side"),
+        ] = "last",
+        freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="train the head only")] = False,
+        bf16: Annotated[bool, typer.Option("--bf16", help="compute the backbone in bfloat16 while training")] = False,
         prefixes: Annotated[
             Literal["none", "random", "all"] | None,
             typer.Option(help="which beginnings of texts to learn from; default all for causal models"),
@@ -58,7 +74,7 @@ def add_train_reward(
         batch_size: Annotated[int, typer.Option(help="rows of a batch")] = 32,
         gradient_accumulation: Annotated[int, typer.Option(help="batches of a step")] = 1,
         learning_rate: Annotated[
-            float | None, typer.Option(help="default 5e-5, and 1e-3 with --frozen", show_default=False)
+            float | None, typer.Option(help="default 5e-5, and 1e-3 with --freeze-backbone", show_default=False)
         ] = None,
         warmup: Annotated[float, typer.Option(help="share of the steps in which it rises")] = 0.1,
         weight_decay: Annotated[float, typer.Option(help="of AdamW")] = 0.01,
@@ -71,11 +87,15 @@ def add_train_reward(
             float | None, typer.Option(help="score above which a text counts as positive in the report")
         ] = None,
         seed: Annotated[int, typer.Option(help="of the head, the split and the order")] = 0,
+        members: Annotated[int, typer.Option(help="train an ensemble of so many, with seeds one after the other")] = 1,
+        bootstrap: Annotated[
+            bool, typer.Option("--bootstrap", help="draw the rows of each member with replacement")
+        ] = False,
         device: Annotated[Literal["auto", "cpu"], typer.Option(help="auto is the GPU where there is one")] = "auto",
         resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUTPUT")] = False,
         progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
     ) -> None:
-        """Train a reward model on preference pairs, scores or labels."""
+        """Train a reward model, or an ensemble, on preference pairs, scores, labels or several tasks."""
         with plain_errors():
             from textgym.reward_training import report_table
             from textgym.reward_training import train_reward as train
@@ -88,6 +108,8 @@ def add_train_reward(
                 kind=kind,
                 columns=_named_columns(column or []),
                 classes=None if classes is None else [name.strip() for name in classes.split(",")],
+                members=members,
+                bootstrap=bootstrap,
                 resume=resume,
                 progress_bar=progress,
                 device=device,
@@ -96,7 +118,12 @@ def add_train_reward(
                 huber_delta=huber_delta,
                 centring=centring,
                 class_weights="balanced" if balanced else None,
-                frozen=frozen,
+                head=head,
+                head_size=head_size,
+                head_dropout=head_dropout,
+                head_layers=head_layers,
+                freeze_backbone=freeze_backbone,
+                bf16=bf16,
                 prefixes=prefixes,
                 prefix_weight=prefix_weight,
                 epochs=epochs,

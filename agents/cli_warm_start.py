@@ -53,7 +53,7 @@ def add_warm_start(
     ) -> None:
         """Train a language model on reference completions, before or instead of reinforcement learning."""
         with plain_errors():
-            from textgym.agents.warm_start import warm_start
+            from textgym.agents.imitation import warm_start
             from textgym.language_model import load_vocabulary
             from textgym.prompt_files import load_prompt_file
 

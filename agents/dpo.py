@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.next_tokens import next_token_log_probs
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ranking import best_and_worst, rewards_without_kl
@@ -137,7 +136,7 @@ class DPO(TextEpisodeAlgorithm):
             )
         assert self.env is not None
         reference = self._reference(TextEnvironment(self.env))
-        log_probs = next_token_log_probs(self.policy, reference, obs, masks, rows)  # (B, V)
+        log_probs = self.policy.next_token_log_probs(reference, obs, masks, rows)  # (B, V)
         tokens = sample_tokens(log_probs)
         chosen = log_probs.gather(1, tokens[:, None])  # (B, 1)
         return tokens, torch.zeros_like(chosen), chosen.squeeze(1)

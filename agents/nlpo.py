@@ -17,11 +17,11 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.checks import check_count
 from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, weights_of
-from textgym.agents.next_tokens import next_token_log_probs, nucleus
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.envs.options import check_number
+from textgym.generation import nucleus
 
 
 class NLPO(PPO):
@@ -137,7 +137,7 @@ class NLPO(PPO):
         if self.mask_policy is None:
             return allowed
         model = self.mask_policy.language_model
-        log_probs = next_token_log_probs(self.policy, model, self._last_obs, allowed)  # (N, V)
+        log_probs = self.policy.next_token_log_probs(model, self._last_obs, allowed)  # (N, V)
         masks: np.ndarray = nucleus(log_probs, self.mask_top_p).cpu().numpy()
         return masks
 

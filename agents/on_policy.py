@@ -583,7 +583,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         reference = None
         if exploration.reference_share > 0:
             model = TextEnvironment(self.env).shared_language_model(self.device)
-            reference = self.policy.reference_distribution(model, obs, masks, rows)
+            reference = self.policy.next_token_log_probs(model, obs, masks, rows)
         drawn_from: list[Tensor] = []
 
         def behaviour(log_probs: Tensor) -> Tensor:

@@ -271,19 +271,24 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return self._values(self._forced_hidden(obs))
 
     @torch.no_grad()
-    def reference_distribution(
-        self, reference: LanguageModel, obs: Observation, action_masks: np.ndarray | Tensor | None, rows: np.ndarray
+    def next_token_log_probs(
+        self,
+        language_model: LanguageModel,
+        obs: Observation,
+        action_masks: np.ndarray | Tensor | None = None,
+        rows: np.ndarray | None = None,
     ) -> Tensor:
-        """``(B, V)`` log-probs of the next token under another model, from its cached states.
+        """``(B, V)`` log-probs of the next token, in nats, under a model that reads what the policy does; cached.
 
-        :param reference: with the same tokens
+        :param language_model: with the policy's tokens, such as the reference model; its logits are divided by the
+            policy's temperature
         :param obs: observations of B rows
         :param action_masks: ``(B, V)`` bool
-        :param rows: ``(B,)`` slots of that model's cache
+        :param rows: ``(B,)`` slots of that model's cache; default 0 to B-1
         """
         ids, lengths, prompt_lengths = self._tokens(obs)
-        hidden = reference.cached(self.context).last_hidden(ids, lengths, rows, prompt_lengths)
-        return self._log_distribution(reference, hidden, action_masks).to(self.device)
+        hidden = language_model.cached(self.context).last_hidden(ids, lengths, rows, prompt_lengths)
+        return self._log_distribution(language_model, hidden, action_masks).to(self.device)
 
     def get_distribution(
         self, obs: Observation, action_masks: np.ndarray | Tensor | None = None

@@ -18,7 +18,6 @@ from torch import Tensor
 from textgym.agents.bellman_targets import bellman_targets
 from textgym.agents.checks import check_choice, check_schedule
 from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.next_tokens import next_token_log_probs
 from textgym.agents.off_policy import TextOffPolicyAlgorithm, td_loss
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
@@ -150,7 +149,7 @@ class QLearning(TextOffPolicyAlgorithm):
                 f"epsilon={self.epsilon!r}, explore_with={self.explore_with!r} and Explore both say what tokens are "
                 "drawn from: leave the callback out, or take epsilon=1.0 and explore_with='policy'"
             )
-        likely = next_token_log_probs(self.policy, self.policy.acting_model, obs, masks, rows)  # (B, V)
+        likely = self.policy.next_token_log_probs(self.policy.acting_model, obs, masks, rows)  # (B, V)
         best = likely.argmax(-1)
         explored = self._explored(likely, obs, masks, rows)
         exploring = torch.rand(len(best), device=best.device) < epsilon
@@ -167,7 +166,7 @@ class QLearning(TextOffPolicyAlgorithm):
             return log_distribution(torch.zeros_like(likely), allowed=allowed)
         assert self.env is not None
         reference = TextEnvironment(self.env).shared_language_model(self.device)
-        return next_token_log_probs(self.policy, reference, obs, masks, rows).to(likely.device)
+        return self.policy.next_token_log_probs(reference, obs, masks, rows).to(likely.device)
 
     def train(self) -> None:
         """Update the policy, see :class:`~textgym.agents.off_policy.TextOffPolicyAlgorithm`."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from textgym.envs.options import TextGenOptions
+from textgym.generation import nucleus
 from textgym.language_model import LanguageModel
 from textgym.vocabulary import Vocabulary
 
@@ -61,13 +62,10 @@ class ActionMasks:
         logits = self._model.head(hidden)
         forbidden = torch.as_tensor(~allowed, device=logits.device)
         logits = (logits / self.options.temperature).masked_fill(forbidden, -torch.inf)
-        ordered, order = logits.sort(dim=-1, descending=True)
-        keep = torch.ones_like(ordered, dtype=torch.bool)
+        keep = torch.ones_like(logits, dtype=torch.bool)
         if self.options.top_k > 0:
-            keep[:, self.options.top_k :] = False
+            likeliest = logits.topk(min(self.options.top_k, logits.shape[1])).indices
+            keep = torch.zeros_like(keep).scatter(1, likeliest, True)
         if self.options.top_p < 1.0:
-            probs = ordered.softmax(-1)
-            # The smallest set whose probability reaches top_p: a token stays if those before it don't reach it yet.
-            keep &= probs.cumsum(-1) - probs < self.options.top_p
-        keep[:, 0] = True
-        return torch.zeros_like(keep).scatter(1, order, keep).cpu().numpy()
+            keep &= nucleus(logits.log_softmax(-1), self.options.top_p)
+        return keep.cpu().numpy()

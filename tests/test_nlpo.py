@@ -13,8 +13,8 @@ from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import PPO
 from textgym.agents.checkpoints import TrainingCheckpoints, read_latest, resume
-from textgym.agents.next_tokens import nucleus
 from textgym.agents.nlpo import NLPO
+from textgym.generation import nucleus
 from textgym.rewards import CausalRewardModel
 
 ROLLOUT = 48  # 12 steps of 4 rows

@@ -38,6 +38,12 @@ def test_importing_textgym_loads_neither_torch_nor_stable_baselines3():
     assert python(f"import sys, textgym; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
+def test_importing_the_agents_does_not_load_the_trainer_of_transformers():
+    """It takes seconds, and brings whatever is installed beside it."""
+    heavy = "{'transformers.trainer', 'peft', 'datasets', 'sb3_contrib'}"
+    assert python(f"import sys, textgym.agents; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
 def test_version_is_the_one_in_pyproject():
     with open(ROOT / "pyproject.toml", "rb") as file:
         assert textgym.__version__ == tomllib.load(file)["project"]["version"]

@@ -18,7 +18,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from textgym.agents.cli_warm_start import add_warm_start
-from textgym.agents.warm_start import warm_start
+from textgym.agents.imitation import warm_start
 from textgym.language_model import LanguageModel, load_language_model
 
 ROWS = [
