@@ -83,7 +83,7 @@ class Explore(BaseCallback):
     :raises ValueError: if one is impossible
     """
 
-    model: TextOnPolicyAlgorithm  # type: ignore[assignment]
+    model: TextOnPolicyAlgorithm
 
     def __init__(self, temperature: float | Schedule = 1.0, reference_share: float | Schedule = 0.0) -> None:
         super().__init__()

@@ -802,7 +802,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         }
         model = cls(
             "LanguageModelPolicy",
-            None if env is None else as_vec_env(env),  # type: ignore[arg-type]
+            None if env is None else as_vec_env(env),
             policy_kwargs=policy_kwargs,
             device=device,
             _init_setup_model=env is not None,

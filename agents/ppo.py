@@ -73,6 +73,9 @@ class PPO(TextOnPolicyAlgorithm):
     :raises ValueError: if a hyperparameter is impossible
     """
 
+    clip_range: Any  # a schedule, once the networks are built
+    clip_range_vf: Any
+
     def __init__(
         self,
         policy: str | type[LanguageModelPolicy],
@@ -138,9 +141,9 @@ class PPO(TextOnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.clip_range: Any = FloatSchedule(self.clip_range)
+        self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
-            self.clip_range_vf: Any = FloatSchedule(self.clip_range_vf)
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
 
     def loss(self, batch: SegmentSamples) -> Loss:
         """The clipped surrogate, the value loss and the entropy bonus (Schulman et al. 2017, equations 7 and 9)."""

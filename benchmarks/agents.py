@@ -4,7 +4,7 @@
     python benchmarks/agents.py --tasks alphabet --agents ppo grpo --seeds 3
     python benchmarks/agents.py --report              # the table and the plots of what has been run
 
-Each agent's learning rate is chosen on a seed of its own among two, by the return (score minus β · KL) of
+Each agent's learning rate is chosen on a seed of its own among two or three, by the return (score minus β · KL) of
 texts drawn after the budget; then it is trained on the seeds 0, 1, 2. Every run is a process of its own with one
 thread. What is done is kept (``--work``), so a run that was broken off goes on.
 """
