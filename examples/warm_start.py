@@ -15,8 +15,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from textgym.agents import PPO
-from textgym.agents import warm_start
+from textgym.agents import PPO, warm_start
 from textgym.embedded import WordSentiment, load_prompts
 from textgym.evaluation import evaluate
 from textgym.language_model import load_language_model

@@ -33,9 +33,7 @@ def explored(options: dict[str, float], agent: type = PPO, env_options: dict | N
      ({"temperature": 0.8, "reference_share": 0.5}, 0.8, 0.5)],
 )  # fmt: skip
 @pytest.mark.parametrize("masked", [False, True])
-def test_stored_log_probs_are_the_policys_and_weights_correct_for_it(
-    agent, options, temperature, share, masked
-):
+def test_stored_log_probs_are_the_policys_and_weights_correct_for_it(agent, options, temperature, share, masked):
     """Against plain forwards of the two transformers over each prefix."""
     env_options = {"temperature": 0.9, "kl_coef": 0.1, "action_masking": masked}
     model = explored(options, agent, env_options)

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from textgym.language_model import quiet_progress
 from textgym.rewards.causality import is_causal
-from textgym.rewards.headed_model import HeadedRewardModel
+from textgym.rewards.headed_model import HeadedRewardModel, HeadLayers
 
 Head = Literal["linear", "mlp", "cnn"]
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -35,6 +35,7 @@ def open_backbone(
     head: Head = "linear",
     head_size: int | None = None,
     head_dropout: float = 0.1,
+    head_layers: HeadLayers = "last",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a head and its tokenizer.
 
@@ -46,7 +47,8 @@ def open_backbone(
     :param num_labels: outputs of the head
     :param seed: of the new head
     :param head: ``"linear"``, ``"mlp"`` or ``"cnn"``
-    :param head_size: see :meth:`~textgym.rewards.headed_model.HeadedRewardModel.around`, as for ``head_dropout``
+    :param head_size: see :meth:`~textgym.rewards.headed_model.HeadedRewardModel.around`, as for
+        ``head_dropout`` and ``head_layers``
     :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
     :raises ValueError: if an object has no tokenizer or another number of outputs, or weights other than the head's
         are missing
@@ -56,7 +58,7 @@ def open_backbone(
         if tokenizer is None:
             raise ValueError(f"model is a {type(model).__name__} object: pass its tokenizer too (tokenizer=...)")
         if head != "linear":
-            return _with_head(model.base_model, num_labels, seed, head, head_size, head_dropout), tokenizer
+            return _with_head(model.base_model, num_labels, seed, head, head_size, head_dropout, head_layers), tokenizer
         if not (type(model).__name__.endswith("ForSequenceClassification") or isinstance(model, HeadedRewardModel)):
             raise TypeError(f"model is a {type(model).__name__}; give a sequence classifier, or a directory or hub id")
         if model.config.num_labels != num_labels:
@@ -75,15 +77,21 @@ def open_backbone(
     if missing:
         raise ValueError(f"model={path!r} has no weights for {', '.join(missing[:3])}; its backbone would be random")
     if head != "linear":
-        opened = _with_head(opened, num_labels, seed, head, head_size, head_dropout)
+        opened = _with_head(opened, num_labels, seed, head, head_size, head_dropout, head_layers)
     return opened, AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer
 
 
 def _with_head(
-    backbone: PreTrainedModel, num_labels: int, seed: int, head: Any, size: int | None, dropout: float
+    backbone: PreTrainedModel,
+    num_labels: int,
+    seed: int,
+    head: Any,
+    size: int | None,
+    dropout: float,
+    layers: HeadLayers,
 ) -> HeadedRewardModel:
     set_seed(seed)
-    return HeadedRewardModel.around(backbone, head, num_labels, is_causal(backbone), size, dropout)
+    return HeadedRewardModel.around(backbone, head, num_labels, is_causal(backbone), size, dropout, layers)
 
 
 def _location(model: str | os.PathLike[str]) -> str:

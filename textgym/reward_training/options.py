@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from textgym.rewards.causal import ACTIVATIONS, Activation
+from textgym.rewards.headed_model import HeadLayers
 
 from .backbone import HEADS, Head
 from .data import RewardData, Task
@@ -45,6 +46,8 @@ class RewardTrainingOptions:
     :param head_size: hidden units of the MLP, by default as many as the backbone is wide, or filters of each kernel
         size of the CNN, by default 100
     :param head_dropout: of an MLP or CNN
+    :param head_layers: whose states an MLP or CNN reads: those of the ``"last"`` layer, or those of ``"all"`` side by
+        side. Frozen layers know more together than the last one alone
     :param freeze_backbone: train the head only
     :param bf16: compute the backbone in bfloat16 while training; weights, gradients and the report stay as they are
     :param prefixes: ``"all"`` (every token of the completion, causal models only), ``"random"`` (rows are cut after a
@@ -73,6 +76,7 @@ class RewardTrainingOptions:
     head: Head = "linear"
     head_size: int | None = None
     head_dropout: float = 0.1
+    head_layers: HeadLayers = "last"
     freeze_backbone: bool = False
     bf16: bool = False
     prefixes: Prefixes | None = None
@@ -101,6 +105,12 @@ class RewardTrainingOptions:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
         if self.head_size is not None and self.head == "linear":
             raise ValueError(f"head_size={self.head_size!r} is for head='mlp' or 'cnn'; a linear head has no size")
+        if self.head_layers not in ("last", "all"):
+            raise ValueError(f"head_layers must be 'last' or 'all', got {self.head_layers!r}")
+        if self.head_layers == "all" and self.head == "linear":
+            raise ValueError(
+                "head_layers='all' is for head='mlp' or 'cnn'; a linear head reads what its classifier does"
+            )
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience", "head_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

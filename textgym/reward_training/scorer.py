@@ -47,6 +47,7 @@ class TextScorer:
         self.frozen, self.bf16 = frozen, bf16
         self.headed = isinstance(model, HeadedRewardModel)
         self.convolutional = self.headed and model.config.head == "cnn"
+        self._one_state = not self.headed or model.config.reads_one_state
         has_score = self.headed or isinstance(getattr(model, "score", None), nn.Linear)
         self.causal = has_score and is_causal(model.base_model)
         # PAD is never read: neither the attention mask nor the position of the end depends on it.
@@ -57,10 +58,16 @@ class TextScorer:
     def ends_in_eos(self) -> bool:
         """Whether complete texts are read with an end-of-sequence token behind them.
 
-        They are where :class:`~textgym.rewards.CausalRewardModel` will read them. Convolutions have no state of one
-        token that it could read; :class:`~textgym.rewards.ClassifierReward` reads them, as the tokenizer gives them.
+        They are where :class:`~textgym.rewards.CausalRewardModel` will read them. A head that reads more than one state
+        is none for it; :class:`~textgym.rewards.ClassifierReward` reads them, as the tokenizer gives them.
         """
-        return self.causal and not self.convolutional
+        return self.causal and self._one_state
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that a head reads of a token."""
+        config = self.model.config
+        return int(config.state_size if self.headed else config.get_text_config().hidden_size)
 
     @property
     def scores_everywhere(self) -> bool:
@@ -158,7 +165,10 @@ class TextScorer:
         ids, mask = self.tensors(rows)
         options: dict[str, Any] = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
         with torch.no_grad() if self.frozen else contextlib.nullcontext(), self._autocast():
-            states = self.model.base_model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+            if self.headed:
+                states = self.model.states(ids, mask, **options)
+            else:
+                states = self.model.base_model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
         return states.to(self.model.dtype), mask
 
     def _of_classifier(self, rows: Sequence[Sequence[int]]) -> Tensor:

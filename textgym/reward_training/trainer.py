@@ -176,7 +176,7 @@ class RewardTrainer(Trainer):
             everywhere = options.prefixes == "all"
             ids = training.ids + validation.ids
             states = sum(map(len, ids)) if everywhere or scorer.convolutional else len(ids)
-            if 4 * states * int(scorer.model.config.get_text_config().hidden_size) <= MOST_REMEMBERED:
+            if 4 * states * scorer.state_size <= MOST_REMEMBERED:
                 scorer.remember(ids, everywhere)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

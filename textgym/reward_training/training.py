@@ -156,7 +156,14 @@ def _train(
         check_free(folder)
     outputs = sum(objective.outputs for objective in objectives)
     opened, tokenizer = open_backbone(
-        run.model, run.tokenizer, outputs, chosen.seed, chosen.head, chosen.head_size, chosen.head_dropout
+        run.model,
+        run.tokenizer,
+        outputs,
+        chosen.seed,
+        chosen.head,
+        chosen.head_size,
+        chosen.head_dropout,
+        chosen.head_layers,
     )
     scorer = TextScorer(opened, tokenizer, chosen.max_length, frozen=chosen.freeze_backbone, bf16=chosen.bf16)
     chosen = fitting(chosen, scorer)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 CustomHead = Literal["mlp", "cnn"]
+HeadLayers = Literal["last", "all"]
 MODEL_TYPE = "textgym_reward_model"
 KERNEL_SIZES = (2, 3, 4)  # tokens that a convolution sees at once
 
@@ -27,6 +28,8 @@ class HeadedConfig(PreTrainedConfig):
     :param head: ``"mlp"`` or ``"cnn"``
     :param head_size: hidden units of the MLP, or filters of each kernel size of the CNN
     :param head_dropout: of the head, while training
+    :param head_layers: whose states the head reads: those of the ``"last"`` layer, or those of ``"all"``, embeddings
+        included, side by side
     :param pooling: which state of a text an MLP reads: ``"last"`` (of a causal backbone) or ``"mean"`` (of an encoder)
     """
 
@@ -39,6 +42,7 @@ class HeadedConfig(PreTrainedConfig):
         head: CustomHead = "mlp",
         head_size: int = 128,
         head_dropout: float = 0.1,
+        head_layers: HeadLayers = "last",
         pooling: Literal["last", "mean"] = "mean",
         **options: Any,
     ) -> None:
@@ -47,10 +51,22 @@ class HeadedConfig(PreTrainedConfig):
         self.head = head
         self.head_size = head_size
         self.head_dropout = head_dropout
+        self.head_layers = head_layers
         self.pooling = pooling
         # Otherwise the backbone's configuration would be told to forget how it computes attention.
         options.setdefault("attn_implementation", getattr(self.text_config, "_attn_implementation", None))
         super().__init__(**options)
+
+    @property
+    def state_size(self) -> int:
+        """H, the width of what the head reads of a token."""
+        layers = 1 + int(self.text_config.num_hidden_layers) if self.head_layers == "all" else 1
+        return layers * int(self.text_config.hidden_size)
+
+    @property
+    def reads_one_state(self) -> bool:
+        """Whether the head reads what steppers give: the last layer's state at the last token."""
+        return self.head == "mlp" and self.head_layers == "last" and self.pooling == "last"
 
 
 class MLPHead(nn.Module):
@@ -123,8 +139,7 @@ class HeadedRewardModel(PreTrainedModel):
         super().__init__(config)
         config.text_config._attn_implementation = attention  # the line above has put the default of this class there
         kind = {"mlp": MLPHead, "cnn": CNNHead}[config.head]
-        hidden_size = int(config.text_config.hidden_size)
-        self.score = kind(hidden_size, config.head_size, config.num_labels, config.head_dropout)
+        self.score = kind(config.state_size, config.head_size, config.num_labels, config.head_dropout)
         self.post_init()
         # Behind post_init, which draws weights anew.
         self.backbone = AutoModel.from_config(config.text_config) if backbone is None else backbone
@@ -138,6 +153,7 @@ class HeadedRewardModel(PreTrainedModel):
         causal: bool,
         size: int | None = None,
         dropout: float = 0.1,
+        layers: HeadLayers = "last",
     ) -> HeadedRewardModel:
         """A new head, drawn at random, on a backbone.
 
@@ -150,6 +166,7 @@ class HeadedRewardModel(PreTrainedModel):
             head=head,
             head_size=size or (hidden_size if head == "mlp" else 100),
             head_dropout=dropout,
+            head_layers=layers,
             pooling="last" if causal else "mean",
             num_labels=outputs,
         )
@@ -176,10 +193,18 @@ class HeadedRewardModel(PreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if token_type_ids is not None:
             options["token_type_ids"] = token_type_ids
-        states = self.backbone(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state  # (B, L, H)
+        states = self.states(input_ids, mask, **options)
         if self.config.head == "cnn":
             return SequenceClassifierOutput(logits=self.score(states, mask))
         return SequenceClassifierOutput(logits=self.score(self.pooled(states, mask)))
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """What the head reads of each token, ``(B, L, H)``."""
+        every = self.config.head_layers == "all"
+        if every:
+            options["output_hidden_states"] = True
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return torch.cat(output.hidden_states, -1) if every else output.last_hidden_state
 
     def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
         """The one state ``(B, H)`` of each text that an MLP reads."""

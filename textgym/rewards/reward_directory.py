@@ -114,10 +114,10 @@ def _reward(
 ) -> Reward:
     """The reward of a model with one task."""
     config = model.config
-    convolutional = config.model_type == MODEL_TYPE and config.head == "cnn"
+    of_one_state = config.model_type != MODEL_TYPE or config.reads_one_state
     one = config.num_labels == 1 and label in (None, 0, config.id2label[0])
     has_score = isinstance(getattr(model, "score", None), nn.Module)
-    if one and has_score and not convolutional and is_causal(model.base_model):
+    if one and has_score and of_one_state and is_causal(model.base_model):
         eos = tokenizer.eos_token_id is not None  # without one, it can't have been trained on
         return CausalRewardModel(model, tokenizer, device=device, append_eos=eos)
     if config.num_labels > 1 and label is None:
