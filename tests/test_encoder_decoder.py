@@ -321,6 +321,16 @@ def test_the_other_on_policy_agents_learn_with_no_kl_at_the_start(name):
     assert not np.allclose(before, agent.policy.parameters_to_vector())
 
 
+@pytest.mark.parametrize("name", ["NLPO", "TRPO", "SoftQLearning", "QLearning", "SARSA", "ExpertIteration", "DPO"])
+def test_agents_with_lagging_copies_references_and_targets_learn_too(name):
+    env = tiny_vector_env(4, language_model=opened(), prompts=PROMPTS, reward=count_liked)
+    agent = getattr(agents, name)("LanguageModelPolicy", env, seed=0, device="cpu")
+    before = agent.policy.parameters_to_vector()
+    logs = logs_of_learning(agent, 160)
+    assert np.isfinite(values_of(logs, "rollout/score_mean")).all()
+    assert not np.allclose(before, agent.policy.parameters_to_vector())
+
+
 def test_segments_know_where_the_prompt_ends():
     env = tiny_vector_env(3, language_model=opened(), max_new_tokens=30)
     agent = tiny_ppo(env, n_steps=7)
