@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from textgym.rewards.lexicons import LanguageIdentity, Profanity, SentimentLexicon
     from textgym.rewards.monte_carlo_dropout import MonteCarloDropout
     from textgym.rewards.novelty import NoveltyReward
+    from textgym.rewards.predicted_difference import PredictedDifference, difference_rows
     from textgym.rewards.reference_metrics import Bleu, ChrF, ExactMatch, Meteor, Rouge, Ter, TokenF1
     from textgym.rewards.remote import RemoteReward
+    from textgym.rewards.reward_directory import open_reward
     from textgym.rewards.router import Router
     from textgym.rewards.running_normalisation import RunningNormalized
     from textgym.rewards.serving import RewardServer, reward_app, serve_reward
@@ -111,6 +113,7 @@ __all__ = [
     "as_reward",
     "difference_rows",
     "learn_from",
+    "open_reward",
     "reward_app",
     "serve_reward",
 ]
@@ -171,6 +174,7 @@ _MODULES = {
     "XmlTags": "formats",
     "difference_rows": "predicted_difference",
     "learn_from": "learning",
+    "open_reward": "reward_directory",
     "reward_app": "serving",
     "serve_reward": "serving",
 }
