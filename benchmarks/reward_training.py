@@ -151,7 +151,7 @@ def frozen_cnn(split: Split, folder: Path) -> Row:
 
 
 def finetuned(split: Split, folder: Path) -> Row:
-    return _from_scores(split, folder, learning_rate=1e-4, epochs=2, max_length=64)
+    return _from_scores(split, folder, learning_rate=1e-4, epochs=2, max_length=64, bf16=True)
 
 
 def _from_scores(split: Split, folder: Path, **options: Any) -> Row:
