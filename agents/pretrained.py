@@ -34,7 +34,7 @@ def write_agent(model: TextOnPolicyAlgorithm, folder: Path) -> None:
     value_head = model.policy.value_net.state_dict()
     tensors = {name: value.cpu().contiguous() for name, value in value_head.items()}
     safetensors.torch.save_file(tensors, folder / VALUE_HEAD)
-    names = [name for name in inspect.signature(type(model).__init__).parameters if name not in {"self", *_LEFT_OUT}]
+    names = [name for name in constructor_parameters(type(model)) if name not in _LEFT_OUT]
     agent = {
         "format": FORMAT,
         "agent": type(model).__name__,
@@ -46,6 +46,21 @@ def write_agent(model: TextOnPolicyAlgorithm, folder: Path) -> None:
         "num_timesteps": model.num_timesteps,
     }
     (folder / AGENT).write_text(json.dumps(agent, indent=2) + "\n", encoding="utf-8")
+
+
+def constructor_parameters(agent: type[Any]) -> dict[str, inspect.Parameter]:
+    """The arguments that an agent's constructor takes by name, those that it passes on as ``**arguments`` included."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for cls in agent.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]  # without self
+        for parameter in own:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                parameters.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            break
+    return parameters
 
 
 def read_agent(folder: Path, agent: str) -> dict[str, Any]:

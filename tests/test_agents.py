@@ -141,6 +141,17 @@ def test_rewards_scored_at_once_and_at_the_end_give_the_same_advantages(name):
         np.testing.assert_allclose(ours, theirs, atol=1e-3 if "grpo" in name else 1e-4, err_msg=array)
 
 
+def test_an_agent_may_pass_arguments_on_and_is_saved_with_all_of_them(tmp_path):
+    class Own(PPO):
+        def __init__(self, policy, env, patience=3, **arguments):
+            self.patience = patience
+            super().__init__(policy, env, **arguments)
+
+    Own("LanguageModelPolicy", tiny_vector_env(8), patience=7, n_steps=8, vf_coef=0.3).save_pretrained(tmp_path)
+    opened = Own.from_pretrained(tmp_path, env=tiny_vector_env(8), device="cpu")
+    assert (opened.patience, opened.n_steps, opened.vf_coef, opened.n_epochs) == (7, 8, 0.3, 4)
+
+
 # --- whole episodes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from typing import Any
 
 from textgym.agents.a2c import A2C
@@ -13,6 +12,7 @@ from textgym.agents.grpo import GRPO
 from textgym.agents.nlpo import NLPO
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.ppo import PPO
+from textgym.agents.pretrained import constructor_parameters
 from textgym.agents.q_learning import QLearning
 from textgym.agents.reinforce import REINFORCE
 from textgym.agents.rloo import RLOO
@@ -51,7 +51,7 @@ def agent_class(algorithm: str) -> type[TextOnPolicyAlgorithm]:
 
 def options_of(algorithm: str) -> dict[str, Any]:
     """The agent's options among those of a run, with its own defaults."""
-    parameters = inspect.signature(agent_class(algorithm).__init__).parameters
+    parameters = constructor_parameters(agent_class(algorithm))
     names = [field.name for field in sections()[ALGORITHM] if field.name in parameters]
     defaults = {name: parameters[name].default for name in names}
     if "normalize_advantage" in defaults:
