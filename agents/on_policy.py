@@ -400,6 +400,9 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         if deferred is not None:
             scores = deferred.score_deferred(rollout_buffer.log_probs[:n_steps] if acted_with_copy else None)
             rollout_buffer.rewards[:n_steps] = scores.rewards[-n_steps:]
+            if self.needs_reference and environment.kl_coef > 0:  # scoring has asked the reference already
+                rollout_buffer.ref_log_probs = np.zeros_like(rollout_buffer.log_probs)
+                rollout_buffer.ref_log_probs[:n_steps] = np.nan_to_num(scores.ref_log_prob[-n_steps:])
             kl[:n_steps] = scores.kl[-n_steps:]
             self._note_finished(scores.episodes)
         if self.whiten_rewards:
@@ -408,7 +411,7 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += bootstrap
         rollout_buffer.kl = kl
-        if self.needs_reference:
+        if self.needs_reference and rollout_buffer.ref_log_probs is None:
             rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
         last_values = (self.policy.forced_values if acted_with_copy else self.policy.predict_values)(self._last_obs)
         self.compute_advantages(rollout_buffer, last_values)

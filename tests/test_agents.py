@@ -169,6 +169,26 @@ def test_rollouts_are_whole_episodes(name):
     assert seen == list(range(episodes))
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+@pytest.mark.parametrize("scoring", ["instant", "deferred"])
+def test_the_references_log_probs_are_those_of_its_plain_forward_and_asked_for_once(kl_coef, scoring, monkeypatch):
+    model = make_agent("grpo, in the loss", tiny_vector_env(8, kl_coef=kl_coef), scoring=scoring, episodes=16)
+    passes = []
+    ask = type(model)._reference_log_probs
+    monkeypatch.setattr(type(model), "_reference_log_probs", lambda *a: passes.append(1) or ask(*a))
+    move_away(model)
+    buffer = with_rollout(model).rollout_buffer
+    assert len(passes) == (0 if scoring == "deferred" and kl_coef else 1)
+    reference = model.env.text_env.reference_language_model().model
+    for segment in buffer.segments:
+        steps = slice(segment.start, segment.start + segment.steps)
+        tokens = buffer.actions[steps, segment.row, 0]
+        with torch.no_grad():
+            logits = reference(torch.as_tensor([*segment.prefix, *tokens])[None]).logits[0]
+        plain = logits.log_softmax(-1)[len(segment.prefix) - 1 : -1][np.arange(segment.steps), tokens]
+        np.testing.assert_allclose(buffer.ref_log_probs[steps, segment.row], plain, atol=1e-4)
+
+
 def test_rows_that_wait_are_not_forwarded():
     model = make_agent("grpo", episodes=8)
     sizes = []
