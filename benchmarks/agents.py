@@ -57,6 +57,9 @@ def train(task_name: str, contender: str, rate: float, seed: int) -> dict[str, A
     torch.set_num_threads(1)
     task = TASKS[task_name]
     algorithm, options = CONTENDERS[contender]
+    if algorithm in ("q", "sarsa"):
+        # Their policy is soft, and the letters' rewards are small: what a nat is worth decides how sure it can get.
+        options = {**options, "q_temperature": KL_COEF[task_name]}
     envs = task.environment(seed)
     config = resolved(
         algorithm,
