@@ -99,7 +99,7 @@ def _text_envs(vec_env: VecEnv) -> list[Any]:
 
 
 def _prompt_rows(vec_env: VecEnv) -> list[PromptRow]:
-    return [row for env in _text_envs(vec_env) for row in env._texts.prompts]
+    return [row for env in _text_envs(vec_env) for row in env.prompt_rows]
 
 
 def _shared_reward(vec_env: VecEnv) -> Reward:

@@ -58,8 +58,8 @@ class QLearning(TextOffPolicyAlgorithm):
         >>> len(agent.replay) >= 4
         True
 
-    :param q_temperature: α: what a nat of log-probability is worth, in units of the reward. A token that earns δ more than
-        another gets e^(δ/α) times its probability, so α should be well below the differences that matter
+    :param q_temperature: α: what a nat of log-probability is worth, in units of the reward. A token that earns δ more
+        than another gets e^(δ/α) times its probability, so α should be well below the differences that matter
     :param epsilon: ε, the share of tokens that explore; the others are greedy. A number, or a function of the remaining
         progress (1 to 0). 1 with ``explore_with="policy"`` is Boltzmann exploration
     :param explore_with: what exploring tokens are drawn from: the ``"policy"`` π, the ``"reference"`` model, which

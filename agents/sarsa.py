@@ -47,8 +47,8 @@ class SARSA(TextEpisodeAlgorithm):
         >>> textgym.agents.SARSA("LanguageModelPolicy", vec, td_lambda=0.9, seed=0).learn(8).num_timesteps >= 8
         True
 
-    :param q_temperature: α: what a nat of log-probability is worth, in units of the reward. A token that earns δ more than
-        another gets e^(δ/α) times its probability, so α should be well below the differences that matter
+    :param q_temperature: α: what a nat of log-probability is worth, in units of the reward. A token that earns δ more
+        than another gets e^(δ/α) times its probability, so α should be well below the differences that matter
     :param td_lambda: λ, from 0, the next token's Q, to 1, all that the episode earned
     :param expected: Expected SARSA: the mean of Q over the policy, in the place of Q of the token that was drawn
     """

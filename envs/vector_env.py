@@ -370,6 +370,11 @@ class TextGenVectorEnv(VectorEnv):
         self._round = None
 
     @property
+    def prompt_rows(self) -> tuple[PromptRow, ...]:
+        """The prompt of the episode in each row, with its columns."""
+        return tuple(self._texts.prompts)
+
+    @property
     def episode_numbers(self) -> np.ndarray:
         """``(N,)`` the number, in its round, of the episode that each row writes; -1 without a round and where a row
         waits."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import overoptimisation as study
 from separate_runs import keep, path_of
 
-import overoptimisation as study
 from textgym.rewards import Ensemble, as_reward
 
 

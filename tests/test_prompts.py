@@ -77,6 +77,13 @@ def test_a_function_is_given_the_generator(rng):
     assert source.sample(rng) == PromptRow("2 plus 2 is", {"answer": 4})
 
 
+def test_prompt_rows_may_be_handed_on(rng):
+    row = PromptRow("2 plus 2 is", {"answer": 4})
+    assert as_prompt_source(lambda rng: row).sample(rng) == row
+    assert list(as_prompt_source([row, row])) == [row, row]
+    assert list(as_prompt_source(list(as_prompt_source(ROWS)))) == list(as_prompt_source(ROWS))
+
+
 @pytest.mark.parametrize(
     ("made", "error", "complaint"),
     [

@@ -89,7 +89,7 @@ class PromptFunction(PromptSource):
         columns
     """
 
-    def __init__(self, fn: Callable[[np.random.Generator], str | Mapping[str, Any]]) -> None:
+    def __init__(self, fn: Callable[[np.random.Generator], str | PromptRow | Mapping[str, Any]]) -> None:
         self.fn = fn
         self._columns: frozenset[str] | None = None
 
@@ -131,8 +131,8 @@ class _Chosen(Sequence[Mapping[str, Any]]):
 def as_prompt_source(obj: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptSource:
     """Turn what a user may pass as ``prompts=`` into a :class:`PromptSource`.
 
-    :param obj: a list or tuple of texts; a list of rows, dicts with a ``"prompt"`` and all with the same
-        further columns; a ``datasets.Dataset`` with a ``prompt`` column; a function ``f(rng) -> str | dict``;
+    :param obj: a list or tuple of texts; a list of rows, dicts with a ``"prompt"`` (or :class:`PromptRow`) and all with
+        the same further columns; a ``datasets.Dataset`` with a ``prompt`` column; a function ``f(rng)`` that makes one;
         the path of a file or folder that :func:`~textgym.prompt_files.load_prompt_file` reads, as a ``Path`` or a
         string; ``"train"`` or ``"test"`` for the embedded prompts; or None for the embedded training prompts
     :param tokenizer: of the language model; its chat template turns conversations in files into prompts
@@ -253,6 +253,8 @@ def _from_dataset(dataset: Any) -> PromptSource:
 
 
 def _as_row(row: Any, where: str) -> PromptRow:
+    if isinstance(row, PromptRow):
+        row = {**row.columns, "prompt": row.prompt}
     if not isinstance(row, Mapping):
         raise TypeError(f"{where} must be a text or a dict with a 'prompt', got {type(row).__name__}")
     if "prompt" not in row:

@@ -17,7 +17,7 @@ import numpy as np
 from textgym.rewards.base import (
     FunctionReward,
     Reward,
-    _as_list,
+    as_list,
     potentials_of,
     prefix_potentials_of,
     scores_of,
@@ -71,7 +71,7 @@ class Composed(Reward):
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         scores = [scores_of(part, prompts, completions, columns) for part in self.parts]
-        return _as_list(self._checked(*scores))
+        return as_list(self._checked(*scores))
 
     def _evaluate(self, batch: PrefixBatch) -> np.ndarray:
         return self._checked(*(potentials_of(part, batch) for part in self.parts))

@@ -258,7 +258,7 @@ class FunctionReward(Reward):
             raise
         except Exception as error:
             raise _failure(self.name, error, completions) from error
-        return _as_list(checked_scores(self.name, result, completions))
+        return as_list(checked_scores(self.name, result, completions))
 
 
 def as_reward(obj: Any) -> Reward:
@@ -414,7 +414,7 @@ def _failure(name: str, error: Exception, completions: Sequence[str]) -> RewardE
     return RewardError(name, problem, row=0, completion=completions[0])
 
 
-def _as_list(scores: np.ndarray) -> list[float | None]:
+def as_list(scores: np.ndarray) -> list[float | None]:
     return [None if math.isnan(score) else score for score in scores.tolist()]
 
 

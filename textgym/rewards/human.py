@@ -15,7 +15,7 @@ import numpy as np
 from textgym.rewards.answer_store import AnswerStore, AnswerStoreError
 from textgym.rewards.base import (
     Reward,
-    _as_list,
+    as_list,
     as_reward,
     potentials_of,
     prefix_potentials_of,
@@ -189,7 +189,7 @@ class HumanReward(Reward):
                 {name: [column[i] for i in unknown] for name, column in columns.items()},
                 np.array(unknown),
             )
-        return _as_list(answers)
+        return as_list(answers)
 
     def forget(self, rows: np.ndarray) -> None:
         for part in self.parts:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from textgym.rewards.arithmetic import Composed, Normalized
-from textgym.rewards.base import _as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
 
@@ -94,7 +94,7 @@ class LengthDebiased(Composed):
             if "completion_ids" not in columns:
                 raise RewardError(self.name, "unit='tokens' needs completion_ids=, or unit='words'")
             units = columns["completion_ids"]
-        return _as_list(self._checked(scores, np.array([self._length(text) for text in units], dtype=np.float64)))
+        return as_list(self._checked(scores, np.array([self._length(text) for text in units], dtype=np.float64)))
 
     def _evaluate(self, batch: PrefixBatch) -> np.ndarray:
         return self._checked(potentials_of(self.parts[0], batch), self._lengths(batch))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import Reward, _as_list, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import Reward, as_list, potentials_of, prefix_potentials_of, scores_of
 from textgym.rewards.ensemble import Aggregate, aggregated, check_aggregate, spread_of
 from textgym.rewards.prefixes import PrefixBatch
 
@@ -96,7 +96,7 @@ class MonteCarloDropout(Composed):
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         scores = self._texts(prompts, completions, columns)
-        return _as_list(self._checked(aggregated(scores, self.aggregate, self.k)))
+        return as_list(self._checked(aggregated(scores, self.aggregate, self.k)))
 
     def _texts(self, prompts: list[str], completions: list[str], columns: dict[str, Any]) -> np.ndarray:
         """``(passes, B)`` scores of complete texts."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import Reward, _as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import Reward, as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.running_normalisation import RunningNormalized
@@ -126,7 +126,7 @@ class Route(Composed):
                 {name: [column[i] for i in rows] for name, column in columns.items()},
                 rows,
             )
-        return _as_list(scores)
+        return as_list(scores)
 
     def _evaluate(self, batch: PrefixBatch) -> np.ndarray:
         rows = np.flatnonzero(self.routed_rows(batch.columns, len(batch)))

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from textgym.rewards.base import _as_list, as_reward, scores_of
+from textgym.rewards.base import as_list, as_reward, scores_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.extras import import_extra
 from textgym.rewards.text_units import well_formed
@@ -66,7 +66,7 @@ def reward_app(reward: Any, label_column: str = "labels", max_bytes: int = MAX_B
     def score(content: dict[str, Any]) -> list[float | None]:
         prompts, completions, columns = _texts(content, label_column)
         with turn:
-            return _as_list(scores_of(served, prompts, completions, columns))
+            return as_list(scores_of(served, prompts, completions, columns))
 
     async def get_reward(request: Request) -> Response:
         try:
