@@ -71,7 +71,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
         again: less memory, a third more time
     :param rollout_dtype: acting uses a copy of the weights in that type, such as ``"bfloat16"``; see
         :mod:`textgym.agents.acting_copy`
-    :param compile: acting runs through ``torch.compile``: the first steps take up to some minutes, the others less time
+    :param compile: acting runs through ``torch.compile``, and learning where it keeps its activations (no
+        ``gradient_checkpointing``): the first steps and the first update take up to some minutes, the others less time
     :param optimizer_class: Adam by default, with eps = 1e-5, fused where torch has that
     :param optimizer_kwargs: its keyword arguments, except the learning rate
     :raises ValueError: if the spaces aren't those of a text environment, or the model does not fit them
@@ -117,7 +118,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         if self.autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast={autocast!r} must be 'bfloat16', 'float16' or None")
         self.rollout_dtype = _dtype_name(rollout_dtype)
-        self.compile_acting = compile
+        self.compile_model = compile
         self._acting_copy: ActingCopy | None = None
         if isinstance(language_model, LanguageModelBlueprint):
             language_model = language_model.build()
@@ -168,7 +169,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
                 f"{', '.join(sorted(self.observation_space.spaces))}"
             )
         self.context = int(self.observation_space["input_ids"].shape[0])  # type: ignore[index]
-        self.language_model.compile_decoding = self.compile_acting and self.rollout_dtype is None
+        self.language_model.compile(
+            decoding=self.compile_model and self.rollout_dtype is None,
+            learning=self.compile_model and not self.gradient_checkpointing,
+        )
         self.language_model.cached(self.context)  # raises now if the model's context is too short
         self.transformer = model
         width = int(model.get_output_embeddings().weight.shape[1])  # H
@@ -447,7 +451,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             return self.language_model
         if self._acting_copy is None:
             self._acting_copy = ActingCopy(self.language_model, resolve_dtype(self.rollout_dtype))
-            self._acting_copy.current().compile_decoding = self.compile_acting
+            self._acting_copy.current().compile(decoding=self.compile_model)
         return self._acting_copy.current()
 
     def forget_cached(self) -> None:
@@ -539,7 +543,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             "autocast": self.autocast,
             "gradient_checkpointing": self.gradient_checkpointing,
             "rollout_dtype": self.rollout_dtype,
-            "compile": self.compile_acting,
+            "compile": self.compile_model,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }

@@ -42,6 +42,7 @@ class ShardedWeights:
         self, policy: LanguageModelPolicy, device: torch.device, guard: Callable[..., Any] = lambda call: call()
     ) -> None:
         _check(policy)
+        policy.language_model.compile(decoding=False)  # the copy that acts is what compile=True means here
         self.policy = policy
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if policy.rollout_dtype is not None:
@@ -148,7 +149,7 @@ def _check(policy: LanguageModelPolicy) -> None:
             f"lora={policy.lora!r} with sharded weights (FSDP): an adapter's gradients and state are small, and its "
             "base belongs to the reference model, too; use a configuration without FSDP, such as ddp.yaml"
         )
-    if policy.compile_acting and policy.rollout_dtype is None:
+    if policy.compile_model and policy.rollout_dtype is None:
         raise ValueError(
             "compile=True with sharded weights (FSDP): its modules can't be compiled for acting; give a rollout_dtype, "
             "whose copy can, or compile=False"

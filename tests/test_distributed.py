@@ -422,7 +422,7 @@ def test_a_sharded_run_evaluates_in_one_process_and_writes_a_model(two: Two) -> 
 )
 def test_what_cannot_be_sharded_is_refused(options: dict[str, Any], message: str) -> None:
     policy = tiny_ppo(policy_kwargs=options).policy
-    policy.compile_acting = not options  # building such a policy would begin to compile
+    policy.compile_model = not options  # building such a policy would begin to compile
     with pytest.raises(ValueError, match=message):
         ShardedWeights(policy, torch.device("cpu"))
 

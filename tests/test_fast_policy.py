@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,42 @@ def test_compiled_steps_compute_the_same():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         lengths[rows] += 1
     assert F.mse_loss(got, torch.zeros_like(got)) > 0
+
+
+def test_compiled_learning_computes_the_same_gradients(monkeypatch):
+    # Traced and differentiated as always, but not translated into C++, which takes a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    lm = tiny_language_model()
+    eager, compiled = CachedModel(lm.model, 24), CachedModel(lm.model, 24, compile_learning=True)
+    ids = np.random.default_rng(0).integers(4, lm.vocab_size, (5, 24))
+    weights = list(lm.model.base_model.parameters())
+    # Rows as long as each other, then very different ones, which are packed, in another width.
+    for lengths in (np.full(5, 12), np.array([17, 3, 4, 2, 5])):
+        rows = np.repeat(np.arange(5), lengths)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        hidden, gradients = [], []
+        for machine in (eager, compiled):
+            hidden.append(machine.hidden_at(ids, lengths, rows, positions))
+            gradients.append(torch.autograd.grad(hidden[-1].square().sum(), weights))
+        assert compiled._compiled_pass is not None
+        torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
+        for got, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert compiled.hidden_at(ids, lengths, rows, positions).equal(hidden[0].detach()), "scoring is not compiled"
+
+
+def test_what_is_compiled_depends_on_what_else_the_policy_does():
+    plain = tiny_ppo(policy_kwargs={"compile": False}).policy.language_model
+    assert (plain._stepping.compile, plain._stepping.compile_learning) == (False, False)
+    for options, decoding, learning in (
+        ({}, True, True),
+        ({"rollout_dtype": "bfloat16"}, False, True),
+        ({"gradient_checkpointing": True}, True, False),
+    ):
+        policy = tiny_ppo(policy_kwargs={"compile": True, **options}).policy
+        stepping = policy.language_model._stepping
+        assert (stepping.compile, stepping.compile_learning) == (decoding, learning)
+        acting = policy.acting_model._stepping
+        assert acting.compile
+        assert acting is stepping or not acting.compile_learning

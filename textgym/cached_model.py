@@ -33,12 +33,17 @@ class CachedModel:
     :param context: most tokens a row can have; at most what the model was built for
     :param compile: whether decode steps run through ``torch.compile``: the first ones take up to minutes, the others
         less time. All slots then take part in every step, whoever asks
+    :param compile_learning: whether teacher-forced passes with gradients do
     :raises ValueError: if ``context`` is larger than the model's positions or attention window
     """
 
-    def __init__(self, model: PreTrainedModel, context: int, compile: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, context: int, compile: bool = False, compile_learning: bool = False
+    ) -> None:
         self.model = model
         self._compiled = torch.compile(self._run) if compile else None
+        # Minibatches differ in their rows and widths; without dynamic=True each would be compiled anew.
+        self._compiled_pass = torch.compile(self._pass, dynamic=True) if compile_learning else None
         self.trunk: nn.Module = model.base_model
         self._weights = WeightsVersion(self.trunk)
         limit = self._limit()
@@ -152,7 +157,7 @@ class CachedModel:
         """
         self._forbid_dropout()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.trunk(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        return self._read(input_ids, None, positions)
 
     def hidden_at(
         self,
@@ -182,14 +187,28 @@ class CachedModel:
             return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
         self._forbid_dropout()
         packed = pack(as_numpy(input_ids), lengths)
-        hidden = self.trunk(
-            input_ids=torch.as_tensor(packed.input_ids, device=self.device),
-            attention_mask=self._attention_mask(torch.as_tensor(packed.visible(), device=self.device))[:, None],
-            position_ids=torch.as_tensor(packed.positions, device=self.device),
-            use_cache=False,
-        ).last_hidden_state  # (R, W, H)
+        hidden = self._read(
+            torch.as_tensor(packed.input_ids, device=self.device),
+            torch.as_tensor(packed.visible(), device=self.device),
+            torch.as_tensor(packed.positions, device=self.device),
+        )  # (R, W, H)
         into = torch.as_tensor(packed.into[rows], device=self.device)
         return hidden[into, torch.as_tensor(packed.offset[rows] + positions, device=self.device)]
+
+    def _read(self, input_ids: Tensor, visible: Tensor | None, positions: Tensor) -> Tensor:
+        """``(B, L, H)`` from a teacher-forced pass over ``(B, L)`` tokens; see :meth:`_pass`."""
+        learning = self._compiled_pass is not None and torch.is_grad_enabled()
+        return (self._compiled_pass if learning else self._pass)(input_ids, visible, positions)  # type: ignore[misc]
+
+    def _pass(self, input_ids: Tensor, visible: Tensor | None, positions: Tensor) -> Tensor:
+        """:param visible: ``(B, L, L)`` bool, which tokens each token attends to; None for those up to itself"""
+        hidden: Tensor = self.trunk(
+            input_ids=input_ids,
+            attention_mask=None if visible is None else self._attention_mask(visible)[:, None],
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden
 
     def _forbid_dropout(self) -> None:
         """Back to evaluation mode, should the model's owner have left it in training mode."""

@@ -97,12 +97,14 @@ class EncoderDecoder(CachedModel):
     :param model: a Hugging Face encoder-decoder, with any head; only its encoder and decoder are used, in evaluation
         mode
     :param context: most tokens a row can have, prompt and completion together
-    :param compile: not available
+    :param compile: not available, like ``compile_learning``
     :raises ValueError: if ``context`` is larger than the model's positions, or ``compile`` is set
     """
 
-    def __init__(self, model: PreTrainedModel, context: int, compile: bool = False) -> None:
-        if compile:
+    def __init__(
+        self, model: PreTrainedModel, context: int, compile: bool = False, compile_learning: bool = False
+    ) -> None:
+        if compile or compile_learning:
             raise ValueError(
                 f"compile=True is not available for encoder-decoder models such as {type(model).__name__}: their "
                 "decode steps change shape with the prompts"

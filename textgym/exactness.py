@@ -59,8 +59,9 @@ class Stepping:
     """
 
     def __init__(self, stepped: SteppedModel, like: Stepping | None = None) -> None:
-        # whether the slot cache's decode steps are compiled
+        # whether the slot cache's decode steps are compiled, and teacher-forced passes with gradients
         self.compile: bool = False if like is None else like.compile
+        self.compile_learning: bool = False if like is None else like.compile_learning
         self._stepped = stepped
         self._fast: type[CachedModel]
         self._why_uncached: str | None
@@ -82,7 +83,7 @@ class Stepping:
             reason = f"rows of {context} tokens are longer than its attention window of {limit}"
         if reason is None:
             if self._cached is None or self._cached.context < context:
-                self._cached = self._fast(stepped.model, context, self.compile)
+                self._cached = self._fast(stepped.model, context, self.compile, self.compile_learning)
             return self._cached
         if self._uncached is None or self._uncached.context < context:
             self._uncached = stepped.machines[-1](stepped.model, context)
@@ -96,17 +97,19 @@ class Stepping:
             )
         return self._uncached
 
-    def set_compile(self, on: bool) -> None:
-        """Compile the decode steps from now on, or no longer.
+    def set_compile(self, decoding: bool, learning: bool) -> None:
+        """Compile the decode steps and teacher-forced passes with gradients from now on, or no longer.
 
         :raises ValueError: if that is not available for the model
         """
-        if on and is_encoder_decoder(self._stepped.model.config):
+        if (decoding, learning) == (self.compile, self.compile_learning):
+            return
+        if (decoding or learning) and is_encoder_decoder(self._stepped.model.config):
             raise ValueError(
                 f"compile=True: {self._stepped.name} is an encoder-decoder ({type(self._stepped.model).__name__}), "
                 "whose decode steps change shape with the prompts; leave it False"
             )
-        self.compile = on
+        self.compile, self.compile_learning = decoding, learning
         self._cached = None
 
     def forget(self, rows: np.ndarray | None = None) -> None:

@@ -106,15 +106,14 @@ class LanguageModel:
         """
         return self._stepping.machine(context)
 
-    @property
-    def compile_decoding(self) -> bool:
-        """Whether steps from the cache run through ``torch.compile``; to be set before they are first asked for."""
-        return self._stepping.compile
+    def compile(self, *, decoding: bool, learning: bool = False) -> None:
+        """Run steps from the cache through ``torch.compile``, and teacher-forced passes with gradients, or no longer.
 
-    @compile_decoding.setter
-    def compile_decoding(self, on: bool) -> None:
-        if on != self._stepping.compile:
-            self._stepping.set_compile(on)
+        To be said before they are first asked for.
+
+        :raises ValueError: if that is not available for the model
+        """
+        self._stepping.set_compile(decoding, learning)
 
     def _last_logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """The model's own logits ``(V,)`` behind one row."""

@@ -49,7 +49,7 @@ class RunConfig:
     rollout_dtype: Literal["bfloat16", "float16", "float32"] | None = _option(
         None, MODEL, "act with a copy of the weights in this type"
     )
-    compile: bool = _option(False, MODEL, "act through torch.compile: some minutes of patience, then faster")
+    compile: bool = _option(False, MODEL, "act and learn through torch.compile: some minutes of patience, then faster")
     lora_rank: int | None = _option(None, MODEL, "train LoRA matrices of this rank instead of all weights")
     lora_alpha: float | None = _option(None, MODEL, "scale of LoRA, divided by the rank; default twice the rank")
     lora_target_modules: list[str] | None = _option(None, MODEL, "layers that get LoRA; default by architecture")
