@@ -115,7 +115,7 @@ class Floor:
     def update(self) -> None:
         """Epochs × minibatches × (forward, backward, clipping, Adam)."""
         prompt, device = self.workload.prompt_tokens, self.ids.device
-        share = self.workload.rows // self.workload.minibatches  # episodes
+        share = len(self.ids) // self.workload.minibatches  # episodes
         for _ in range(self.workload.epochs):
             for chosen in torch.randperm(len(self.ids)).to(device).split(share):
                 ids, advantages = self.ids[chosen], self.advantages[chosen]  # (b, P + L), (b, L)

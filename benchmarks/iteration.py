@@ -226,7 +226,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, help="(8)")
     parser.add_argument("--new-tokens", type=int, help="most tokens of a completion (48)")
     parser.add_argument(
-        "--steps", type=int, help="tokens of a row in textgym's rollouts; default: the mean length of a completion"
+        "--steps", type=int, help="tokens of a row in textgym's rollouts; default: the most tokens of a completion"
     )
     parser.add_argument(
         "--alone",

@@ -50,8 +50,9 @@ class Workload:
     :param kl_coef: weight of the KL penalty
     :param lr: learning rate
     :param ragged: whether the end-of-sequence token ends completions
-    :param steps: tokens that a row of a continuous batch generates in an iteration; 0 for as many as a completion has
-        on average, so that an iteration has equally many real tokens whoever does it
+    :param steps: tokens that a row of a continuous batch generates in an iteration; 0 for the budget T, PPO's default:
+        where completions end early, the row goes on with the next one. ``T // 4`` gives ragged iterations as many real
+        tokens as those have who wait for the longest row
     :param dtype: ``float32`` or ``bfloat16``
     :param device: ``cpu`` or ``cuda``
     :param threads: of torch
@@ -118,12 +119,12 @@ class Workload:
     @property
     def rollout_steps(self) -> int:
         """Tokens that a row of a continuous batch generates in an iteration."""
-        return self.steps or self.mean_tokens
+        return self.steps or self.new_tokens
 
     @property
     def minibatch_tokens(self) -> int:
-        """Trained tokens to an optimizer step, on average."""
-        return self.rows * self.mean_tokens // self.minibatches
+        """Trained tokens to an optimizer step."""
+        return self.rows * self.rollout_steps // self.minibatches
 
     @property
     def trunk_parameters(self) -> int:
