@@ -9,7 +9,7 @@
 | ``frozen-mlp`` | an MLP on the mean states of all layers of frozen MiniLM, from human scores of movie reviews |
 | ``frozen-cnn`` | the same with convolutions over the states of the tokens |
 | ``finetuned`` | MiniLM with a linear head, all of it |
-| ``pairwise`` | MiniLM from pairs alone: which of two snippets has the greater score |
+| ``pairwise`` | MiniLM from pairs alone: which of two snippets has the greater score, and by how much |
 | ``chinese`` | five small models from random weights, from labelled Chinese reviews; their mean |
 
 The snippets are those of the vaderSentiment sdist, in the split of ``textgym/embedded/build``; the Chinese reviews are
@@ -89,14 +89,16 @@ def chinese_reviews() -> Split:
 
 
 def pairs(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
-    """Pairs of texts whose scores clearly differ, the better one first; of the scores nothing else is kept."""
+    """Pairs of texts whose scores clearly differ, the better one first; of the scores their difference is kept."""
     rng, found = random.Random(seed), []
     while len(found) < number:
         a, b = rng.sample(range(len(rows)), 2)
         if abs(rows[a]["score"] - rows[b]["score"]) * SCALE <= CLEAR:
             continue
         better, worse = (a, b) if rows[a]["score"] > rows[b]["score"] else (b, a)
-        found.append({"prompt": "", "chosen": rows[better]["text"], "rejected": rows[worse]["text"]})
+        apart = (rows[better]["score"] - rows[worse]["score"]) * SCALE
+        pair = {"prompt": "", "chosen": rows[better]["text"], "rejected": rows[worse]["text"]}
+        found.append({**pair, "margin": apart / 2})  # of log odds: at most 4
     return found
 
 
@@ -180,7 +182,7 @@ def _pairs_of(split: Split) -> list[list[Row]]:
 
 def pairwise(split: Split, folder: Path) -> Row:
     training, validation, test = _pairs_of(split)
-    options: Row = {"learning_rate": 1e-4, "epochs": 2, "max_length": 64, "centring": 0.01}
+    options: Row = {"learning_rate": 1e-4, "epochs": 2, "max_length": 64, "centring": 0.01, "bf16": True}
     report = train_reward(training, folder, model="minilm", validation=validation, device="cpu", **options)
     texts = [row["text"] for row in split.test]
     scores = dict(zip(texts, scores_of(folder, texts).tolist(), strict=True))

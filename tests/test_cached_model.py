@@ -245,6 +245,29 @@ def test_only_what_follows_the_first_difference_is_forwarded(stepped):
     assert forwards.take() == [(1, 3)]
 
 
+def test_rows_with_the_same_prompt_are_prefilled_once_and_then_go_their_own_ways(stepped):
+    model, forwards, machine, _, _ = stepped
+    prompts = random_ids(np.random.default_rng(3), 2, 30)
+    ids, lengths = prompts[[0, 1, 0, 0, 1, 0]], np.array([6, 6, 6, 4, 6, 6])
+    ids[2, 6:] = 0  # what lies behind a row's length makes it no other row
+    ids[5, 3] += 1
+    got = machine.last_hidden(ids, lengths)
+    assert forwards.take() == [(4, 6)]
+    assert difference(model, got, ids, lengths) < 1e-4
+    forwards.take()
+    ids[np.arange(6), lengths] = np.arange(6) + 5  # each goes on with a token of its own
+    got = machine.last_hidden(ids, lengths + 1)
+    assert forwards.take() == [(6, 1)]
+    assert difference(model, got, ids, lengths + 1) < 1e-4
+    forwards.take()
+    # Beside rows that go on, some begin anew with the same prompt.
+    ids[[1, 4]], lengths = prompts[[0, 0]], np.array([8, 5, 8, 6, 5, 8])
+    ids[[0, 2, 3, 5], lengths[[0, 2, 3, 5]] - 1] = 7
+    got = machine.last_hidden(ids, lengths)
+    assert sorted(forwards.take()) == [(1, 5), (6, 1)]
+    assert difference(model, got, ids, lengths) < 1e-4
+
+
 def test_a_shortened_row_forwards_its_last_token_again(stepped):
     model, forwards, machine, ids, _ = stepped
     got = machine.last_hidden(ids[[1]], np.array([4]), np.array([1]))

@@ -85,22 +85,23 @@ def counts(model: PPO, run: Any) -> dict[str, list[int]]:
 def test_a_deferred_rollout_forwards_each_token_once_with_each_model(new_tokens):
     model = agent(new_tokens)
     counted = counts(model, collect)
-    # The prompts, then a token a row and step. The last action is not read; for V of the next episode's first state the
-    # last token of its prompt is, the rest of which is cached.
-    assert counted["policy"] == [ROWS * PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
+    # The prompt, which is the same for all, then a token a row and step. The last action is not read; for V of the next
+    # episode's first state the last token of its prompt is, the rest of which is cached.
+    assert counted["policy"] == [PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
     assert counted["reference"] == [ROWS * (PROMPT + new_tokens)]
     # Φ of the prompts that the first episodes begin with, of all prefixes, and of the prompts of the next episodes.
-    assert counted["reward"] == [ROWS * PROMPT, ROWS * (PROMPT + new_tokens), ROWS * PROMPT]
+    assert counted["reward"] == [PROMPT, ROWS * (PROMPT + new_tokens), PROMPT]
 
 
 @pytest.mark.parametrize("new_tokens", [8, 16, 32])
 def test_an_instant_rollout_forwards_each_token_once_with_each_model(new_tokens):
     model = agent(new_tokens, scoring="instant")
     counted = counts(model, collect)
-    assert counted["policy"] == [ROWS * PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
-    assert counted["reference"] == [ROWS * PROMPT, *[ROWS] * (new_tokens - 1)]
-    # Nothing cached reaches into a rollout, so the prompts are read again with the first token.
-    assert counted["reward"] == [ROWS * PROMPT, ROWS * (PROMPT + 1), *[ROWS] * new_tokens]
+    assert counted["policy"] == [PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
+    assert counted["reference"] == [PROMPT, *[ROWS] * (new_tokens - 1)]
+    # Nothing cached reaches into a rollout, so the prompts are read again with the first tokens, like ones once.
+    different = len(set(model.rollout_buffer.actions[0].flatten().tolist()))
+    assert counted["reward"] == [PROMPT, different * (PROMPT + 1), *[ROWS] * new_tokens]
 
 
 @pytest.mark.parametrize("new_tokens", [8, 16, 32])

@@ -136,13 +136,18 @@ class CachedModel:
         decode = np.flatnonzero(new == 1)
         if len(decode):
             self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
-        prefill = np.flatnonzero(new > 1)
+        begun = np.flatnonzero(new > 1)
+        first = begun[first_alike(ids[begun], lengths[begun], common[begun])]
+        prefill = begun[first == begun]
         if len(prefill):
             width = int(new[prefill].max())
             at_once = max(1, PREFILL_TOKENS // width)
             for start in range(0, len(prefill), at_once):
                 part = prefill[start : start + at_once]
                 self._prefill(rows[part], ids[part], common[part], new[part])
+        again = first != begun
+        if again.any():
+            self._copy(rows[first[again]], rows[begun[again]], int(lengths[begun[again]].max()))
 
     def hidden_states(
         self, input_ids: Tensor, lengths: Tensor | None = None, prompt_lengths: np.ndarray | None = None
@@ -263,6 +268,16 @@ class CachedModel:
         hidden = self._forward(rows, tokens, positions, np.where(real, positions, self.context))  # (B, T, H)
         self._store(rows, hidden[torch.arange(len(rows)), torch.as_tensor(count - 1)])
 
+    def _copy(self, source: np.ndarray, target: np.ndarray, used: int) -> None:
+        """Give some rows what is cached of others that have the same tokens, at most ``used``."""
+        assert self._cache is not None
+        assert self._hidden is not None
+        device = self._cache.device
+        self._cache.copy(torch.as_tensor(source, device=device), torch.as_tensor(target, device=device), used)
+        self._hidden[torch.as_tensor(target, device=self._hidden.device)] = self._hidden[
+            torch.as_tensor(source, device=self._hidden.device)
+        ]
+
     def _forward(self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray) -> Tensor:
         """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""
         assert self._cache is not None
@@ -333,6 +348,25 @@ def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 
 
 register_optimizer_step_post_hook(_count_as_modified)
+
+
+def first_alike(ids: np.ndarray, lengths: np.ndarray, cached: np.ndarray) -> np.ndarray:
+    """``(B,)`` for each row the first one that has the same tokens and nothing cached, such as the same prompt.
+
+    Rows of which something is cached are like none but themselves. ::
+
+        >>> first_alike(np.array([[5, 6], [5, 7], [5, 6]]), np.array([2, 2, 2]), np.array([0, 0, 0]))
+        array([0, 1, 0])
+
+    :param ids: ``(B, L)`` right-padded token ids
+    :param lengths: ``(B,)`` how many of these are real
+    :param cached: ``(B,)`` how many of these are cached
+    """
+    first: dict[bytes, int] = {}
+    alike = np.arange(len(ids))
+    for row in np.flatnonzero(cached == 0).tolist():
+        alike[row] = first.setdefault(ids[row, : lengths[row]].tobytes(), row)
+    return alike
 
 
 def as_numpy(array: np.ndarray | Tensor) -> np.ndarray:

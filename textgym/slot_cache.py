@@ -69,6 +69,12 @@ class SlotLayer(CacheLayerMixin):
             self.keys = torch.cat([self.keys, self.keys.new_zeros(more, *self.keys.shape[1:])])
             self.values = torch.cat([self.values, self.values.new_zeros(more, *self.values.shape[1:])])
 
+    def copy(self, source: Tensor, target: Tensor, used: int) -> None:
+        """Give the slots ``target`` the first ``used`` places of the slots ``source``, ``(B,)`` both."""
+        for strip in (self.keys, self.values):
+            assert strip is not None
+            strip[target, :, :used] = strip[source, :, :used]
+
     def get_seq_length(self) -> int:
         return self.cache.seen
 
@@ -129,6 +135,12 @@ class SlotCache(Cache):
             layer.grow(slots)
         self.slots = slots
         self.all_rows = torch.arange(slots, device=self.device)
+
+    def copy(self, source: Tensor, target: Tensor, used: int) -> None:
+        """Give the slots ``target`` the first ``used`` places of the slots ``source``, ``(B,)`` both."""
+        for layer in self.layers:
+            assert isinstance(layer, SlotLayer)
+            layer.copy(source, target, used)
 
 
 class PromptLayer(CacheLayerMixin):
