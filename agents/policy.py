@@ -382,16 +382,18 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return values, log_prob, entropy
 
     def evaluate_segments(
-        self, segments: SegmentSamples, entropy_gradient: bool = True
+        self, segments: SegmentSamples, entropy_gradient: bool = True, value_gradient: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate the M transitions of a minibatch of segments in one teacher-forced forward.
 
         :param segments: from :meth:`EpisodeBuffer.get`
         :param entropy_gradient: whether gradients are to flow through the entropies; without, they cost less
+        :param value_gradient: what the gradient of the values is multiplied with on its way from the value head into
+            the transformer, whose weights serve the log-probs, too
         :return: values ``(M, 1)``, log-probs ``(M,)`` and entropies ``(M,)``
         """
         hidden = self.hidden_of(segments)
-        return self.evaluate_hidden(hidden, segments.actions, segments.action_masks, entropy_gradient)
+        return self.evaluate_hidden(hidden, segments.actions, segments.action_masks, entropy_gradient, value_gradient)
 
     def hidden_of(self, segments: SegmentSamples) -> Tensor:
         """``(M, H)`` the hidden states that the actions of a minibatch are predicted from."""
@@ -401,7 +403,12 @@ class LanguageModelPolicy(ActorCriticPolicy):
             )
 
     def evaluate_hidden(
-        self, hidden: Tensor, actions: Tensor, masks: Tensor | None, entropy_gradient: bool = True
+        self,
+        hidden: Tensor,
+        actions: Tensor,
+        masks: Tensor | None,
+        entropy_gradient: bool = True,
+        value_gradient: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`evaluate_segments` from hidden states ``(M, H)``."""
         with self._autocast():
@@ -409,7 +416,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
                 hidden, actions, self.temperature, masks, entropy_gradient=entropy_gradient
             )
         assert entropy is not None
-        return self._values(hidden), log_prob, entropy
+        fixed = hidden.detach()
+        return self._values(fixed + value_gradient * (hidden - fixed)), log_prob, entropy
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -39,7 +39,9 @@ class SARSA(TextEpisodeAlgorithm):
     π(a|s) ∝ [π_ref(a|s)^β · exp(r + γ · v(s'))]^(1 / (α + β)) with v(s) = E_π[Q(s, ·)], the best compromise of return,
     KL (weight β, the environment's ``kl_coef``) and entropy of the token at hand (weight α).
 
-    There is no replay: old episodes say what an older policy earns. Further arguments are those of
+    There is no replay: old episodes say what an older policy earns. The gradient of Q with respect to V is 1 / α times
+    that with respect to a log-probability and would drown it in the transformer that both share, so α times of it goes
+    from the value head into the transformer; where the loss is least stays the same. Further arguments are those of
     :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
@@ -101,7 +103,9 @@ class SARSA(TextEpisodeAlgorithm):
 
     def loss(self, batch: SegmentSamples) -> Loss:
         """Squared difference of Q and its target."""
-        values, log_prob, entropy = self.policy.evaluate_segments(batch, entropy_gradient=False)
+        values, log_prob, entropy = self.policy.evaluate_segments(
+            batch, entropy_gradient=False, value_gradient=self.q_temperature
+        )
         q = values.flatten() + self.q_temperature * log_prob
         # The mean of log π over π is minus the entropy.
         ahead = values.flatten() - self.q_temperature * entropy if self.expected else q
