@@ -22,7 +22,8 @@ class LearningRewards(BaseCallback):
     Those are :class:`~textgym.rewards.AdversarialReward`, :class:`~textgym.rewards.NoveltyReward`,
     :class:`~textgym.rewards.RunningNormalized` and the routes of :class:`~textgym.rewards.Router`, wherever they stand
     in the reward. They learn after the rollout is scored and before the policy's update, and what they say of
-    themselves is logged, such as ``adversarial/accuracy``. What they learned is saved with the environment's state, so
+    themselves is logged, such as ``adversarial/accuracy``. Under ``accelerate launch`` they learn from the episodes of
+    all processes, in the same order in each, and stay the same. What they learned is saved with the environment's state, so
     a run resumed from a checkpoint goes on exactly; put this before
     :class:`~textgym.agents.checkpoints.TrainingCheckpoints` among the callbacks.
 
@@ -65,15 +66,19 @@ class LearningRewards(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
-        episodes = self.model.finished_episodes
+        mine = [
+            (episode["prompt"], episode["completion"], self._ended[episode["row"]].popleft().columns)
+            for episode in self.model.finished_episodes
+        ]
+        episodes = [episode for part in self.model.processes.gather(mine) for episode in part]
         if not episodes:
             return
-        rows = [self._ended[episode["row"]].popleft() for episode in episodes]
+        prompts, completions, columns = zip(*episodes, strict=True)
         learners = learn_from(
             _shared_reward(self.training_env),
-            prompts=[episode["prompt"] for episode in episodes],
-            completions=[episode["completion"] for episode in episodes],
-            columns=as_columns([row.columns for row in rows]),
+            prompts=list(prompts),
+            completions=list(completions),
+            columns=as_columns(list(columns)),
         )
         logged: set[str] = set()
         for learner in learners:

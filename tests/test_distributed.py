@@ -29,7 +29,7 @@ from stable_baselines3.common.logger import Logger
 from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
 from torch.distributed.tensor import DTensor
 
-from textgym.agents import GRPO, PPO, RLOO
+from textgym.agents import GRPO, PPO, RLOO, LearningRewards
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import TrainingCheckpoints, checkpoints_in, read_checkpoint, resume
 from textgym.agents.distributed import DividePrompts, Processes, SharedPrompts, _wants_fsdp
@@ -37,6 +37,7 @@ from textgym.agents.episode_buffer import EpisodeBuffer
 from textgym.agents.on_policy import whitened
 from textgym.agents.runs import Run, RunConfig, RunFolder
 from textgym.agents.sharded_weights import ShardedWeights
+from textgym.rewards import AdversarialReward, NoveltyReward
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "examples" / "train_ppo.py"
@@ -227,6 +228,13 @@ def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> di
     )
     actions = processes.gather(model.rollout_buffer.actions[:, 0].tolist())
 
+    # Rewards that learn, from three rows and from two.
+    reward = AdversarialReward(["a joy to watch", "a dull mess"]) + NoveltyReward()
+    model = tiny_ppo(tiny_vector_env(2 + processes.rank, reward=reward), n_steps=12)
+    model.learn(120, callback=LearningRewards())
+    texts = {"prompts": ["the film is"] * 3, "completions": [" a joy", " dull dull", " of the"]}
+    learned = processes.gather({"scores": reward(**texts), "before": score_before_learning(texts)})
+
     # One process draws more than twice as many prompts as the other.
     shared = SharedPrompts(PROMPTS, seed=1)
     rng, rounds = np.random.default_rng(), []
@@ -234,7 +242,11 @@ def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> di
         drawn = [shared.sample(rng).prompt for _ in range(3 + 4 * processes.rank)]
         rounds.append([prompt for part in processes.gather(drawn) for prompt in part])
         shared.divide()
-    return {"ends": ends, "first": first, "rounds": rounds, "actions": actions}
+    return {"ends": ends, "first": first, "rounds": rounds, "actions": actions, "learned": learned}
+
+
+def score_before_learning(texts: dict[str, list[str]]) -> list[float | None]:
+    return list((AdversarialReward(["a joy to watch", "a dull mess"]) + NoveltyReward())(**texts))
 
 
 def sharded(processes: Processes, folder: Path) -> dict[str, Any]:
@@ -359,6 +371,12 @@ def test_processes_with_rows_of_their_own_keep_the_same_weights(two: Two) -> Non
     assert found["ends"][0]["timesteps"] == 300  # of both: 2 + 3 rows
     assert found["ends"][0]["kl_coef"] != 0.1
     assert found["actions"][0] != found["actions"][1]
+
+
+@pytest.mark.slow
+def test_rewards_learn_from_the_episodes_of_both_processes(two: Two) -> None:
+    one, other = two.found["learned"]
+    assert one["scores"] == other["scores"] != one["before"]
 
 
 @pytest.mark.slow
