@@ -23,8 +23,8 @@ class LearningRewards(BaseCallback):
     :class:`~textgym.rewards.RunningNormalized` and the routes of :class:`~textgym.rewards.Router`, wherever they stand
     in the reward. They learn after the rollout is scored and before the policy's update, and what they say of
     themselves is logged, such as ``adversarial/accuracy``. Under ``accelerate launch`` they learn from the episodes of
-    all processes, in the same order in each, and stay the same. What they learned is saved with the environment's state, so
-    a run resumed from a checkpoint goes on exactly; put this before
+    all processes, in the same order in each, and stay the same. What they learned is saved with the environment's
+    state, so a run resumed from a checkpoint goes on exactly; put this before
     :class:`~textgym.agents.checkpoints.TrainingCheckpoints` among the callbacks.
 
     :param verbose: 0, 1 or 2
