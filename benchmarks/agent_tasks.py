@@ -85,7 +85,7 @@ class AgentTask:
 
 TASKS = {
     "alphabet": AgentTask("alphabet", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
-    "alphabet-end": AgentTask("alphabet-end", 49_152, (3e-4, 1e-3, 3e-3), "alphabet-end"),
+    "alphabet-end": AgentTask("alphabet-end", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
     "reviews": AgentTask("reviews", 12_288, (1e-4, 3e-4), "reviews"),
 }
 
