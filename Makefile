@@ -48,7 +48,7 @@ benchmark: $(VENV)/.installed-dev ## time whole PPO iterations against TRL, gene
 	$(BIN)/python benchmarks/iteration.py $(ARGS)
 
 docs: $(VENV)/.installed-docs ## build the documentation site into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 assets: $(VENV)/.installed-assets ## rebuild the embedded models and data from their sources (hours)
 	$(BIN)/python -m textgym.embedded.build $(ARGS)

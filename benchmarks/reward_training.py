@@ -182,7 +182,7 @@ def _pairs_of(split: Split) -> list[list[Row]]:
 
 def pairwise(split: Split, folder: Path) -> Row:
     training, validation, test = _pairs_of(split)
-    options: Row = {"learning_rate": 1e-4, "epochs": 2, "max_length": 64, "centring": 0.01, "bf16": True}
+    options: Row = {"learning_rate": 1e-4, "epochs": 2, "max_length": 64, "centring": 0.01, "bf16": True, "members": 2}
     report = train_reward(training, folder, model="minilm", validation=validation, device="cpu", **options)
     texts = [row["text"] for row in split.test]
     scores = dict(zip(texts, scores_of(folder, texts).tolist(), strict=True))

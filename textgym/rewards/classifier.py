@@ -25,7 +25,7 @@ from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import micro_batches
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
-from textgym.rewards.text_forward import TextForward, open_pretrained
+from textgym.rewards.text_forward import BATCH_TOKENS, Side, TextForward, open_pretrained
 from textgym.rewards.text_units import well_formed
 from textgym.vocabulary import is_encoder_decoder
 
@@ -82,7 +82,9 @@ class ClassifierReward(Reward):
         reads: Reads = "text",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        **options: Any,
+        max_length: int | None = None,
+        truncation_side: Side = "left",
+        max_batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         if output not in ("logit", "probability", "activation"):
             raise ValueError(f"output must be 'logit', 'probability' or 'activation', got {output!r}")
@@ -94,7 +96,15 @@ class ClassifierReward(Reward):
         if reads == "chat" and not getattr(tokenizer, "chat_template", None):
             raise ValueError("reads='chat' needs a tokenizer with a chat template, this one has none")
         self.label = label_index(model, label)
-        self.reader = TextForward(model, tokenizer, device=device, dtype=dtype, **options)
+        self.reader = TextForward(
+            model,
+            tokenizer,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            truncation_side=truncation_side,
+            max_batch_tokens=max_batch_tokens,
+        )
         self.output = output
         self.reads = reads
         self._fitting = np.inf if self.reader.max_length is None else self.reader.max_length

@@ -28,10 +28,10 @@ class Constraint(Composed):
     ...     return [len(completion.split()) for completion in completions]
     >>> texts = {"prompts": ["p"] * 3, "completions": ["a b c", "a b c d e f", "a"]}
     >>> for form in ("bonus", "penalty", "distance"):
-    ...     print(Constraint(words, at_least=2, at_most=4, form=form)(**texts))
-    [1.0, 0.0, 0.0]
-    [0.0, -1.0, -1.0]
-    [0.0, -2.0, -1.0]
+    ...     print(*Constraint(words, at_least=2, at_most=4, form=form)(**texts))
+    1.0 0.0 0.0
+    0.0 -1.0 -1.0
+    0.0 -2.0 -1.0
     """
 
     def __init__(

@@ -129,8 +129,11 @@ class Rouge(ReferenceMetric):
     :param stemmer: whether words are compared by their Porter stems
 
     >>> texts = {"prompts": ["p"], "completions": ["the cat is on the mat"], "answer": ["the cat sat on the mat"]}
-    >>> [Rouge(variant, "answer")(**texts) for variant in ("rouge1", "rouge2", "rougeL")]
-    [[0.8333...], [0.6...], [0.8333...]]
+    >>> for variant in ("rouge1", "rouge2", "rougeL"):
+    ...     print(variant, *Rouge(variant, "answer")(**texts))
+    rouge1 0.8333...
+    rouge2 0.6...
+    rougeL 0.8333...
     """
 
     def __init__(
