@@ -22,10 +22,10 @@ from textgym.exactness import SteppedModel, Stepping
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.causal import ACTIVATIONS
 from textgym.rewards.errors import RewardError
-from textgym.rewards.micro_batches import micro_batches
+from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
-from textgym.rewards.text_forward import BATCH_TOKENS, Side, TextForward, open_pretrained
+from textgym.rewards.text_forward import Side, TextForward, open_pretrained
 from textgym.rewards.text_units import well_formed
 from textgym.vocabulary import is_encoder_decoder
 
