@@ -39,13 +39,11 @@ class AgentTask:
     :param name: of it
     :param budget: tokens to train on
     :param rates: learning rates among which each agent's is chosen
-    :param searched: the task on which they are tried
     """
 
     name: str
     budget: int
     rates: tuple[float, ...]
-    searched: str
 
     def environment(self, seed: int) -> TextGenVectorEnv:
         """32 rows of the task."""
@@ -84,9 +82,9 @@ class AgentTask:
 
 
 TASKS = {
-    "alphabet": AgentTask("alphabet", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
-    "alphabet-end": AgentTask("alphabet-end", 49_152, (3e-4, 1e-3, 3e-3), "alphabet"),
-    "reviews": AgentTask("reviews", 12_288, (1e-4, 3e-4), "reviews"),
+    "alphabet": AgentTask("alphabet", 49_152, (3e-4, 1e-3, 3e-3)),
+    "alphabet-end": AgentTask("alphabet-end", 49_152, (3e-4, 1e-3, 3e-3)),
+    "reviews": AgentTask("reviews", 12_288, (1e-4, 3e-4)),
 }
 
 

@@ -137,12 +137,12 @@ def main() -> None:
     chosen: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def compare(task: str, contender: str) -> None:
-        rates, searched = TASKS[task].rates, TASKS[task].searched
+        rates = TASKS[task].rates
         if arguments.report and not all(
-            path_of(arguments.work, searched, contender, rate, SEARCH_SEED).is_file() for rate in rates
+            path_of(arguments.work, task, contender, rate, SEARCH_SEED).is_file() for rate in rates
         ):
             return
-        tried = [kept_result(__file__, arguments.work, searched, contender, rate, SEARCH_SEED) for rate in rates]
+        tried = [kept_result(__file__, arguments.work, task, contender, rate, SEARCH_SEED) for rate in rates]
         best = max(tried, key=objective)["rate"]
         seeds = range(arguments.seeds)
         if arguments.report:

@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_agents import logs_of_learning, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
+from tiny_models import tiny_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
 
 from textgym.agents import PPO
 from textgym.cached_model import CachedModel
+from textgym.language_model import LanguageModel
 
 FAST: dict[str, Any] = {"autocast": "bfloat16", "rollout_dtype": "bfloat16"}
 
@@ -254,3 +257,10 @@ def test_what_is_compiled_depends_on_what_else_the_policy_does():
         acting = policy.acting_model._stepping
         assert acting.compile
         assert acting is stepping or not acting.compile_learning
+
+
+def test_what_has_no_cache_is_not_compiled_in_silence():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0))
+    env = tiny_vector_env(2, language_model=LanguageModel(mamba, tiny_tokenizer(), "mine"))
+    with pytest.raises(ValueError, match=r"compile=True: .*mine \(MambaForCausalLM\) is not stepped with a cache"):
+        tiny_ppo(env, policy_kwargs={"compile": True})

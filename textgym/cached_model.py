@@ -136,18 +136,17 @@ class CachedModel:
         decode = np.flatnonzero(new == 1)
         if len(decode):
             self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
-        begun = np.flatnonzero(new > 1)
-        first = begun[first_alike(ids[begun], lengths[begun], common[begun])]
-        prefill = begun[first == begun]
-        if len(prefill):
-            width = int(new[prefill].max())
-            at_once = max(1, PREFILL_TOKENS // width)
-            for start in range(0, len(prefill), at_once):
-                part = prefill[start : start + at_once]
-                self._prefill(rows[part], ids[part], common[part], new[part])
-        again = first != begun
+        longer = np.flatnonzero(new > 1)
+        if not len(longer):
+            return
+        first = longer[first_alike(ids[longer], lengths[longer], common[longer])]
+        prefill, again = longer[first == longer], first != longer
+        at_once = max(1, PREFILL_TOKENS // int(new[prefill].max()))
+        for start in range(0, len(prefill), at_once):
+            part = prefill[start : start + at_once]
+            self._prefill(rows[part], ids[part], common[part], new[part])
         if again.any():
-            self._copy(rows[first[again]], rows[begun[again]], int(lengths[begun[again]].max()))
+            self._copy(rows[first[again]], rows[longer[again]], int(lengths[longer[again]].max()))
 
     def hidden_states(
         self, input_ids: Tensor, lengths: Tensor | None = None, prompt_lengths: np.ndarray | None = None
@@ -274,9 +273,7 @@ class CachedModel:
         assert self._hidden is not None
         device = self._cache.device
         self._cache.copy(torch.as_tensor(source, device=device), torch.as_tensor(target, device=device), used)
-        self._hidden[torch.as_tensor(target, device=self._hidden.device)] = self._hidden[
-            torch.as_tensor(source, device=self._hidden.device)
-        ]
+        self._store(target, self._hidden[torch.as_tensor(source, device=self._hidden.device)])
 
     def _forward(self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray) -> Tensor:
         """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""

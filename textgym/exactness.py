@@ -109,6 +109,12 @@ class Stepping:
                 f"compile=True: {self._stepped.name} is an encoder-decoder ({type(self._stepped.model).__name__}), "
                 "whose decode steps change shape with the prompts; leave it False"
             )
+        if (decoding or learning) and self._why_uncached is not None:
+            kind = type(self._stepped.model).__name__
+            raise ValueError(
+                f"compile=True: {self._stepped.name} ({kind}) is not stepped with a cache, "
+                f"and nothing else is compiled: {self._why_uncached}; leave it False"
+            )
         self.compile, self.compile_learning = decoding, learning
         self._cached = None
 
