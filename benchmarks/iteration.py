@@ -10,7 +10,7 @@ contender is a process of its own, so that memory is its own too, and they take 
 machine hits all alike. The first round is warm-up; the table has medians over the others. Absolute times say little:
 compare within one run.
 
-- ``textgym``: its PPO, fp32, deferred scoring; ``textgym-fast``: the fastest setting (``FASTEST`` in ``ours.py``);
+- ``textgym``: its PPO, fp32, deferred scoring; ``textgym-fast``: the fastest setting (``fastest`` in ``ours.py``);
   ``textgym-instant``: rollouts that score each token before the next
 - ``floor-fp32``, ``floor-bf16``: the same matrix work and nothing else (``bare_model.py``)
 - ``generate``, ``generate-bf16``: sampling with transformers

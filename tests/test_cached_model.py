@@ -229,12 +229,41 @@ def test_a_step_of_few_rows_forwards_these_only(stepped):
     assert forwards.take() == [(1, 1)]
 
 
-def test_a_row_that_begins_anew_is_prefilled_beside_one_decode_of_the_others(stepped):
-    _, forwards, machine, ids, lengths = stepped
+def test_a_short_row_that_begins_anew_is_read_in_the_step_of_the_others(stepped):
+    model, forwards, machine, ids, lengths = stepped
     ids, lengths = ids.copy(), lengths + 1
-    ids[1], lengths[1] = random_ids(np.random.default_rng(9), 1, 30)[0], 6
+    ids[1], lengths[1] = random_ids(np.random.default_rng(9), 1, 30)[0], 4
+    got = machine.last_hidden(ids, lengths)
+    assert forwards.take() == [(3 + 4, 1)]  # a token of each of three rows, and the four of the new one
+    assert difference(model, got, ids, lengths) < 1e-4
+
+
+def test_a_long_row_that_begins_anew_is_prefilled_beside_one_decode_of_the_others(stepped):
+    model, forwards, machine, ids, lengths = stepped
+    ids, lengths = ids.copy(), lengths + 1
+    ids[1], lengths[1] = random_ids(np.random.default_rng(9), 1, 30)[0], 5  # more tokens than there are rows
+    got = machine.last_hidden(ids, lengths)
+    assert sorted(forwards.take()) == [(1, 5), (4, 1)]
+    assert difference(model, got, ids, lengths) < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_begin_anew_among_others_equal_the_plain_forward(architecture, attention):
+    model = tiny_model(architecture)
+    model.set_attn_implementation(attention)
+    rng = np.random.default_rng(5)
+    machine, ids, lengths = CachedModel(model, 30), random_ids(rng, 12, 30), rng.integers(2, 12, 12)
     machine.last_hidden(ids, lengths)
-    assert sorted(forwards.take()) == [(1, 6), (4, 1)]
+    forwards = Forwards(model)
+    for begins in ([3], [0, 11], [5, 6, 7]):
+        lengths = lengths + 1
+        ids[begins], lengths[begins] = random_ids(rng, len(begins), 30), rng.integers(2, 5, len(begins))
+        others = 12 - len(begins)
+        got = machine.last_hidden(ids, lengths)
+        assert forwards.take() == [(others + lengths[begins].sum(), 1)]
+        assert difference(model, got, ids, lengths) < 2e-4
+        forwards.take()
 
 
 def test_only_what_follows_the_first_difference_is_forwarded(stepped):
@@ -264,7 +293,7 @@ def test_rows_with_the_same_prompt_are_prefilled_once_and_then_go_their_own_ways
     ids[[1, 4]], lengths = prompts[[0, 0]], np.array([8, 5, 8, 6, 5, 8])
     ids[[0, 2, 3, 5], lengths[[0, 2, 3, 5]] - 1] = 7
     got = machine.last_hidden(ids, lengths)
-    assert sorted(forwards.take()) == [(1, 5), (6, 1)]
+    assert forwards.take() == [(4 + 5, 1)]
     assert difference(model, got, ids, lengths) < 1e-4
 
 

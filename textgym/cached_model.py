@@ -42,6 +42,8 @@ class CachedModel:
     ) -> None:
         self.model = model
         self._compiled = torch.compile(self._run) if compile else None
+        # Rows that begin anew bring another number of tokens each time, see _join.
+        self._compiled_join = torch.compile(self._run, dynamic=True) if compile else None
         # Minibatches differ in their rows and widths; without dynamic=True each would be compiled anew.
         self._compiled_pass = torch.compile(self._pass, dynamic=True) if compile_learning else None
         self.trunk: nn.Module = model.base_model
@@ -133,15 +135,15 @@ class CachedModel:
         :param common: ``(B,)`` how many of these are cached already; where all are, there is nothing to do
         """
         new = lengths - common  # (B,) tokens to forward
-        decode = np.flatnonzero(new == 1)
-        if len(decode):
-            self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
-        longer = np.flatnonzero(new > 1)
-        if not len(longer):
-            return
+        decode, longer = np.flatnonzero(new == 1), np.flatnonzero(new > 1)
         first = longer[first_alike(ids[longer], lengths[longer], common[longer])]
         prefill, again = longer[first == longer], first != longer
-        at_once = max(1, PREFILL_TOKENS // int(new[prefill].max()))
+        if len(decode) and len(prefill) and self._worth_joining(int(new[prefill].sum())):
+            self._join(np.concatenate([decode, prefill]), rows, ids, lengths, new)
+            decode = prefill = prefill[:0]
+        if len(decode):
+            self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
+        at_once = max(1, PREFILL_TOKENS // int(new[prefill].max(initial=1)))
         for start in range(0, len(prefill), at_once):
             part = prefill[start : start + at_once]
             self._prefill(rows[part], ids[part], common[part], new[part])
@@ -267,6 +269,27 @@ class CachedModel:
         hidden = self._forward(rows, tokens, positions, np.where(real, positions, self.context))  # (B, T, H)
         self._store(rows, hidden[torch.arange(len(rows)), torch.as_tensor(count - 1)])
 
+    def _worth_joining(self, prefilled: int) -> bool:
+        """Whether a few rows that begin anew, of so many tokens together, are read in the others' decode step.
+
+        One forward instead of two; but it copies the cached keys and values of each token's row.
+        """
+        assert self._cache is not None
+        return prefilled <= self._cache.slots
+
+    def _join(self, which: np.ndarray, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray) -> None:
+        """Forward the last ``new`` tokens of some rows at once, each as a batch row of one token.
+
+        A layer writes all keys and values before it reads any, and a token sees its slot up to its own position. So
+        the tokens of one row may stand side by side.
+        """
+        into = np.repeat(which, new[which])  # (N,) the row of each token
+        ends = np.cumsum(new[which])  # (B,)
+        positions = lengths[into] - np.repeat(ends, new[which]) + np.arange(len(into))  # (N,)
+        tokens = ids[into, positions]
+        hidden = self._forward(rows[into], tokens[:, None], positions[:, None], positions[:, None])  # (N, 1, H)
+        self._store(rows[which], hidden[ends - 1, 0])
+
     def _copy(self, source: np.ndarray, target: np.ndarray, used: int) -> None:
         """Give some rows what is cached of others that have the same tokens, at most ``used``."""
         assert self._cache is not None
@@ -278,9 +301,10 @@ class CachedModel:
     def _forward(self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray) -> Tensor:
         """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""
         assert self._cache is not None
-        # What is compiled must always have the same shapes, and the cache's memory must be there.
-        decoding = rows is None and tokens.shape[1] == 1 and self._cache.is_initialized
-        run = self._compiled if self._compiled is not None and decoding else self._run
+        compiled = self._compiled if rows is None else self._compiled_join
+        # Prompts have all kinds of shapes, and the cache's memory must be there.
+        decoding = tokens.shape[1] == 1 and self._cache.is_initialized
+        run = compiled if compiled is not None and decoding else self._run
         device = self._cache.device
         return run(
             None if rows is None else torch.as_tensor(rows, device=device),
