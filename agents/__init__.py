@@ -18,13 +18,14 @@ from textgym.agents.grpo import GRPO
 from textgym.agents.learning_rewards import LearningRewards
 from textgym.agents.nlpo import NLPO
 from textgym.agents.off_policy import TextOffPolicyAlgorithm
-from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, TrustWarning
+from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
 from textgym.agents.q_learning import QLearning
 from textgym.agents.reinforce import REINFORCE
 from textgym.agents.rloo import RLOO
 from textgym.agents.sarsa import SARSA
+from textgym.agents.saved_agent import TrustWarning
 from textgym.agents.soft_q_learning import SoftQLearning
 from textgym.agents.text_environment import TextEnvironment
 from textgym.agents.trpo import TRPO

@@ -1,4 +1,4 @@
-"""What the agents that learn from their own rollouts share: rollouts, updates, statistics and saving.
+"""What the agents that learn from their own rollouts share: rollouts, updates and statistics.
 
 An agent derives from :class:`TextOnPolicyAlgorithm` and adds its loss. The rollout loop and the update loop are here
 and nowhere else.
@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
-import pathlib
-import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,14 +28,7 @@ from textgym.agents.distributed import Processes
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.exploration import Exploration
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
-from textgym.agents.pretrained import (
-    arguments_of,
-    load_value_head,
-    pickled_names,
-    read_agent,
-    stored_spaces,
-    write_agent,
-)
+from textgym.agents.saved_agent import SavedAgent
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.options import check_number
@@ -46,9 +36,6 @@ from textgym.envs.sb3 import as_vec_env, deferrable
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora
 from textgym.rewards import RewardError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 EVALUATE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass over a rollout; bounds memory, not results
 SCORINGS = ("auto", "deferred", "instant")
@@ -69,11 +56,7 @@ class Loss:
     weight: float | None = None
 
 
-class TrustWarning(UserWarning):
-    """A file is opened that can run code."""
-
-
-class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
+class TextOnPolicyAlgorithm(SavedAgent):
     """A language model that learns from its own rollouts in a text environment.
 
     An agent overrides :meth:`loss`, and, where they aren't generalised advantage estimates,
@@ -715,109 +698,6 @@ class TextOnPolicyAlgorithm(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         own = ["exploration", "finished_episodes", "_row_kl", "_pending_log", "processes", "_all_rows"]
         return [*super()._excluded_save_params(), *own]
-
-    @classmethod
-    def load(
-        cls,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: TextEnv | None = None,
-        device: torch.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        trust: bool | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Load what ``save`` wrote. The file holds pickles: opening it runs whatever code they name.
-
-        An agent from somebody else is opened by :meth:`from_pretrained`, which reads data only.
-
-        :param path: the zip file
-        :param env: to go on learning in
-        :param device: where the networks go
-        :param custom_objects: attributes to use instead of the stored ones; those aren't unpickled
-        :param print_system_info: whether to print on what system the agent was saved
-        :param force_reset: whether to begin new episodes before learning on
-        :param trust: whether you trust who made the file. True: load. False: refuse a file with pickles. None: load,
-            with a warning that names what is unpickled
-        :param kwargs: attributes to change
-        :raises ValueError: with ``trust=False``, if loading would run code
-        """
-        if trust is not True:
-            names = [name for name in pickled_names(path) if name not in (custom_objects or {})]
-            message = (
-                f"{path} holds pickles ({', '.join(names)}), and opening a pickle runs the code that it names. "
-                "Load files only from people you trust; from_pretrained opens what save_pretrained wrote, without that"
-            )
-            if names and trust is False:
-                raise ValueError(message)
-            if names:
-                warnings.warn(f"{message}. trust=True says that you do", TrustWarning, stacklevel=2)
-        vec_env = None if env is None else as_vec_env(env)
-        return super().load(path, vec_env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    def save_pretrained(self, directory: str | pathlib.Path) -> None:
-        """Write the agent as files without code: a Hugging Face checkpoint, the value head and the configuration.
-
-        ``AutoModelForCausalLM``, ``AutoTokenizer`` and textgym's ``language_model=`` open the directory as the trained
-        language model, :meth:`from_pretrained` as the agent. To go on with a training exactly, with the state of the
-        optimizer and of every episode, see :mod:`textgym.agents.checkpoints`.
-
-        An adapter is merged into the weights that are written, and stands by itself in ``adapter`` besides.
-
-        :param directory: made if it does not exist
-        :raises NotADirectoryError: if it is a file
-        """
-        directory = pathlib.Path(directory)
-        if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(f"directory={str(directory)!r} is a file; a checkpoint is a directory")
-        self.policy.language_model.save_pretrained(directory)
-        write_agent(self, directory)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | pathlib.Path,
-        env: TextEnv | None = None,
-        *,
-        device: torch.device | str = "auto",
-        **arguments: Any,
-    ) -> Self:
-        """Open an agent that :meth:`save_pretrained` wrote; no code in the directory is run.
-
-        The optimizer begins anew. Of an agent with an adapter the merged weights are opened, and all of them learn;
-        pass ``policy_kwargs={"lora": ...}`` for a new adapter beside them.
-
-        :param directory: what was written
-        :param env: to learn in; without one the agent predicts and generates
-        :param device: where the networks go
-        :param arguments: constructor arguments to use instead of the stored ones
-        :raises FileNotFoundError: if the directory holds no agent
-        :raises ValueError: if it holds another one, or one of its arguments was a function and isn't given
-        """
-        directory = pathlib.Path(directory)
-        configuration = read_agent(directory, cls.__name__)
-        language_model = load_language_model(str(directory), device=device, dtype=configuration["dtype"])
-        policy_kwargs = {
-            **configuration["policy"],
-            **arguments.pop("policy_kwargs", {}),
-            "language_model": language_model.trainable_copy(),
-        }
-        model = cls(
-            "LanguageModelPolicy",
-            None if env is None else as_vec_env(env),
-            policy_kwargs=policy_kwargs,
-            device=device,
-            _init_setup_model=env is not None,
-            **arguments_of(configuration, arguments),
-        )
-        if env is None:
-            model.observation_space, model.action_space = stored_spaces(configuration)
-            model.n_envs = 1
-            model._setup_model()
-        load_value_head(model, directory)
-        model.num_timesteps = configuration["num_timesteps"]
-        return model
 
 
 def _in_parts(segments: list[Segment]) -> Iterator[list[Segment]]:

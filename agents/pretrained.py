@@ -20,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 if TYPE_CHECKING:
-    from textgym.agents.on_policy import TextOnPolicyAlgorithm
+    from textgym.agents.saved_agent import SavedAgent
 
 AGENT, VALUE_HEAD = "agent.json", "value_head.safetensors"
 FORMAT = 1
@@ -29,7 +29,7 @@ _LEFT_OUT = {"policy", "env", "policy_kwargs", "tensorboard_log", "verbose", "de
 _POLICY = ("temperature", "value_head", "value_trunk")
 
 
-def write_agent(model: TextOnPolicyAlgorithm, folder: Path) -> None:
+def write_agent(model: SavedAgent, folder: Path) -> None:
     """Write the value head and the agent's configuration beside its language model."""
     value_head = model.policy.value_net.state_dict()
     tensors = {name: value.cpu().contiguous() for name, value in value_head.items()}
@@ -104,7 +104,7 @@ def arguments_of(configuration: dict[str, Any], overrides: dict[str, Any]) -> di
     return arguments
 
 
-def load_value_head(model: TextOnPolicyAlgorithm, folder: Path) -> None:
+def load_value_head(model: SavedAgent, folder: Path) -> None:
     """Put the stored value head into the policy."""
     model.policy.value_net.load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
 
@@ -120,7 +120,7 @@ def stored_spaces(configuration: dict[str, Any]) -> tuple[spaces.Dict, spaces.Di
     return spaces.Dict(observation), spaces.Discrete(vocab_size)
 
 
-def _argument(model: TextOnPolicyAlgorithm, name: str) -> Any:
+def _argument(model: SavedAgent, name: str) -> Any:
     # SB3 keeps stats_window_size under a private name.
     return getattr(model, name if hasattr(model, name) else f"_{name}")
 
