@@ -175,16 +175,17 @@ def plot(points: list[dict[str, float]], before: Evaluation, after: Evaluation, 
     left.set(xlabel="tokens of training", ylabel="reward-model score Φ", title="What it learns")
     kl = [point["kl"] for point in points]
     scatter = right.scatter(kl, [point["score"] for point in points], c=tokens, cmap="viridis", s=18)
-    for evaluation, name, side in ((before, "before", "left"), (after, "after", "right")):
+    for evaluation, name, side, above in ((before, "before", "left", -18), (after, "after", "right", 12)):
         right.plot(evaluation.kl.mean(), evaluation.scores.mean(), "*", markersize=14, color="#d55e00")
         right.annotate(
             f"{name} (held out)",
             (evaluation.kl.mean(), evaluation.scores.mean()),
-            (0, -18),
+            (0, above),
             textcoords="offset points",
             ha=side,
         )
     right.set(xlabel="KL to the reference, nats per completion", title="What it pays for it")
+    right.margins(y=0.14)  # room for the words
     figure.colorbar(scatter, label="tokens of training")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
