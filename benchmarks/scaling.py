@@ -182,6 +182,8 @@ def plot(found: dict[str, tuple[list[Point], list[Point]]], path: Path) -> None:
             axis.loglog(values, [p.seconds[phase] for p in points], "o-", color=colour, label=phase)
             scale = points[-1].seconds[phase] / expected[-1].seconds[phase]
             axis.loglog(values, [scale * p.seconds[phase] for p in expected], "--", color=colour, alpha=0.6)
+        axis.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.set_xlabel(name)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("seconds")
