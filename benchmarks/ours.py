@@ -34,14 +34,14 @@ class Setting:
 
 
 MIXED = Setting({"rollout_dtype": "bfloat16", "autocast": "bfloat16"}, "bfloat16")
-LARGE = 30_000_000  # weights from which on a processor's cache does not hold them, and half the bytes are half the time
+LARGE = 30_000_000  # weights from which on reading them is much of what a decode step takes
 
 
 def fastest(workload: Workload) -> Setting:
     """What takes least time: everything in bf16 but the master weights, and compiled.
 
-    A small model on a CPU draws its tokens with the fp32 weights. A copy in bf16 is no faster there, and what it drew
-    has to be evaluated anew with the trained weights.
+    A small model on a CPU draws its tokens with the fp32 weights: what a copy in bf16 drew has to be evaluated anew
+    with the trained weights.
     """
     copy = workload.device != "cpu" or workload.trunk_parameters >= LARGE
     policy = MIXED.policy if copy else {"autocast": "bfloat16"}

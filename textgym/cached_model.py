@@ -32,7 +32,7 @@ class CachedModel:
     :param model: a Hugging Face causal transformer, with any head; only its trunk is used, in evaluation mode
     :param context: most tokens a row can have; at most what the model was built for
     :param compile: whether decode steps run through ``torch.compile``: the first ones take up to minutes, the others
-        less time. All slots then take part in every step, whoever asks
+        less time. All slots then take part in a step, whoever asks, unless rows begin in it
     :param compile_learning: whether teacher-forced passes with gradients do
     :raises ValueError: if ``context`` is larger than the model's positions or attention window
     """

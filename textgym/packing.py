@@ -47,8 +47,8 @@ def worth_packing(lengths: np.ndarray, width: int) -> bool:
 def pack(ids: np.ndarray, lengths: np.ndarray) -> PackedRows:
     """Pack rows, the longest first, each into the first packed row with room for it (first-fit decreasing).
 
-    The packed rows are as wide as the longest row, or up to an eighth wider where that leaves less padding: attention
-    costs hardly more than it does with padding.
+    The packed rows are as wide as the longest row, or up to an eighth wider where that leaves less padding, so
+    that attention costs about what it does with padding.
 
     :param ids: ``(B, L)`` right-padded
     :param lengths: ``(B,)`` how many tokens of each are real, at least 1
