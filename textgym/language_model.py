@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
+from textgym.token_scores import TokenScores, is_plain_linear
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
@@ -144,7 +145,8 @@ class LanguageModel:
         """Log-probability of each token, and the entropy of the distribution it was drawn from, in nats.
 
         The head is applied in chunks that are recomputed in the backward pass, so memory doesn't grow with the number
-        of tokens times the vocabulary.
+        of tokens times the vocabulary. Without a gradient of the entropy there is no second derivative, and the
+        gradients take less time (:mod:`textgym.token_scores`).
 
         :param hidden: ``(N, H)`` hidden states the tokens were predicted from
         :param tokens: ``(N,)``
@@ -155,7 +157,13 @@ class LanguageModel:
         :return: log-probabilities ``(N,)`` and entropies ``(N,)`` or None
         """
 
+        head = self.model.get_output_embeddings()
+        learning = torch.is_grad_enabled() and not (with_entropy and entropy_gradient)
+        fused = learning and self._soft_cap is None and is_plain_linear(head)
+
         def score(h: Tensor, token: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            if fused:
+                return TokenScores.apply(h, head.weight, token, self._multiplier / temperature, mask)
             log_probs = log_distribution(self.head(h), temperature, mask)  # (n, V)
             chosen = log_probs.gather(1, token[:, None]).squeeze(1)
             if not with_entropy:

@@ -1,0 +1,115 @@
+"""The scores of tokens with a backward pass of their own, against torch's autograd over the formula."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from textgym import language_model, token_scores
+from textgym.language_model import log_distribution
+from textgym.token_scores import TokenScores, is_plain_linear
+
+ROWS, WIDTH, VOCABULARY = 11, 16, 60
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weights, tokens and which tokens are allowed."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype).requires_grad_()
+    tokens = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    allowed = torch.rand(ROWS, VOCABULARY, generator=generator) < 0.4
+    allowed[range(ROWS), tokens] = True
+    return hidden, weight, tokens, allowed
+
+
+def by_autograd(hidden: Tensor, weight: Tensor, tokens: Tensor, scale: float, allowed: Tensor | None):
+    log_probs = torch.log_softmax((scale * hidden @ weight.T).masked_fill(~allowed, -torch.inf), -1) if (
+        allowed is not None
+    ) else torch.log_softmax(scale * hidden @ weight.T, -1)  # fmt: skip
+    entropy = torch.distributions.Categorical(logits=log_probs).entropy()
+    return log_probs[range(ROWS), tokens], entropy
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 10**6])
+def test_log_probs_entropies_and_gradients_are_those_of_autograd(monkeypatch, scale, masked, chunk):
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, tokens, allowed = inputs(torch.float32)
+    mask = allowed if masked else None
+    factors = torch.linspace(-1, 2, ROWS)
+    log_probs, entropies = TokenScores.apply(hidden, weight, tokens, scale, mask)
+    assert not entropies.requires_grad
+    got = torch.autograd.grad((factors * log_probs).sum(), (hidden, weight))
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected_log_probs, expected_entropies = by_autograd(*exact, tokens, scale, mask)
+    expected = torch.autograd.grad((factors.double() * expected_log_probs).sum(), exact)
+    torch.testing.assert_close(log_probs.double(), expected_log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies.double(), expected_entropies, atol=1e-5, rtol=1e-5)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-4)
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_have_the_weights_type():
+    hidden, weight, tokens, _ = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = TokenScores.apply(hidden, weight, tokens, 1.0, None)
+        logits = nn.functional.linear(hidden, weight)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(log_probs, log_distribution(logits).gather(1, tokens[:, None])[:, 0])
+    got = torch.autograd.grad(log_probs.sum(), (hidden, weight))
+    expected = torch.autograd.grad(by_autograd(hidden, weight, tokens, 1.0, None)[0].sum(), (hidden, weight))
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_a_second_derivative_is_an_error():
+    hidden, weight, tokens, _ = inputs(torch.float32)
+    log_probs, _ = TokenScores.apply(hidden, weight, tokens, 1.0, None)
+    with pytest.raises(RuntimeError, match="create_graph=True: .* token_log_probs has one with entropy_gradient=True"):
+        torch.autograd.grad(log_probs.sum(), hidden, create_graph=True)
+
+
+def test_what_does_not_learn_has_no_gradient():
+    hidden, weight, tokens, _ = inputs(torch.float32)
+    log_probs, _ = TokenScores.apply(hidden, weight.detach(), tokens, 1.0, None)
+    log_probs.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_heads_that_do_more_than_multiply_are_told_apart():
+    plain = nn.Linear(4, 6, bias=False)
+    hooked = nn.Linear(4, 6, bias=False)
+    hooked.register_forward_hook(lambda *_: None)
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False))
+    others = [nn.Linear(4, 6), nn.Sequential(plain), hooked, parametrized]
+    assert is_plain_linear(plain)
+    assert not any(is_plain_linear(head) for head in others)
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_learning_takes_this_way_and_gets_the_same(monkeypatch, with_entropy):
+    from tiny_agents import tiny_language_model
+
+    lm = tiny_language_model().trainable_copy()
+    width = lm.model.get_output_embeddings().weight.shape[1]
+    hidden = torch.randn(9, width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tokens = torch.arange(9) % lm.vocab_size
+    used = []
+    apply = TokenScores.apply
+    monkeypatch.setattr(TokenScores, "apply", lambda *a: used.append(1) or apply(*a))
+    results = []
+    for plain in (True, False):
+        monkeypatch.setattr(language_model, "is_plain_linear", lambda head, plain=plain: plain)
+        log_probs, entropy = lm.token_log_probs(hidden, tokens, 0.7, None, with_entropy, entropy_gradient=False)
+        assert (entropy is not None) == with_entropy
+        gradients = torch.autograd.grad(log_probs.sum(), [hidden, lm.model.get_output_embeddings().weight])
+        results.append([log_probs, *gradients, *([entropy] if with_entropy else [])])
+    assert len(used) == 1
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    if with_entropy:
+        assert lm.token_log_probs(hidden, tokens, entropy_gradient=True)[1].requires_grad, "then autograd's own way"
