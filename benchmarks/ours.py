@@ -173,6 +173,7 @@ class StableBaselines3:
 
 CONTENDERS: dict[str, Callable[[Workload], Any]] = {
     "textgym": Textgym,
+    "textgym-compiled": lambda workload: Textgym(workload, Setting({"compile": True})),
     "textgym-fast": lambda workload: Textgym(workload, fastest(workload)),
     "textgym-instant": functools.partial(Textgym, scoring="instant"),
     "sb3": StableBaselines3,
