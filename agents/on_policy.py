@@ -396,8 +396,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         rollout_buffer.kl = kl
         if self.needs_reference and rollout_buffer.ref_log_probs is None:
             rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
-        last_values = (self.policy.forced_values if acted_with_copy else self.policy.predict_values)(self._last_obs)
-        self.compute_advantages(rollout_buffer, last_values)
+        self.compute_advantages(rollout_buffer, self._last_values())
         if self.processes.world_size > 1:
             self._remember(self.processes.interleaved(_figures_of(self.finished_episodes)))
 
@@ -588,6 +587,17 @@ class TextOnPolicyAlgorithm(SavedAgent):
         """About how many tokens all processes wrote in this step; the sum at the end of the rollout is exact."""
         return round(int(active.sum()) * self._all_rows / len(active))
 
+    def _last_values(self) -> Tensor:
+        """``(N, 1)`` V of the texts that go on behind the rollout; 0 where another begins, which no step leads to."""
+        assert self._last_obs is not None
+        assert self._last_episode_starts is not None
+        begun = np.asarray(self._last_episode_starts, dtype=bool)
+        values = torch.zeros(len(begun), 1, device=self.device)
+        rows = np.flatnonzero(~begun)
+        if len(rows):
+            values[rows] = self._values_of({name: o[rows] for name, o in self._last_obs.items()}, rows)
+        return values
+
     def _values_where_truncated(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """``(N,)`` V of the last observation of episodes whose budget ran out, 0 elsewhere (SB3 issue
         #633)."""
@@ -597,10 +607,13 @@ class TextOnPolicyAlgorithm(SavedAgent):
         if len(rows):
             last = [infos[row]["terminal_observation"] for row in rows]
             obs = {name: np.stack([o[name] for o in last]) for name in last[0]}
-            exact = self.policy.rollout_dtype is not None
-            last_values = self.policy.forced_values(obs) if exact else self.policy.predict_values(obs, rows)
-            values[rows] = last_values.flatten().cpu().numpy()
+            values[rows] = self._values_of(obs, rows).flatten().cpu().numpy()
         return values
+
+    def _values_of(self, obs: dict[str, np.ndarray], rows: np.ndarray) -> Tensor:
+        """``(B, 1)`` V of the trained weights for observations of some rows."""
+        exact = self.policy.rollout_dtype is not None  # else what acts, and has cached most of it, are the weights
+        return self.policy.forced_values(obs) if exact else self.policy.predict_values(obs, rows)
 
     @torch.no_grad()
     def _evaluate_anew(self, buffer: EpisodeBuffer) -> None:

@@ -10,8 +10,9 @@ contender is a process of its own, so that memory is its own too, and they take 
 machine hits all alike. The first round is warm-up; the table has medians over the others. Absolute times say little:
 compare within one run.
 
-- ``textgym``: its PPO, fp32, deferred scoring; ``textgym-fast``: the fastest setting (``fastest`` in ``ours.py``);
-  ``textgym-instant``: rollouts that score each token before the next
+- ``textgym``: its PPO, fp32, deferred scoring; ``textgym-compiled``: the same through ``torch.compile``;
+  ``textgym-fast``: the fastest setting (``fastest`` in ``ours.py``); ``textgym-instant``: rollouts that score each
+  token before the next
 - ``floor-fp32``, ``floor-bf16``: the same matrix work and nothing else (``bare_model.py``)
 - ``generate``, ``generate-bf16``: sampling with transformers
 - ``trl-ppo``, ``trl-grpo``, ``trl-rloo``: TRL's trainers (``trl_peers.py``), installed into ``.cache/peers`` when asked
@@ -41,6 +42,7 @@ from workload import PRESETS, Workload, cores
 FOLDER = Path(__file__).resolve().parent
 CONTENDERS = (
     "textgym",
+    "textgym-compiled",
     "textgym-fast",
     "textgym-instant",
     "floor-fp32",

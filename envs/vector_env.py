@@ -119,6 +119,7 @@ class TextGenVectorEnv(VectorEnv):
         self._warned_truncation = False
         self._round: EpisodeRound | None = None
         self._deferred = False
+        self._starts_due = np.zeros(self.num_envs, dtype=bool)
         self._pending = PendingSteps(self._texts, self._scorer)
 
     # ------------------------------------------------------------------ what agents ask for
@@ -267,6 +268,7 @@ class TextGenVectorEnv(VectorEnv):
             raise error.ResetNeeded(
                 f"row {row} has finished and autoreset is disabled: reset(options={{'reset_mask': ...}}) first"
             )
+        self._note_starts()
         active = np.flatnonzero(~waiting)
         infos = VectorInfos(self.num_envs)
         reward = np.zeros(self.num_envs)
@@ -408,11 +410,18 @@ class TextGenVectorEnv(VectorEnv):
         self._deferred = on
         if on:
             self._pending.go_on()
+            self._starts_due[:] = False
         else:
-            # Rows that began while scoring was deferred: Φ of their prompts is still to be noted.
-            fresh = np.flatnonzero(self._texts.started & (self._texts.taken == 0))
-            if len(fresh):
-                self._scorer.start_rows(self._texts.batch(fresh))
+            # Φ of the prompts of rows that began while scoring was deferred. Where it is deferred again, they are read
+            # together with what follows.
+            self._starts_due = self._texts.started & (self._texts.taken == 0)
+
+    def _note_starts(self) -> None:
+        """Ask for Φ of prompts that is due by now."""
+        rows = np.flatnonzero(self._starts_due)
+        if len(rows) and not self._deferred:
+            self._scorer.start_rows(self._texts.batch(rows))
+            self._starts_due[:] = False
 
     def score_deferred(self, log_probs: np.ndarray | None = None) -> DeferredScores:
         """Score all steps since the last call: rewards ``(S, N)`` and the episodes that ended in them.
@@ -451,6 +460,7 @@ class TextGenVectorEnv(VectorEnv):
             raise RuntimeError(
                 f"{len(self._pending)} steps wait to be scored; call score_deferred() before state_dict()"
             )
+        self._note_starts()
         return {
             "texts": self._texts.state_dict(),
             "potential": self._scorer.potential.copy(),
@@ -477,6 +487,7 @@ class TextGenVectorEnv(VectorEnv):
         self._texts.load_state_dict(state["texts"])
         self._pending.clear()
         self._pending.go_on()
+        self._starts_due[:] = False
         self._scorer.potential[:] = state["potential"]
         self.kl_coef = state["kl_coef"]
         self._seeds = None if state["seeds"] is None else tuple(state["seeds"])
@@ -558,6 +569,7 @@ class TextGenVectorEnv(VectorEnv):
         self._pending.begin(rows)
         self._mask_actions(rows)
         if not self._deferred:
+            self._starts_due[rows] = False
             self._scorer.start_rows(self._texts.batch(rows))
 
     def _fit(self, ids: list[int], prompt: str) -> list[int]:
@@ -590,6 +602,7 @@ class TextGenVectorEnv(VectorEnv):
     def _rendered(self, row: int) -> RenderedEpisode:
         texts, taken = self._texts, int(self._texts.taken[row])
         known = not self._deferred
+        self._note_starts()
         return RenderedEpisode(
             prompt=texts.prompts[row].prompt,
             tokens=texts.token_texts(row),

@@ -144,7 +144,9 @@ def test_memory_bound_counts_each_weight_once_a_step() -> None:
 
 
 @pytest.mark.parametrize("shape", [TINY, RAGGED], ids=["fixed", "ragged"])
-@pytest.mark.parametrize("name", ["textgym", "textgym-fast", "textgym-instant", "sb3", "floor-bf16"])
+@pytest.mark.parametrize(
+    "name", ["textgym", "textgym-compiled", "textgym-fast", "textgym-instant", "sb3", "floor-bf16"]
+)
 def test_contenders_spend_time_in_the_phases_they_cover(name: str, shape: Workload) -> None:
     seconds, facts, contender = iterated(name, shape)
     spent = {phase for phase, value in seconds.items() if value > 0}

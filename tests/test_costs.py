@@ -55,7 +55,8 @@ def agent(new_tokens: int, *, ends: bool = False, language_model: Any = None, **
         min_new_tokens=0 if ends else new_tokens,
         reward=CausalRewardModel(tiny_causal_reward_model(), tiny_tokenizer()),
     )
-    return tiny_ppo(env, n_steps=new_tokens, batch_size=ROWS * new_tokens // 2, n_epochs=2, **arguments)
+    steps = {"n_steps": new_tokens, "batch_size": ROWS * new_tokens // 2, **arguments}
+    return tiny_ppo(env, n_epochs=2, **steps)
 
 
 def collect(model: PPO) -> None:
@@ -85,19 +86,33 @@ def counts(model: PPO, run: Any) -> dict[str, list[int]]:
 def test_a_deferred_rollout_forwards_each_token_once_with_each_model(new_tokens):
     model = agent(new_tokens)
     counted = counts(model, collect)
-    # The prompt, which is the same for all, then a token a row and step. The last action is not read; for V of the next
-    # episode's first state the last token of its prompt is, the rest of which is cached.
-    assert counted["policy"] == [PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
+    # The prompt, which is the same for all, then a token a row and step. The last action ends the episodes and is read
+    # by nobody.
+    assert counted["policy"] == [PROMPT, *[ROWS] * (new_tokens - 1)]
     assert counted["reference"] == [ROWS * (PROMPT + new_tokens)]
-    # Φ of the prompts that the first episodes begin with, of all prefixes, and of the prompts of the next episodes.
-    assert counted["reward"] == [PROMPT, ROWS * (PROMPT + new_tokens), PROMPT]
+    # Φ of the prompts when the environment was reset, and of all prefixes.
+    assert counted["reward"] == [PROMPT, ROWS * (PROMPT + new_tokens)]
+    callback = model._setup_learn(10_000, reset_num_timesteps=False)[1]
+    again = counts(model, lambda m: m.collect_rollouts(m.env, callback, m.rollout_buffer, m.n_steps))
+    assert again["reward"] == [ROWS * (PROMPT + new_tokens)], "the prompts are among the prefixes"
+
+
+def test_values_behind_a_rollout_are_those_of_the_texts_that_it_cuts():
+    model = agent(32, n_steps=8, batch_size=8)
+    counted = counts(model, collect)
+    assert counted["policy"] == [PROMPT, *[ROWS] * 8]
+    model.policy.value_net.bias.data += 1.0
+    torch.testing.assert_close(model._last_values(), model.policy.predict_values(model._last_obs))
+    model._last_episode_starts = np.array([True, False] * (ROWS // 2))
+    expected = model.policy.predict_values(model._last_obs) * torch.tensor([[0.0], [1.0]] * (ROWS // 2))
+    torch.testing.assert_close(model._last_values(), expected)
 
 
 @pytest.mark.parametrize("new_tokens", [8, 16, 32])
 def test_an_instant_rollout_forwards_each_token_once_with_each_model(new_tokens):
     model = agent(new_tokens, scoring="instant")
     counted = counts(model, collect)
-    assert counted["policy"] == [PROMPT, *[ROWS] * (new_tokens - 1), ROWS]
+    assert counted["policy"] == [PROMPT, *[ROWS] * (new_tokens - 1)]
     assert counted["reference"] == [PROMPT, *[ROWS] * (new_tokens - 1)]
     # Nothing cached reaches into a rollout, so the prompts are read again with the first tokens, like ones once.
     different = len(set(model.rollout_buffer.actions[0].flatten().tolist()))

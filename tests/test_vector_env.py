@@ -540,6 +540,37 @@ def test_deferred_scoring_is_switched_and_asked_for_in_order():
     assert not envs.scoring_deferred
 
 
+def test_prompts_of_episodes_that_begin_while_scoring_is_deferred_are_scored_when_it_is_needed():
+    asked = []
+
+    def length(completions, **_):
+        asked.append(list(completions))
+        return [0.5 + len(text) for text in completions]
+
+    envs, instant = make_vec(2, reward=length, kl_coef=0), make_vec(2, reward=length, kl_coef=0)
+    for env in (envs, instant):
+        env.reset(seed=0)
+    envs.defer_scoring(True)
+    for env in (envs, instant):
+        env.step(np.array([GOOD, EOS]))  # the second row begins anew
+    envs.score_deferred()
+    asked.clear()
+    envs.defer_scoring(False)
+    assert not asked
+    actions = np.array([FILM, GOOD])
+    rewards = [env.step(actions)[1] for env in (envs, instant)]
+    np.testing.assert_allclose(*rewards)
+    assert asked[0] == [""], "Φ of the prompt in the second row"
+    state = envs.state_dict()
+    np.testing.assert_allclose(state["potential"], instant.state_dict()["potential"])
+
+    envs.defer_scoring(True)
+    envs.step(np.array([EOS, EOS]))
+    envs.score_deferred()
+    envs.defer_scoring(False)
+    np.testing.assert_allclose(envs.state_dict()["potential"], [0.5, 0.5])
+
+
 def test_a_full_reset_gives_up_what_waits_to_be_scored():
     broken = [True]
 
