@@ -15,6 +15,7 @@ from workload import Workload
 
 PHASES = ("rollout", "score", "update")
 FASTEST = "textgym-fast"
+COMPILED = "textgym-compiled"  # in the workload's precision
 Results = dict[str, dict[str, Any]]  # of a workload, by contender: see iteration.measure
 Works = Sequence[tuple[Workload, Results]]
 
@@ -171,19 +172,23 @@ def bars_of(workload: Workload, results: Results, preset: str) -> list[Bar]:
 
     precise = "textgym" if workload.dtype == "float32" else f"textgym ({workload.dtype})"
     same_floor = floor_of("textgym", workload)
-    if workload.ragged:
-        wanted = 6.0 if preset == "small" else 2.0
-        return [
-            bar(f"iteration, {precise} against TRL PPO", wanted, True, "trl-ppo", "textgym"),
-            bar("iteration, fastest setting against TRL PPO", wanted, True, "trl-ppo", FASTEST),
-        ]
-    fastest = 3.5 if preset == "small" else 2.0
+    compiled = f"{precise}, compiled,"
+    as_fast, fastest = (6.0, 6.0) if workload.ragged else (2.0, 3.5)
+    if preset != "small":
+        as_fast = fastest = 2.0
     bars = [
-        bar(f"iteration, {precise} against TRL PPO", 2.0, True, "trl-ppo", "textgym"),
+        bar(f"iteration, {precise} against TRL PPO", as_fast, True, "trl-ppo", "textgym"),
+        bar(f"iteration, {compiled} against TRL PPO", as_fast, True, "trl-ppo", COMPILED),
         bar("iteration, fastest setting against TRL PPO", fastest, True, "trl-ppo", FASTEST),
         bar(f"iteration, {precise} over {same_floor}", 1.25, False, "textgym", same_floor),
+        bar(f"iteration, {compiled} over {same_floor}", 1.25, False, COMPILED, same_floor),
         bar("iteration, fastest setting over floor-bf16", 1.25, False, FASTEST, "floor-bf16"),
+    ]
+    if workload.ragged:
+        return bars
+    bars += [
         bar(f"rollout, {precise} against generate", 1.3, True, "generate", "textgym", ["rollout"]),
+        bar(f"rollout, {compiled} against generate", 1.3, True, "generate", COMPILED, ["rollout"]),
         bar("rollout, fastest setting against generate", 1.8, True, "generate", FASTEST, ["rollout"]),
         bar("update against SB3's over prefixes", workload.new_tokens / 2, True, "sb3", "textgym", ["update"]),
         bar("instant over deferred scoring", 2.5, False, "textgym-instant", "textgym"),

@@ -330,7 +330,8 @@ def test_bars_are_met_missed_or_not_measured(results: report.Results) -> None:
 
 def test_ragged_bar_is_higher(results: report.Results) -> None:
     wanted = [bar.wanted for bar in report.bars_of(RAGGED, results, "small")]
-    assert wanted == [6.0, 6.0]
+    assert wanted == [6.0] * 3 + [1.25] * 3
+    assert [bar.wanted for bar in report.bars_of(RAGGED, results, "135m")] == [2.0] * 3 + [1.25] * 3
 
 
 # Scaling
