@@ -191,6 +191,7 @@ def bars_of(workload: Workload, results: Results, preset: str) -> list[Bar]:
         bar(f"rollout, {compiled} against generate", 1.3, True, "generate", COMPILED, ["rollout"]),
         bar("rollout, fastest setting against generate", 1.8, True, "generate", FASTEST, ["rollout"]),
         bar("update against SB3's over prefixes", workload.new_tokens / 2, True, "sb3", "textgym", ["update"]),
+        bar("update, compiled, against SB3's", workload.new_tokens / 2, True, "sb3", COMPILED, ["update"]),
         bar("instant over deferred scoring", 2.5, False, "textgym-instant", "textgym"),
         Bar(f"peak memory, {precise} over TRL PPO", 1.0, False, memory("textgym", "trl-ppo")),
         Bar("peak memory, fastest setting over TRL PPO", 1.0, False, memory(FASTEST, "trl-ppo")),
