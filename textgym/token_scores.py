@@ -48,8 +48,7 @@ class TokenScores(torch.autograd.Function):
         device = hidden.device.type
         narrow = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if narrow else weight.dtype
-        low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
-        probs = F.linear(low_hidden, low_weight)  # (N, V) logits at first
+        probs = F.linear(hidden.to(dtype), weight.to(dtype))  # (N, V) logits at first
         log_probs, entropies = (torch.empty(len(tokens), device=hidden.device) for _ in range(2))
         size = max(1, CHUNK_ELEMENTS // len(weight)) if device == "cpu" else len(tokens)
         for start in range(0, len(tokens), size):
@@ -66,8 +65,8 @@ class TokenScores(torch.autograd.Function):
                 log_p = log_p.masked_fill(~allowed[part], 0.0)  # 0 · (−inf) is 0 here
             entropies[part] = -torch.linalg.vecdot(p, log_p)
             probs[part] = p
-        ctx.save_for_backward(probs, low_hidden, low_weight, tokens)
-        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(probs, hidden, weight, tokens)
+        ctx.scale = scale
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
 
@@ -83,6 +82,9 @@ class TokenScores(torch.autograd.Function):
         upstream = (ctx.scale * upstream).to(probs.dtype)  # (N,)
         gradient = probs * -upstream[:, None]  # (N, V)
         gradient[torch.arange(len(tokens), device=tokens.device), tokens] += upstream
-        of_hidden = (gradient @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        of_weight = (gradient.T @ hidden).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        of_hidden = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = (gradient @ weight.to(gradient.dtype)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient.T @ hidden.to(gradient.dtype)).to(weight.dtype)
         return of_hidden, of_weight, None, None, None
