@@ -66,6 +66,10 @@ class Walk:
         elif kind == "another":
             self.ids[row] = random_ids(self.rng, 1, width)[0]
             length = int(self.rng.integers(1, width + 1))
+        elif kind == "as a neighbour":  # for some tokens, then in another way
+            self.ids[row, : width // 2] = self.ids[row - 1, : width // 2]
+            self.ids[row, width // 2 :] = random_ids(self.rng, 1, width - width // 2)[0]
+            length = int(self.rng.integers(1, width + 1))
         elif kind == "other end":
             self.ids[row, length - 1] = (self.ids[row, length - 1] + 1) % len(VOCABULARY)
         elif kind == "other middle":
@@ -75,7 +79,7 @@ class Walk:
         self.lengths[row] = min(length, width)
 
 
-KINDS = ("one more", "several more", "shorter", "another", "other end", "other middle", "same")
+KINDS = ("one more", "several more", "shorter", "another", "as a neighbour", "other end", "other middle", "same")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -101,7 +105,7 @@ def test_packed_rows_have_the_hidden_states_and_gradients_of_rows_alone(architec
     lengths = np.array([30, 4, 11, 1, 17, 9, 26])
     ids = random_ids(np.random.default_rng(2), len(lengths), 30)
     assert worth_packing(lengths, 30)
-    assert len(pack(ids, lengths).input_ids) == 4  # 98 tokens in 4 rows of 30
+    assert pack(ids, lengths).input_ids.shape == (4, 32)  # 98 tokens
     rows = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.concatenate([np.arange(n) for n in lengths])
     packed = CachedModel(model, 30).hidden_at(ids, lengths, rows, positions)
@@ -289,12 +293,28 @@ def test_rows_with_the_same_prompt_are_prefilled_once_and_then_go_their_own_ways
     assert forwards.take() == [(6, 1)]
     assert difference(model, got, ids, lengths + 1) < 1e-4
     forwards.take()
-    # Beside rows that go on, some begin anew with the same prompt.
-    ids[[1, 4]], lengths = prompts[[0, 0]], np.array([8, 5, 8, 6, 5, 8])
+    # Beside rows that go on, some begin anew with the same prompt, another one.
+    ids[[1, 4]], lengths = prompts[1, ::-1], np.array([8, 5, 8, 6, 5, 8])
     ids[[0, 2, 3, 5], lengths[[0, 2, 3, 5]] - 1] = 7
     got = machine.last_hidden(ids, lengths)
     assert forwards.take() == [(4 + 5, 1)]
     assert difference(model, got, ids, lengths) < 1e-4
+
+
+def test_a_row_that_begins_as_another_slot_does_forwards_only_the_rest(stepped):
+    model, forwards, machine, ids, _ = stepped  # of row 1, 9 tokens are cached
+    old, ids = ids, ids.copy()
+    ids[1] = old[1, ::-1]  # begins another text itself, of 2 tokens
+    ids[2, :9] = old[1, :9]  # all of the old one
+    ids[3, :6] = old[1, :6]  # and a part of it, with two tokens behind that
+    lengths = np.array([6, 2, 9, 8])
+    got = machine.last_hidden(ids, lengths)
+    assert forwards.take() == [(1 + 2 + 1 + 2, 1)]
+    assert difference(model, got, ids, lengths) < 1e-4
+    forwards.take()
+    got = machine.last_hidden(ids, lengths + 1)  # nothing of what was copied beyond that is read
+    assert forwards.take() == [(4, 1)]
+    assert difference(model, got, ids, lengths + 1) < 1e-4
 
 
 def test_a_shortened_row_forwards_its_last_token_again(stepped):

@@ -2,7 +2,8 @@
 
 Callers are stateless. They pass whole token rows, as in an observation, and :class:`CachedModel` compares each row
 with what its slot has cached: one token more is a decode step, another prefix is prefilled from the first token that
-differs, the same row again costs nothing, and when the weights have changed everything cached is forgotten.
+differs, the same row again costs nothing, and when the weights have changed everything cached is forgotten. A row that
+begins as another slot does, such as with the same prompt, gets that slot's states and only the rest is computed.
 
 It works on the trunk of any Hugging Face causal model (``model.base_model``), without touching the model's code, by
 passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask and explicit position ids.
@@ -23,6 +24,7 @@ from textgym.packing import pack, worth_packing
 from textgym.slot_cache import SlotCache
 from textgym.vocabulary import context_limit
 
+SHARED_TOKENS = 4  # fewer are sooner read than copied from another slot
 PREFILL_TOKENS = 16_384  # most tokens forwarded at once when many rows start together; bounds memory, not results
 
 
@@ -116,6 +118,7 @@ class CachedModel:
         same = (common == lengths) & (self._lengths[rows] == lengths)
         # A row cut shorter needs its last hidden state again, which only the token's forward gives.
         common = np.where((common == lengths) & ~same, lengths - 1, common)
+        common = self._share(rows, ids, lengths, common)
         new = lengths - common  # (B,) tokens to forward
 
         # Where a forward is interrupted, its rows count as empty and not as computed.
@@ -125,6 +128,28 @@ class CachedModel:
         self._lengths[rows] = lengths
         assert self._hidden is not None
         return self._hidden[torch.as_tensor(rows, device=self._hidden.device)]
+
+    def _share(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> np.ndarray:
+        """Copy what other slots have cached of how rows begin; each row's last token is left to be computed.
+
+        :param rows: ``(B,)`` slots, like the other parameters as in :meth:`_compute`
+        :return: ``(B,)`` how many tokens of the rows are cached then
+        """
+        live = np.flatnonzero(self._lengths)
+        source, cached = rows.copy(), common.copy()
+        for i in np.flatnonzero(lengths - 1 - common >= SHARED_TOKENS) if len(live) else ():
+            end = int(lengths[i]) - 1
+            differs = (self._ids[live, :end] != ids[i, :end]) | (np.arange(end) >= self._lengths[live, None])
+            alike = np.where(differs.any(1), differs.argmax(1), end)  # (S,) tokens
+            best = int(alike.argmax())
+            if alike[best] - common[i] >= SHARED_TOKENS:
+                source[i], cached[i] = live[best], alike[best]
+        taking = np.flatnonzero(source != rows)
+        if len(taking):
+            assert self._cache is not None
+            slots = torch.as_tensor(np.stack([source[taking], rows[taking]]), device=self._cache.device)
+            self._cache.copy(slots[0], slots[1], int(cached[taking].max()))
+        return cached
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
         """Bring the last hidden states of rows up to date.
@@ -136,7 +161,7 @@ class CachedModel:
         """
         new = lengths - common  # (B,) tokens to forward
         decode, longer = np.flatnonzero(new == 1), np.flatnonzero(new > 1)
-        first = longer[first_alike(ids[longer], lengths[longer], common[longer])]
+        first = longer[first_alike(ids[longer], lengths[longer])]
         prefill, again = longer[first == longer], first != longer
         if len(decode) and len(prefill) and self._worth_joining(int(new[prefill].sum())):
             self._join(np.concatenate([decode, prefill]), rows, ids, lengths, new)
@@ -371,23 +396,18 @@ def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 register_optimizer_step_post_hook(_count_as_modified)
 
 
-def first_alike(ids: np.ndarray, lengths: np.ndarray, cached: np.ndarray) -> np.ndarray:
-    """``(B,)`` for each row the first one that has the same tokens and nothing cached, such as the same prompt.
+def first_alike(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``(B,)`` for each row the first one that has the same tokens, such as the same prompt. ::
 
-    Rows of which something is cached are like none but themselves. ::
-
-        >>> first_alike(np.array([[5, 6], [5, 7], [5, 6]]), np.array([2, 2, 2]), np.array([0, 0, 0]))
+        >>> first_alike(np.array([[5, 6], [5, 7], [5, 6]]), np.array([2, 2, 2]))
         array([0, 1, 0])
 
     :param ids: ``(B, L)`` right-padded token ids
     :param lengths: ``(B,)`` how many of these are real
-    :param cached: ``(B,)`` how many of these are cached
     """
     first: dict[bytes, int] = {}
-    alike = np.arange(len(ids))
-    for row in np.flatnonzero(cached == 0).tolist():
-        alike[row] = first.setdefault(ids[row, : lengths[row]].tobytes(), row)
-    return alike
+    texts = (ids[row, :length].tobytes() for row, length in enumerate(lengths.tolist()))
+    return np.array([first.setdefault(text, row) for row, text in enumerate(texts)], dtype=np.int64)
 
 
 def as_numpy(array: np.ndarray | Tensor) -> np.ndarray:

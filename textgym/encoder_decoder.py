@@ -207,6 +207,9 @@ class EncoderDecoder(CachedModel):
     def _reserve(self, slots: int) -> None:
         pass  # nothing to keep beyond the last hidden states
 
+    def _share(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> np.ndarray:
+        return common  # completions that begin alike have other states behind other prompts
+
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
         for part in self._parts(np.flatnonzero(common < lengths), lengths):
             prompts = self._prompt_lengths[rows[part]]

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDER = 1.125  # most width of packed rows, over that of the longest row
+WIDER = 1.125  # most width of packed rows, over that of the longest row; more where that is no multiple of the step
+# Widths are multiples of this, so that minibatches have few shapes: for a shape not seen before some libraries generate
+# code first (oneDNN, in bf16 on a CPU: some 5 ms for each matrix product).
+WIDTH_STEP = 8
 WORTHWHILE = 0.8  # rows are packed where less than this share of the padded tokens is real
 
 
@@ -39,6 +42,11 @@ class PackedRows:
         return (same & causal & real) | np.eye(width, dtype=bool)
 
 
+def round_up(width: int) -> int:
+    """The next multiple of ``WIDTH_STEP``, or the width itself if it is one."""
+    return -(-width // WIDTH_STEP) * WIDTH_STEP
+
+
 def worth_packing(lengths: np.ndarray, width: int) -> bool:
     """Whether rows of these lengths, padded to ``width``, are mostly padding."""
     return len(lengths) > 1 and int(lengths.sum()) < WORTHWHILE * len(lengths) * width
@@ -47,19 +55,17 @@ def worth_packing(lengths: np.ndarray, width: int) -> bool:
 def pack(ids: np.ndarray, lengths: np.ndarray) -> PackedRows:
     """Pack rows, the longest first, each into the first packed row with room for it (first-fit decreasing).
 
-    The packed rows are as wide as the longest row, or up to an eighth wider where that leaves less padding, so
+    The packed rows are about as wide as the longest row, or up to an eighth wider where that leaves less padding, so
     that attention costs about what it does with padding.
 
     :param ids: ``(B, L)`` right-padded
     :param lengths: ``(B,)`` how many tokens of each are real, at least 1
     """
     longest = int(lengths.max())
+    narrowest, widest = round_up(longest), int(longest * WIDER)
+    widths = range(narrowest, max(narrowest, widest) + 1, round_up(max(1, longest // 64)))
     into, offset, rows, width = min(
-        (
-            first_fit(lengths, width)
-            for width in np.unique(np.linspace(longest, longest * WIDER, 8, dtype=int)).tolist()
-        ),
-        key=lambda packed: packed[2] * packed[3],
+        (first_fit(lengths, width) for width in widths), key=lambda packed: packed[2] * packed[3]
     )
     packed = np.zeros((rows, width), dtype=np.int64)
     positions = np.zeros_like(packed)
