@@ -317,6 +317,25 @@ def test_a_row_that_begins_as_another_slot_does_forwards_only_the_rest(stepped):
     assert difference(model, got, ids, lengths + 1) < 1e-4
 
 
+def test_a_copy_that_is_interrupted_leaves_nothing_half_copied(stepped, monkeypatch):
+    model, _, machine, ids, lengths = stepped
+    begun, short = ids.copy(), lengths.copy()
+    begun[3, :9], short[3] = ids[1, :9], 9
+    copy = machine._cache.copy
+
+    def interrupted(*arguments):
+        copy(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine._cache, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        machine.last_hidden(begun, short)
+    got = machine.last_hidden(ids, lengths)  # the old text, as if nothing had been
+    assert difference(model, got, ids, lengths) < 1e-4
+    got = machine.last_hidden(ids, lengths + 1)
+    assert difference(model, got, ids, lengths + 1) < 1e-4
+
+
 def test_a_shortened_row_forwards_its_last_token_again(stepped):
     model, forwards, machine, ids, _ = stepped
     got = machine.last_hidden(ids[[1]], np.array([4]), np.array([1]))

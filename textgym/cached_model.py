@@ -147,6 +147,7 @@ class CachedModel:
         taking = np.flatnonzero(source != rows)
         if len(taking):
             assert self._cache is not None
+            self._lengths[rows[taking]] = 0  # until they are computed: an interrupt may leave them half copied
             slots = torch.as_tensor(np.stack([source[taking], rows[taking]]), device=self._cache.device)
             self._cache.copy(slots[0], slots[1], int(cached[taking].max()))
         return cached

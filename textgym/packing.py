@@ -13,7 +13,7 @@ import numpy as np
 
 WIDER = 1.125  # most width of packed rows, over that of the longest row; more where that is no multiple of the step
 # Widths are multiples of this, so that minibatches have few shapes: for a shape not seen before some libraries generate
-# code first (oneDNN, in bf16 on a CPU: some 5 ms for each matrix product).
+# code first (oneDNN, in bf16 on a CPU).
 WIDTH_STEP = 8
 WORTHWHILE = 0.8  # rows are packed where less than this share of the padded tokens is real
 
