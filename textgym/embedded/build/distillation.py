@@ -254,8 +254,8 @@ def distil(
     (folder / "seconds.json").write_text(json.dumps(round(time.time() - started)))
 
 
-def average(first: str, second: str, name: str, temperature: float) -> None:
-    """Store the mean of the weights of two stages, its logits divided by ``temperature`` through the last norm.
+def average(first: str, second: str, name: str) -> None:
+    """Store the mean of the weights of two stages.
 
     Two models on from the same beginning average to a better one than either (Wortsman et al. 2022, "Model soups").
     """
@@ -267,7 +267,6 @@ def average(first: str, second: str, name: str, temperature: float) -> None:
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_((mine + theirs) / 2)
-        model.model.norm.weight /= temperature
     save(model, folder)
 
 

@@ -26,6 +26,7 @@ from .teacher import length_sorted_batches, padded
 from .text import words
 
 FOLDER = CACHE / "language_model"
+TRAINING_TEXT = CACHE / "training_text.json"
 MAX_PIECES = 72
 _UNWANTED = re.compile(r"\b(?:\w*fuck\w*|\w*shit\w*|cunts?|nigg\w+|rap(?:e|es|ed|ist)|sluts?|whores?|fag\w*|porn\w*)\b")
 
@@ -80,10 +81,9 @@ def general_text() -> list[str]:
 
 def training_text() -> tuple[list[str], list[str]]:
     """Return the real and the sampled snippets that the models learn from (stored once built)."""
-    path = CACHE / "training_text.json"
-    if not path.exists():
-        path.write_text(json.dumps({"real": real_snippets(), "sampled": clean_samples()}))
-    text = json.loads(path.read_text())
+    if not TRAINING_TEXT.exists():
+        TRAINING_TEXT.write_text(json.dumps({"real": real_snippets(), "sampled": clean_samples()}))
+    text = json.loads(TRAINING_TEXT.read_text())
     return text["real"], text["sampled"]
 
 

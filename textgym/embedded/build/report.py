@@ -1,7 +1,9 @@
 """Measures the shipped files and writes ``REPORT.md`` and ``report.json`` beside them.
 
 Everything here is measured on the test snippets, which no model was fitted to, and on the models as they are
-shipped (float16 weights, computed in float32).
+shipped (float16 weights, computed in float32). What the shipped models are compared with and is not shipped itself,
+the trigrams and the reward model's teacher, is measured while the build's folder has it; else its figures stay those
+of the report before.
 """
 
 import importlib.util
@@ -12,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -22,32 +23,12 @@ from transformers import (
 )
 
 from . import sentiment_teacher, tokenizer
-from .language_model import general_text, nats, training_text
+from .language_model import TRAINING_TEXT, general_text, nats, real_snippets, training_text
 from .reward_model import agreement, end_scores, position_scores
+from .sampling import sample
 from .sources import CACHE, Snippet, fetch, movie_snippets
 from .text import words
 from .trigram import InterpolatedTrigram, MixedTrigram
-
-
-@torch.inference_mode()
-def sample(model: LlamaForCausalLM, rows: int, seed: int, max_tokens: int = 64) -> list[list[int]]:
-    """Return the pieces of ``rows`` samples from the full distribution at temperature 1, with no prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((rows, 1), tokenizer.BOS)  # [B, L]
-    ended = torch.zeros(rows, dtype=torch.bool)
-    cache = None
-    tokens = ids
-    for _ in range(max_tokens):
-        out = model(tokens, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        probs = out.logits[:, -1].float().softmax(-1)  # [B, V]
-        tokens = torch.multinomial(probs, 1, generator=generator)
-        tokens[ended] = tokenizer.PAD
-        ended |= tokens[:, 0] == tokenizer.EOS
-        ids = torch.cat([ids, tokens], dim=1)
-        if ended.all():
-            break
-    return [[i for i in row[1:] if i not in (tokenizer.EOS, tokenizer.PAD)] for row in ids.tolist()]
 
 
 def known_word_share(texts: list[str], known: set[str]) -> tuple[float, list[str]]:
@@ -57,41 +38,42 @@ def known_word_share(texts: list[str], known: set[str]) -> tuple[float, list[str
     return 1 - len(unknown) / max(1, len(found)), unknown
 
 
-def perplexities(model: LlamaForCausalLM) -> dict[str, Any]:
-    """Return held-out perplexities per word (punctuation marks and the text's end count as words)."""
+def language_model_perplexity(model: LlamaForCausalLM) -> dict[str, float]:
+    """Return the perplexity per word of the test snippets (punctuation marks and a text's end count as words)."""
+    texts = [s.text for s in movie_snippets()["test"]]
+    rows = [[tokenizer.BOS, *ids, tokenizer.EOS] for ids in tokenizer.load().encode(texts)]
+    with torch.inference_mode():
+        total = sum(nats(model, [row], "sum").item() for row in rows)
+    word_count = sum(len(words(text)) + 1 for text in texts)
+    piece_count = sum(len(row) - 1 for row in rows)
+    return {
+        "words": word_count,
+        "language_model": math.exp(total / word_count),
+        "language_model_per_piece": math.exp(total / piece_count),
+    }
+
+
+def trigram_perplexities() -> dict[str, Any]:
+    """Return the same of the two trigrams, the weights they were given, and how much text they learned from."""
     snippets = movie_snippets()
     real, sampled, general = ([words(text) for text in part] for part in (*training_text(), general_text()))
-    validation = [words(s.text) for s in snippets["validation"]]
-    interpolated = InterpolatedTrigram(real * 2 + sampled + general, validation)  # as often as the model saw each
-    mixed = MixedTrigram(
-        {"real": real, "sampled": sampled, "real and sampled": real + sampled, "general": general}, validation
-    )
-    texts = [s.text for s in snippets["test"]]
-    pieces = tokenizer.load()
-    sums = {"all": np.zeros(3), "known": np.zeros(3)}  # nats of the language model and of the two trigrams
-    counts = {"all": 0, "known": 0}
-    piece_count = 0
-    for text in texts:
-        ids = [tokenizer.BOS, *pieces.encode(text), tokenizer.EOS]
-        tokens = words(text)
-        with torch.inference_mode():
-            ours = nats(model, [ids], "sum").item()
-        piece_count += len(ids) - 1
-        for key in ["all"] + ["known"] * (set(tokens) <= mixed.known):
-            sums[key] += [ours, interpolated.nats(tokens), mixed.nats(tokens)]
-            counts[key] += len(tokens) + 1
-    result: dict[str, Any] = {}
-    for key, count in counts.items():
-        model_perplexity, *trigrams = np.exp(sums[key] / count).tolist()
-        result[key] = {"words": count, "language_model": model_perplexity}
-        for name, value in zip(("interpolated_trigram", "kneser_ney_mixture"), trigrams, strict=True):
-            result[key][name] = {"perplexity": value, "lower_by": 1 - model_perplexity / value}
-    result["language_model_per_piece"] = math.exp(sums["all"][0] / piece_count)
-    result["weights"] = {
-        name: dict(zip(model.names, model.weights, strict=True))
-        for name, model in (("interpolated_trigram", interpolated), ("kneser_ney_mixture", mixed))
+    validation, test = ([words(s.text) for s in snippets[split]] for split in ("validation", "test"))
+    trigrams = {
+        # as often as the language model saw each part
+        "interpolated_trigram": InterpolatedTrigram(real * 2 + sampled + general, validation),
+        "kneser_ney_mixture": MixedTrigram(
+            {"real": real, "sampled": sampled, "real and sampled": real + sampled, "general": general}, validation
+        ),
     }
-    return result
+    word_count = sum(len(tokens) + 1 for tokens in test)
+    return {
+        "training_text": {"real": len(real), "sampled": len(sampled), "general": len(general)},
+        "perplexity": {
+            name: math.exp(sum(trigram.nats(tokens) for tokens in test) / word_count)
+            for name, trigram in trigrams.items()
+        },
+        "weights": {name: dict(zip(trigram.names, trigram.weights, strict=True)) for name, trigram in trigrams.items()},
+    }
 
 
 def vader_scores(texts: list[str]) -> list[float]:
@@ -153,29 +135,38 @@ def write(assets: Path) -> None:
     texts = [s.text for s in test]
     pieces = tokenizer.load()
 
-    real, sampled = training_text()
-    known_in_snippets = {word for text in real + sampled for word in words(text)}
-    known = known_in_snippets | {word for text in general_text() for word in words(text)}
+    # words of the sampled snippets that stand in none of these don't count
+    known = {word for text in real_snippets() + general_text() for word in words(text)}
     drawn = [pieces.decode(ids) for ids in sample(model, 500, seed=0)]
     share, unknown = known_word_share(drawn, known)
-    snippet_share, _ = known_word_share(drawn, known_in_snippets)
     test_share, _ = known_word_share(texts, known)
     print(f"report: {share:.4f} of the sampled words are known", flush=True)
+
+    earlier = json.loads((assets / "report.json").read_text())
+    trigrams = trigram_perplexities() if TRAINING_TEXT.exists() else earlier["trigrams"]
+    perplexity = language_model_perplexity(model)
+    lower_by = {name: 1 - perplexity["language_model"] / value for name, value in trigrams["perplexity"].items()}
+    teacher = "MiniLM, tuned (teacher of the reward model)"
+    if sentiment_teacher.FOLDER.exists():
+        teacher_agreement = agreement(sentiment_teacher.scores(texts), test)
+    else:
+        teacher_agreement = earlier["sentiment"][teacher]
 
     judge = embedded.WordSentiment()
     sentiment = {
         "reward model (shipped)": agreement(end_scores(reward_model, texts), test),
         "TF-IDF + ridge (shipped as judge)": agreement(judge(prompts=[""] * len(texts), completions=texts), test),
         "VADER, lexicon and rules": agreement(vader_scores(texts), test),
-        "MiniLM, tuned (teacher of the reward model)": agreement(sentiment_teacher.scores(texts), test),
+        teacher: teacher_agreement,
     }
-    seconds = {
+    seconds = earlier["training_seconds"] | {
         name: json.loads((CACHE / name / "seconds.json").read_text())
         for name in (
             "teacher",
             "sentiment_teacher",
             "language_model",
             "distilled_model",
+            "mixed_model",
             "reward_model",
             "hardened_reward_model",
         )
@@ -184,20 +175,15 @@ def write(assets: Path) -> None:
     sizes = {name: folder_bytes(assets / name) for name in ("language_model", "reward_model", "prompts", "judge")}
     figures = {
         "snippets": {split: len(part) for split, part in movie_snippets().items()},
-        "training_text": {
-            "real": len(real),
-            "sampled": len(sampled),
-            "general": len(general_text()),
-            "distinct_words": len(known),
-        },
         "parameters": {
             "language_model": sum(p.numel() for p in model.parameters()),
             "reward_model": sum(p.numel() for p in reward_model.parameters()),
         },
-        "perplexity_per_word": perplexities(model),
+        "perplexity": {**perplexity, "lower_by": lower_by},
+        "trigrams": trigrams,
         "known_words": {
+            "distinct": len(known),
             "share": share,
-            "share_without_general_text": snippet_share,
             "share_in_test_snippets": test_share,
             "unknown": unknown,
         },
@@ -213,9 +199,10 @@ def write(assets: Path) -> None:
 
 
 def _markdown(figures: dict[str, Any], samples: list[str]) -> str:
-    perplexity = figures["perplexity_per_word"]
+    perplexity = figures["perplexity"]
+    trigrams = figures["trigrams"]
     known = figures["known_words"]
-    text = figures["training_text"]
+    text = trigrams["training_text"]
     lines = [
         "# The embedded models: measurements",
         "",
@@ -225,7 +212,7 @@ def _markdown(figures: dict[str, Any], samples: list[str]) -> str:
         f"Snippets: {figures['snippets']['train']} train, {figures['snippets']['validation']} validation (their "
         f"beginnings are the train prompts), {figures['snippets']['test']} test.",
         f"Training text: {text['real']} real and {text['sampled']} sampled snippets, after {text['general']} "
-        f"sentences of general text; {text['distinct_words']} distinct words.",
+        "sentences of general text.",
         f"Prompts: {figures['prompts']['train']} train, {figures['prompts']['test']} test.",
         "",
         "## Language model",
@@ -234,28 +221,31 @@ def _markdown(figures: dict[str, Any], samples: list[str]) -> str:
         "marks and the end of the text count as words), beside those",
         "of an interpolated trigram on the same training text and of a mixture of four modified Kneser-Ney trigrams on "
         "its parts, all with",
-        "weights tuned on the validation snippets. Unknown words are spelled by all three.",
+        "weights tuned on the validation snippets. Unknown words are spelled by all three. Where the teacher's",
+        "snippets are not at hand, the trigrams' figures are those of the report before.",
         "",
-        "| test snippets | words | language model | interpolated trigram | lower by | Kneser-Ney mixture | lower by |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| {perplexity['words']} words of the test snippets | perplexity | the language model's is lower by |",
+        "| --- | ---: | ---: |",
+        f"| language model | {perplexity['language_model']:.1f} | |",
+        *(
+            f"| {label} | {trigrams['perplexity'][name]:.1f} | {perplexity['lower_by'][name]:.1%} |"
+            for name, label in (
+                ("interpolated_trigram", "interpolated trigram"),
+                ("kneser_ney_mixture", "Kneser-Ney mixture"),
+            )
+        ),
     ]
-    for key, name in (("all", "all"), ("known", "those of known words only")):
-        row = perplexity[key]
-        cells = [f"{row['language_model']:.1f}"]
-        for trigram in ("interpolated_trigram", "kneser_ney_mixture"):
-            cells += [f"{row[trigram]['perplexity']:.1f}", f"{row[trigram]['lower_by']:.1%}"]
-        lines.append(f"| {name} | {row['words']} | {' | '.join(cells)} |")
     weights = "; ".join(
         f"of the {model.replace('_', ' ')} " + ", ".join(f"{name} {weight:.2f}" for name, weight in parts.items())
-        for model, parts in perplexity["weights"].items()
+        for model, parts in trigrams["weights"].items()
     )
     lines += [
         "",
         f"Language model per piece: {perplexity['language_model_per_piece']:.1f}. Weights {weights}.",
         "",
-        f"Of the words in 500 samples at temperature 1, {known['share']:.2%} occur in the training text "
-        f"({known['share_without_general_text']:.2%} in its snippets alone; of the words in the test snippets, "
-        f"{known['share_in_test_snippets']:.2%} occur in the training text).",
+        f"Of the words in 500 samples at temperature 1, {known['share']:.2%} occur in the real snippets or the general "
+        f"text ({known['distinct']} words; the sampled snippets have more, so this is the least it can be). Of the "
+        f"words in the test snippets, {known['share_in_test_snippets']:.2%} do.",
         "",
         "## Reward model",
         "",
