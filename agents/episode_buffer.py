@@ -5,6 +5,9 @@ one row in which that holds, within one episode; one teacher-forced forward over
 the entropy and the value of all its transitions. So the buffer stores where each segment begins and the
 tokens it begins with, and nothing else of the observations; rewards, values, advantages and returns are
 Stable-Baselines3's own arrays, ``(T, N)`` for T steps of N rows, and so is the computation of advantages.
+
+An agent that learns from whole episodes only *holds* those that still run at the end of a rollout: their steps are
+then not among the segments, and come first, before T new steps, in the next rollout, which ends them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,20 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from torch import Tensor
+
+# Per step: what there is of a held episode. Advantages, returns and importance are computed when it has ended.
+_HELD = (
+    "active",
+    "actions",
+    "rewards",
+    "episode_starts",
+    "values",
+    "log_probs",
+    "packed_masks",
+    "drawn_with",
+    "kl",
+    "episodes",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,10 @@ class SegmentSamples(NamedTuple):
 class EpisodeBuffer(RolloutBuffer):
     """SB3's :class:`RolloutBuffer` over token segments.
 
-    :param buffer_size: steps per row, T
+    - ``held_steps``: H, how many steps at the beginning of the arrays, ``(H + T, N)``, were taken in earlier rollouts
+    - ``active``: where a step is to be learned from; elsewhere a row waited, or the step is another rollout's
+
+    :param buffer_size: steps per row and rollout, T
     :param observation_space: the environment's ``Dict(input_ids, attention_mask, ...)``
     :param action_space: ``Discrete(V)``
     :param device: where minibatches are put
@@ -95,10 +115,15 @@ class EpisodeBuffer(RolloutBuffer):
         n_envs: int = 1,
     ) -> None:
         self.context = int(observation_space["input_ids"].shape[0])  # type: ignore[index]
+        self.rollout_steps = buffer_size
+        self._held: dict[str, Any] = {}
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
     def reset(self) -> None:
-        """Empty the buffer."""
+        """Empty the buffer, but for the episodes on :meth:`hold`, whose steps come first in it again."""
+        held, self._held = self._held, {}
+        self.held_steps = len(held["active"]) if held else 0
+        self.buffer_size = self.held_steps + self.rollout_steps
         shape = (self.buffer_size, self.n_envs)
         self.actions = np.zeros((*shape, 1), dtype=np.int64)
         self.rewards = np.zeros(shape, dtype=np.float32)
@@ -108,18 +133,93 @@ class EpisodeBuffer(RolloutBuffer):
         self.log_probs = np.zeros(shape, dtype=np.float32)
         self.advantages = np.zeros(shape, dtype=np.float32)
         self.packed_masks: np.ndarray | None = None  # (T, N, V / 8) uint8
-        self.drawn_with: np.ndarray | None = None  # (T, N) log-probs that actions were drawn with, if not log_probs
+        # (T, N) log-probs that actions were drawn with, if not log_probs; NaN where they are
+        self.drawn_with: np.ndarray | None = None
         self.importance: np.ndarray | None = None  # (T, N)
         self.ref_log_probs: np.ndarray | None = None  # (T, N)
         self.kl = np.full(shape, np.nan, dtype=np.float32)  # whose penalty the rewards have in them, nats
-        self.active = np.zeros(shape, dtype=bool)  # False where a row waited
+        self.active = np.zeros(shape, dtype=bool)
         self.episodes = np.full(shape, -1, dtype=np.int64)  # numbers of the episodes in a round
         self._prefixes: dict[tuple[int, int], np.ndarray] = {}  # (row, step) a segment begins at: its prefix
         self._prompt_lengths: dict[tuple[int, int], int] = {}  # and how many of these tokens are the prompt
         self._expected = np.zeros((self.n_envs, self.context), dtype=np.int64)  # last observation plus action
         self._expected_lengths = np.zeros(self.n_envs, dtype=np.int64)
-        self.pos = 0
+        self.pos = self.held_steps
         self.full = False
+        if held:
+            self._go_on(held)
+
+    def _go_on(self, held: dict[str, Any]) -> None:
+        """Put in the steps that were held."""
+        if "packed_masks" in held:
+            self.packed_masks = self._no_masks()
+        if "drawn_with" in held:
+            self.drawn_with = self._drawn_as_noted()
+        for name in _HELD:
+            if name in held:
+                getattr(self, name)[: self.held_steps] = held[name]
+        for row, step, prompt_length, prefix in held["segments"]:
+            self._prefixes[row, step] = prefix
+            if prompt_length is not None:
+                self._prompt_lengths[row, step] = prompt_length
+        self._expected, self._expected_lengths = held["expected"].copy(), held["expected_lengths"].copy()
+
+    def hold(self, running: np.ndarray) -> None:
+        """Take the episodes that go on behind the last step out of what is learned from, and keep them for the next
+        rollout. To be called with rewards, values and log-probabilities in the buffer.
+
+        :param running: ``(N,)`` bool, the rows whose episode goes on
+        """
+        begun = np.full(self.n_envs, self.pos)  # (N,) where the running episodes begin in the buffer
+        for row in np.flatnonzero(running).tolist():
+            segments = [step for of, step in self._prefixes if of == row]
+            starts = [step for step in segments if self.episode_starts[step, row]]
+            begun[row] = max(starts, default=min(segments, default=self.pos))
+        first = int(begun.min())
+        if first == self.pos:
+            return
+        held = {name: getattr(self, name)[first : self.pos] for name in _HELD if getattr(self, name) is not None}
+        kept = np.arange(first, self.pos)[:, None] >= begun  # (H, N)
+        self._held = {name: array.copy() for name, array in held.items()}
+        self._held["active"] = self.active[first : self.pos] & kept
+        self.active[first : self.pos] &= ~kept
+        taken = sorted((row, step) for row, step in self._prefixes if step >= begun[row])
+        self._held["segments"] = [
+            (row, step - first, self._prompt_lengths.pop((row, step), None), self._prefixes.pop((row, step)))
+            for row, step in taken
+        ]
+        self._held["expected"], self._held["expected_lengths"] = self._expected, self._expected_lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is on :meth:`hold`, for a checkpoint between two rollouts, as arrays and plain data."""
+        return dict(self._held)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._held = dict(state)
+
+    def _no_masks(self) -> np.ndarray:
+        return np.zeros((self.buffer_size, self.n_envs, (int(self.action_space.n) + 7) // 8), dtype=np.uint8)
+
+    def _drawn_as_noted(self) -> np.ndarray:
+        return np.full((self.buffer_size, self.n_envs), np.nan, dtype=np.float32)
+
+    def note_drawn_with(self, rows: np.ndarray, log_probs: np.ndarray) -> None:
+        """The next step's actions are drawn from other than the policy's distribution.
+
+        :param rows: ``(B,)``
+        :param log_probs: ``(B,)`` of these rows' actions in that distribution
+        """
+        if self.drawn_with is None:
+            self.drawn_with = self._drawn_as_noted()
+        self.drawn_with[self.pos, rows] = log_probs
+
+    def fix_drawn_with(self) -> np.ndarray:
+        """``(T, N)`` what actions were drawn with: by now the log-probabilities, where nothing else was noted."""
+        if self.drawn_with is None:
+            self.drawn_with = self._drawn_as_noted()
+        self.drawn_with = np.where(np.isnan(self.drawn_with), self.log_probs, self.drawn_with)
+        return self.drawn_with
 
     def add(  # type: ignore[override]
         self,
@@ -151,7 +251,10 @@ class EpisodeBuffer(RolloutBuffer):
         inside = np.arange(self.context) < lengths[:, None]
         grown = (lengths == self._expected_lengths) & ((ids == self._expected) | ~inside).all(1)
         active = np.ones(self.n_envs, dtype=bool) if episodes is None else episodes >= 0
-        begins = ~grown | np.asarray(episode_start, dtype=bool) | (step == 0)
+        begins = ~grown | np.asarray(episode_start, dtype=bool)
+        if step == self.held_steps:
+            self._drop_held(begins)
+            begins |= ~self.active[:step].any(0)
         for row in np.flatnonzero(begins & active):
             self._prefixes[int(row), step] = ids[row, : lengths[row]].copy()
             if "prompt_length" in obs:
@@ -163,8 +266,7 @@ class EpisodeBuffer(RolloutBuffer):
 
         if action_masks is not None:
             if self.packed_masks is None:
-                width = (int(self.action_space.n) + 7) // 8
-                self.packed_masks = np.zeros((self.buffer_size, self.n_envs, width), dtype=np.uint8)
+                self.packed_masks = self._no_masks()
             self.packed_masks[step] = np.packbits(action_masks, axis=1)
         self.active[step] = active
         if episodes is not None:
@@ -177,26 +279,36 @@ class EpisodeBuffer(RolloutBuffer):
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
+    def _drop_held(self, rows: np.ndarray) -> None:
+        """Give up held episodes that never go on, because the environment was reset.
+
+        :param rows: ``(N,)`` bool
+        """
+        self.active[: self.held_steps, rows] = False
+        for row, step in [key for key in self._prefixes if rows[key[0]]]:
+            del self._prefixes[row, step]
+            self._prompt_lengths.pop((row, step), None)
+
     def finish(self) -> None:
         """The rollout is complete, with fewer steps than there is room for: every row waits."""
         self.episode_starts[self.pos :] = 1.0  # nothing flows back from beyond the end
         self.full = True
 
     @property
-    def transitions(self) -> int:
-        """Steps of all rows, without those at which a row waited."""
-        return int(self.active.sum())
+    def taken(self) -> int:
+        """Steps of all rows in this rollout, without those at which a row waited; before :meth:`hold`."""
+        return int(self.active[self.held_steps :].sum())
 
     @property
     def segments(self) -> list[Segment]:
-        """All segments of what has been added, by row and then by time; together they are every transition
+        """All segments of what has been added, by row and then by time; together they are every active transition
         once."""
         starts = sorted(self._prefixes)
         segments = []
         for i, (row, start) in enumerate(starts):
             last = i + 1 == len(starts) or starts[i + 1][0] != row
             end = self.pos if last else starts[i + 1][1]
-            steps = int(self.active[start:end, row].sum())  # a row waits after its last episode only
+            steps = int(self.active[start:end, row].sum())  # a row waits, or is held, after its last episode only
             number = int(self.episodes[start, row])
             prompt_length = self._prompt_lengths.get((row, start))
             segments.append(Segment(row, start, steps, self._prefixes[row, start], number, prompt_length))
@@ -271,10 +383,12 @@ class EpisodeBuffer(RolloutBuffer):
     def as_single_steps(self) -> DictRolloutBuffer:
         """The same rollout as SB3 stores it: every transition with its whole observation.
 
-        :raises ValueError: if a row waited at a step, which SB3's buffer has no place for
+        :raises ValueError: if not every step is learned from, which SB3's buffer has no place for
         """
         if not self.active.all():
-            raise ValueError("the rollout is of whole episodes, and rows waited at its end")
+            raise ValueError(
+                "the rollout is of whole episodes: at its ends rows waited, or steps are another rollout's"
+            )
         buffer = DictRolloutBuffer(
             self.buffer_size,
             self.observation_space,

@@ -122,7 +122,7 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
         self.n_steps = self._most_steps(vec_env)
         super().set_env(vec_env, force_reset)
         if hasattr(self, "rollout_buffer"):
-            self.rollout_buffer.buffer_size = self.n_steps
+            self.rollout_buffer.rollout_steps = self.n_steps
             self.rollout_buffer.reset()
 
     def begin_rollout(self, environment: TextEnvironment) -> None:

@@ -87,6 +87,10 @@ class TextOnPolicyAlgorithm(SavedAgent):
         token
     :param whiten_rewards: divide the rewards of a rollout by their standard deviation (biased), keeping their mean
     :param bootstrap_truncated: add γ·V(last state) to the last reward where the token budget ran out, as SB3 does
+    :param whole_episodes: learn from an episode after the rollout in which it ends, and then from all of it, instead of
+        cutting those that still run when a rollout ends. No text is read again for its second part, and no return is
+        estimated; but a token may have been drawn with the weights before the last update, which only a loss with
+        ratios takes into account. ``n_steps`` must be at least the environment's ``max_new_tokens``
     :param scoring: ``"deferred"`` scores a whole rollout at its end, in a few teacher-forced passes;
         ``"instant"`` every token at once; ``"auto"`` defers where nothing between environment and agent looks
         at the rewards. Both give the same rewards, but while it is deferred callbacks see zeros during the
@@ -131,6 +135,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         target_kl: float | None = None,
         whiten_rewards: bool = False,
         bootstrap_truncated: bool = False,
+        whole_episodes: bool = False,
         scoring: str = "auto",
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
@@ -192,6 +197,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         self.target_kl = target_kl
         self.whiten_rewards = whiten_rewards
         self.bootstrap_truncated = bootstrap_truncated
+        self.whole_episodes = whole_episodes
         self.scoring = scoring
         self.importance_cap = importance_cap
         if _init_setup_model:
@@ -270,6 +276,11 @@ class TextOnPolicyAlgorithm(SavedAgent):
     def _checked_environment(self, env: VecEnv) -> TextEnvironment:
         check_spaces(env.observation_space, env.action_space)
         environment = TextEnvironment(env)
+        if self.whole_episodes and self.n_steps < environment.max_new_tokens:
+            raise ValueError(
+                f"n_steps={self.n_steps} is less than the environment's max_new_tokens={environment.max_new_tokens}: "
+                "with whole_episodes=True a rollout could end no episode, and have nothing to learn from"
+            )
         temperature = self.policy_kwargs.get("temperature", environment.temperature)
         if temperature != environment.temperature:
             raise ValueError(
@@ -338,8 +349,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         environment.forget_cached()
         self.policy.forget_cached()
         self.finished_episodes = []
-        bootstrap = np.zeros((n_rollout_steps, env.num_envs), dtype=np.float32)
-        kl = np.full((n_rollout_steps, env.num_envs), np.nan, dtype=np.float32)
+        bootstrap = np.zeros_like(rollout_buffer.rewards)
         n_steps, timesteps = 0, self.num_timesteps
         callback.on_rollout_start()
         self.begin_rollout(environment)
@@ -356,13 +366,14 @@ class TextOnPolicyAlgorithm(SavedAgent):
             new_obs, rewards, dones, infos = env.step(actions)
 
             self.num_timesteps += self._all_rows if numbers is None else self._count_of_all(numbers >= 0)
+            step = rollout_buffer.pos
             rollout_buffer.add(
                 self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs, masks, numbers
             )
             if self.bootstrap_truncated:
-                bootstrap[n_steps] = self.gamma * self._values_where_truncated(dones, infos)
+                bootstrap[step] = self.gamma * self._values_where_truncated(dones, infos)
             if deferred is None:
-                kl[n_steps] = [info.get("kl", np.nan) for info in infos]
+                rollout_buffer.kl[step] = [info.get("kl", np.nan) for info in infos]
                 self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts))
             # Before the callback, unlike SB3: a rollout that a callback stops can be gone on from.
             self._last_obs, self._last_episode_starts = new_obs, dones
@@ -374,26 +385,29 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 return False
             n_steps += 1
 
-        self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.transitions))
+        self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.taken))
         acted_with_copy = self.policy.rollout_dtype is not None
         if acted_with_copy:
             self._evaluate_anew(rollout_buffer)
         if rollout_buffer.drawn_with is not None:
-            self._weigh(rollout_buffer, rollout_buffer.drawn_with)
+            self._weigh(rollout_buffer, rollout_buffer.fix_drawn_with())
         if deferred is not None:
-            scores = deferred.score_deferred(rollout_buffer.log_probs[:n_steps] if acted_with_copy else None)
-            rollout_buffer.rewards[:n_steps] = scores.rewards[-n_steps:]
-            if self.needs_reference and environment.kl_coef > 0:  # scoring has asked the reference already
+            new = slice(rollout_buffer.held_steps, rollout_buffer.pos)
+            scores = deferred.score_deferred(rollout_buffer.log_probs[new] if acted_with_copy else None)
+            rollout_buffer.rewards[new] = scores.rewards[-n_steps:]
+            rollout_buffer.kl[new] = scores.kl[-n_steps:]
+            asked = environment.kl_coef > 0 and not rollout_buffer.held_steps  # scoring has asked it about all steps
+            if self.needs_reference and asked:
                 rollout_buffer.ref_log_probs = np.zeros_like(rollout_buffer.log_probs)
-                rollout_buffer.ref_log_probs[:n_steps] = np.nan_to_num(scores.ref_log_prob[-n_steps:])
-            kl[:n_steps] = scores.kl[-n_steps:]
+                rollout_buffer.ref_log_probs[new] = np.nan_to_num(scores.ref_log_prob[-n_steps:])
             self._note_finished(scores.episodes)
+        if self.whole_episodes:
+            rollout_buffer.hold(~np.asarray(self._last_episode_starts, dtype=bool))
         if self.whiten_rewards:
             active = rollout_buffer.active
             rollout_buffer.rewards[active] = whitened(rollout_buffer.rewards[active], self.processes)
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += bootstrap
-        rollout_buffer.kl = kl
         if self.needs_reference and rollout_buffer.ref_log_probs is None:
             rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
         self.compute_advantages(rollout_buffer, self._last_values())
@@ -576,11 +590,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
             return drawn_from[0]
 
         tokens, values, log_probs = self.policy(obs, action_masks=masks, rows=rows, behaviour=behaviour)
-        buffer = self.rollout_buffer
-        if buffer.drawn_with is None:
-            buffer.drawn_with = np.zeros_like(buffer.log_probs)
         chosen = drawn_from[0].gather(1, tokens[:, None]).squeeze(1)
-        buffer.drawn_with[buffer.pos, rows] = chosen.float().cpu().numpy()
+        self.rollout_buffer.note_drawn_with(rows, chosen.float().cpu().numpy())
         return tokens, values, log_probs
 
     def _count_of_all(self, active: np.ndarray) -> int:
@@ -588,13 +599,16 @@ class TextOnPolicyAlgorithm(SavedAgent):
         return round(int(active.sum()) * self._all_rows / len(active))
 
     def _last_values(self) -> Tensor:
-        """``(N, 1)`` V of the texts that go on behind the rollout; 0 where another begins, which no step leads to."""
+        """``(N, 1)`` V of the texts that go on behind the rollout; 0 where another begins, which no step leads to.
+
+        None is asked for where no step of them is learned from yet.
+        """
         assert self._last_obs is not None
         assert self._last_episode_starts is not None
         begun = np.asarray(self._last_episode_starts, dtype=bool)
         values = torch.zeros(len(begun), 1, device=self.device)
         rows = np.flatnonzero(~begun)
-        if len(rows):
+        if len(rows) and not self.whole_episodes:
             values[rows] = self._values_of({name: o[rows] for name, o in self._last_obs.items()}, rows)
         return values
 
@@ -618,8 +632,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
     @torch.no_grad()
     def _evaluate_anew(self, buffer: EpisodeBuffer) -> None:
         """Put the trained weights' log-probabilities and values in the place of those of the copy that acted."""
-        if buffer.drawn_with is None:
-            buffer.drawn_with = buffer.log_probs.copy()
+        buffer.fix_drawn_with()
         for part in _in_parts(buffer.segments):
             values, log_prob, _ = self.policy.evaluate_segments(buffer.samples(part))
             at = buffer.places(part)

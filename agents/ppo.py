@@ -60,6 +60,7 @@ class PPO(TextOnPolicyAlgorithm):
         token
     :param whiten_rewards: see :class:`TextOnPolicyAlgorithm`
     :param bootstrap_truncated: see :class:`TextOnPolicyAlgorithm`
+    :param whole_episodes: see :class:`TextOnPolicyAlgorithm`
     :param scoring: see :class:`TextOnPolicyAlgorithm`
     :param importance_cap: see :class:`TextOnPolicyAlgorithm`
     :param stats_window_size: episodes that ``rollout/*`` are averaged over
@@ -95,6 +96,7 @@ class PPO(TextOnPolicyAlgorithm):
         target_kl: float | None = None,
         whiten_rewards: bool = False,
         bootstrap_truncated: bool = False,
+        whole_episodes: bool = False,
         scoring: str = "auto",
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
@@ -128,6 +130,7 @@ class PPO(TextOnPolicyAlgorithm):
             target_kl=target_kl,
             whiten_rewards=whiten_rewards,
             bootstrap_truncated=bootstrap_truncated,
+            whole_episodes=whole_episodes,
             scoring=scoring,
             importance_cap=importance_cap,
             stats_window_size=stats_window_size,

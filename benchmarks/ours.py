@@ -56,9 +56,17 @@ class Textgym:
     :param setting: default that of the workload's dtype
     :param scoring: ``deferred``, or ``instant``: each token is scored before the next, which leaves the score no phase
         of its own, and the update is left out
+    :param whole_episodes: whether what is trained on is whole completions, as it is for everyone else, where rollouts
+        are long enough for that
     """
 
-    def __init__(self, workload: Workload, setting: Setting | None = None, scoring: str = "deferred") -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        setting: Setting | None = None,
+        scoring: str = "deferred",
+        whole_episodes: bool = True,
+    ) -> None:
         self.covers = ("rollout", "score", "update") if scoring == "deferred" else ("rollout", "score")
         self.workload = workload
         if setting is None:
@@ -90,6 +98,7 @@ class Textgym:
             n_steps=workload.rollout_steps,
             batch_size=workload.minibatch_tokens,
             n_epochs=workload.epochs,
+            whole_episodes=whole_episodes and workload.rollout_steps >= workload.new_tokens,
             scoring=scoring,
             seed=0,
             device=workload.device,
@@ -136,7 +145,7 @@ class StableBaselines3:
     covers = ("update",)
 
     def __init__(self, workload: Workload) -> None:
-        ours = Textgym(workload)
+        ours = Textgym(workload, whole_episodes=False)
         ours.collect(Clock(workload.device))
         agent = ours.model
         buffer = agent.rollout_buffer.as_single_steps()

@@ -180,6 +180,9 @@ class RunConfig:
     bootstrap_truncated: bool | None = _option(
         None, ALGORITHM, "add V of the last state where the token budget ran out; default no"
     )
+    whole_episodes: bool | None = _option(
+        None, ALGORITHM, "keep episodes that run when a rollout ends for the next, which ends them; default no"
+    )
     scoring: Literal["auto", "deferred", "instant"] | None = _option(
         None, ALGORITHM, "when rewards are computed; default auto"
     )
