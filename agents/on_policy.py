@@ -348,6 +348,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         # Nothing cached reaches from one rollout into the next: a run resumed between two of them is the same run.
         environment.forget_cached()
         self.policy.forget_cached()
+        self.policy.optimizer.zero_grad()  # those of the last update are no use any more, and take memory
         self.finished_episodes = []
         bootstrap = np.zeros_like(rollout_buffer.rewards)
         n_steps, timesteps = 0, self.num_timesteps

@@ -164,7 +164,7 @@ def test_rollouts_are_whole_episodes(name):
     assert sorted(segment.episode for segment in segments) == list(range(episodes))
     assert len(model.finished_episodes) == episodes
     assert sorted(e["l"] for e in model.finished_episodes) == sorted(segment.steps for segment in segments)
-    assert model.num_timesteps == buffer.transitions == sum(segment.steps for segment in segments)
+    assert model.num_timesteps == buffer.taken == sum(segment.steps for segment in segments)
     seen = sorted(segment.episode for batch in model.units(buffer) for segment in batch)
     assert seen == list(range(episodes))
 
@@ -200,7 +200,7 @@ def test_rows_that_wait_are_not_forwarded():
 
     model.policy.forward = counted
     with_rollout(model)
-    assert sum(sizes) == model.rollout_buffer.transitions
+    assert sum(sizes) == model.rollout_buffer.taken
     assert sizes[-1] < 8
 
 

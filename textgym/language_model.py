@@ -34,6 +34,7 @@ from textgym.token_scores import TokenScores, is_plain_linear
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
+CPU_HEAD_ELEMENTS = 2**22  # and on a CPU, where no gradients are wanted: more is no faster
 
 
 class LanguageModel:
@@ -173,7 +174,8 @@ class LanguageModel:
                 finite = log_probs if mask is None else log_probs.masked_fill(~mask, 0.0)
                 return chosen, -(log_probs.exp() * finite).sum(1)
 
-        size = max(1, HEAD_ELEMENTS // self.vocab_size)
+        scoring_on_cpu = hidden.device.type == "cpu" and not torch.is_grad_enabled()
+        size = max(1, (CPU_HEAD_ELEMENTS if scoring_on_cpu else HEAD_ELEMENTS) // self.vocab_size)
         if len(tokens) <= size:
             chosen, entropy = score(hidden, tokens, allowed)
         else:
