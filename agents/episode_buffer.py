@@ -121,7 +121,7 @@ class EpisodeBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Empty the buffer, but for the episodes on :meth:`hold`, whose steps come first in it again."""
-        held, self._held = self._held, {}
+        held = self._held
         self.held_steps = len(held["active"]) if held else 0
         self.buffer_size = self.held_steps + self.rollout_steps
         shape = (self.buffer_size, self.n_envs)
@@ -191,7 +191,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._held["expected"], self._held["expected_lengths"] = self._expected, self._expected_lengths
 
     def state_dict(self) -> dict[str, Any]:
-        """What is on :meth:`hold`, for a checkpoint between two rollouts, as arrays and plain data."""
+        """What is on :meth:`hold`, until the next rollout's first step, as arrays and plain data for a checkpoint."""
         return dict(self._held)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,6 +253,7 @@ class EpisodeBuffer(RolloutBuffer):
         active = np.ones(self.n_envs, dtype=bool) if episodes is None else episodes >= 0
         begins = ~grown | np.asarray(episode_start, dtype=bool)
         if step == self.held_steps:
+            self._held = {}
             self._drop_held(begins)
             begins |= ~self.active[:step].any(0)
         for row in np.flatnonzero(begins & active):

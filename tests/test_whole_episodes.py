@@ -10,7 +10,6 @@ from tiny_agents import logs_of_learning, tiny_ppo, tiny_vector_env, values_of
 from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import PPO
-from textgym.agents.checkpoints import TrainingCheckpoints, resume
 from textgym.agents.episode_buffer import Segment
 from textgym.agents.exploration import Exploration
 from textgym.rewards.causal import CausalRewardModel
@@ -184,26 +183,6 @@ def test_tokens_that_a_copy_drew_count_by_the_ratio_to_the_weights_of_the_update
     np.testing.assert_allclose(buffer.importance[earlier], expected, rtol=1e-3)
     assert expected.min() < 0.99
     np.testing.assert_allclose(buffer.log_probs[buffer.active], log_probs[buffer.active], atol=1e-5)
-
-
-SETTINGS_RESUMED = {**SETTINGS, "copy": {"policy_kwargs": {"rollout_dtype": "bfloat16"}}}
-
-
-@pytest.mark.parametrize("setting", ["plain", "masked", "copy"])
-def test_a_resumed_training_equals_one_that_was_not_stopped(setting, tmp_path):
-    def made() -> PPO:
-        return agent(learning_rate=3e-3, **SETTINGS_RESUMED[setting])
-
-    whole = made()
-    whole.learn(4 * STEPS * 4)
-    checkpoints = TrainingCheckpoints(tmp_path, every=STEPS * 4)
-    made().learn(2 * STEPS * 4, callback=checkpoints)
-    again, same = made(), TrainingCheckpoints(tmp_path, every=STEPS * 4)
-    resume(again, tmp_path, same)
-    assert again.rollout_buffer.state_dict()
-    again.learn(2 * STEPS * 4, reset_num_timesteps=False)
-    assert again.num_timesteps == whole.num_timesteps
-    np.testing.assert_array_equal(whole.policy.parameters_to_vector(), again.policy.parameters_to_vector())
 
 
 def test_rollouts_that_could_end_no_episode_are_refused():
