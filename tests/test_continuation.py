@@ -89,8 +89,9 @@ def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
 SPECIAL = ["the film</s>", " </s>is<s> <|end|><eos>", "<0x0A>", "<unk>"]
 UNICODE = ["e\u0301", "\u0301", "🙂", "\u200d👩", "\ufffd", "。", "\x00"]
 AWKWARD = [*SPECIAL, *UNICODE, "\n\n", "\n", "  ", " ", "", " good", "good", "ful", ".", " is a"]
-# Characters that no Unicode normalisation replaces when they stand alone; together they may compose.
-characters = st.characters(codec="utf-8").filter(lambda c: unicodedata.is_normalized("NFC", c))
+# Characters that no Unicode normalisation replaces when they stand alone; together they may compose. And not the one
+# that tokenizers of words write for a space.
+characters = st.characters(codec="utf-8").filter(lambda c: unicodedata.is_normalized("NFC", c) and c != "▁")
 pieces = st.lists(st.sampled_from(AWKWARD) | st.text(characters, max_size=8), max_size=6)
 
 
@@ -106,6 +107,14 @@ def test_prompt_and_pieces_decode_to_their_concatenation(vocabulary, prompt, pie
         assert special.isdisjoint(new)
         ids = ids + new
     assert decode(vocabulary, ids) == start + "".join(pieces)
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_a_character_that_stands_for_a_space_is_an_error(scheme):
+    tokenizer = metaspace(scheme)
+    vocabulary = Vocabulary(tokenizer, LlamaConfig(vocab_size=len(tokenizer)), scheme)
+    with pytest.raises(ValueError, match="can't write '▁' after 'the film'.*as another"):
+        continuation_ids(vocabulary, vocabulary.encode("the film"), "▁")
 
 
 def test_words_are_the_tokens_of_the_whole_text(vocabulary):
