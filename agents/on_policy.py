@@ -88,9 +88,10 @@ class TextOnPolicyAlgorithm(SavedAgent):
     :param whiten_rewards: divide the rewards of a rollout by their standard deviation (biased), keeping their mean
     :param bootstrap_truncated: add γ·V(last state) to the last reward where the token budget ran out, as SB3 does
     :param whole_episodes: learn from an episode after the rollout in which it ends, and then from all of it, instead of
-        cutting those that still run when a rollout ends. No text is read again for its second part, and no return is
-        estimated; but a token may have been drawn with the weights before the last update, which only a loss with
-        ratios takes into account. ``n_steps`` must be at least the environment's ``max_new_tokens``
+        cutting those that still run when a rollout ends. The update reads no text again for its second part, and no
+        value stands in for what comes after a cut; but a token may have been drawn with the weights before the last
+        update, which only a loss with ratios takes into account. ``n_steps`` must be at least the environment's
+        ``max_new_tokens``
     :param scoring: ``"deferred"`` scores a whole rollout at its end, in a few teacher-forced passes;
         ``"instant"`` every token at once; ``"auto"`` defers where nothing between environment and agent looks
         at the rewards. Both give the same rewards, but while it is deferred callbacks see zeros during the

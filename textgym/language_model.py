@@ -34,7 +34,7 @@ from textgym.token_scores import TokenScores, is_plain_linear
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
-CPU_HEAD_ELEMENTS = 2**22  # and on a CPU, where no gradients are wanted: more is no faster
+CPU_HEAD_ELEMENTS = 2**22  # and on a CPU, where no gradients are wanted (16 MiB)
 
 
 class LanguageModel:
@@ -175,7 +175,8 @@ class LanguageModel:
                 return chosen, -(log_probs.exp() * finite).sum(1)
 
         scoring_on_cpu = hidden.device.type == "cpu" and not torch.is_grad_enabled()
-        size = max(1, (CPU_HEAD_ELEMENTS if scoring_on_cpu else HEAD_ELEMENTS) // self.vocab_size)
+        most = min(HEAD_ELEMENTS, CPU_HEAD_ELEMENTS) if scoring_on_cpu else HEAD_ELEMENTS
+        size = max(1, most // self.vocab_size)
         if len(tokens) <= size:
             chosen, entropy = score(hidden, tokens, allowed)
         else:
