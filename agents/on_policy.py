@@ -33,6 +33,7 @@ from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.options import check_number
 from textgym.envs.sb3 import as_vec_env, deferrable
+from textgym.freed_memory import keep_freed_memory
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora
 from textgym.rewards import RewardError
@@ -305,6 +306,11 @@ class TextOnPolicyAlgorithm(SavedAgent):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """See :meth:`LanguageModelPolicy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        return super()._setup_learn(*args, **kwargs)
 
     # Rollouts
 

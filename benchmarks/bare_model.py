@@ -4,7 +4,8 @@ The floor is the matrix work of a PPO iteration in the least time that we know o
 model, one teacher-forced forward each of the reference and the reward model, and for each optimizer step one forward
 and one backward with logits at completion positions only, gradient clipping and a fused Adam. Nothing is sampled, no
 text is decoded, and what is trained on is random; but tokens and positions are exactly those that PPO trains on. In the
-ragged work all completions have the mean length, so that nothing is padding.
+ragged work all completions have the mean length, so that nothing is padding. On a CPU memory that is freed is kept, as
+textgym's agents keep it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from worker import Clock
 from workload import EOS, PAD, Workload, language_model, prompt_ids, real_tokens, scalar_model
+
+from textgym.freed_memory import keep_freed_memory
 
 # On a CPU the backward of torch's bf16 flash attention takes longer, up to about there, than plain matrix products.
 SHORT_CONTEXT = 512  # tokens
@@ -67,6 +70,8 @@ class Floor:
 
     def __init__(self, workload: Workload, precision: str) -> None:
         self.workload, self.precision = workload, getattr(torch, precision)
+        if workload.device == "cpu":
+            keep_freed_memory()
         device, frozen = workload.device, {"device": workload.device, "dtype": self.precision}
         self.policy = language_model(workload).to(device)
         self.low = precision != "float32"
