@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # scripts that import each other, no package
 
 import bare_model  # noqa: E402
+import freed_memory  # noqa: E402
 import iteration  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -230,6 +231,24 @@ def test_alone_each_turn_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(results["generate"]["rounds"]) == 1
     assert results["generate"]["memory"]["resident"] > 2**25
     assert capsys.readouterr().err == "fixed: round 1 of 1 ...\n"
+
+
+def test_kept_and_given_back_memory_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Logits and the gradient of the head are blocks of 32 MiB and more.
+    monkeypatch.setitem(work.PRESETS, "small", TINY.replace(vocab=131_072, hidden=64, rows=32, minibatches=1))
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    flags = ["--preset", "small", "--rounds", "1", "--iterations", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["freed_memory.py", *flags])
+    freed_memory.main()
+    answers = json.loads((tmp_path / "freed_memory.json").read_text())["answers"]
+    assert len(answers["kept"]) == len(answers["given back"]) == 1
+    if sys.platform == "linux":
+        assert answers["kept"][0]["pages"] < answers["given back"][0]["pages"] / 2
+    table = capsys.readouterr().out
+    assert "| kept |" in table
+    assert "| given back |" in table
 
 
 def test_failed_contender_is_named_with_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """What becomes of memory that a CPU process frees: given back to the system, or kept for what is allocated next.
 
 The GNU C library takes blocks of 32 MiB and more from the system each time, and gives them back when they are freed.
-The system fills every page of such a block with zeros when it is first touched, and for tensors that live for
-milliseconds that takes longer than what is computed with them: a fifth of an update of a model of 135 million weights
+The system fills every page of such a block with zeros when it is first touched. A large model allocates gradients and
+logits anew in each optimizer step, and with 135 million weights this alone took 8 % of an update and more
 (``docs/speed.md``). Kept memory is there already.
 """
 
