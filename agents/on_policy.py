@@ -362,6 +362,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         callback.on_rollout_start()
         self.begin_rollout(environment)
         assert self._last_episode_starts is not None
+        reordered = self.policy.acting_model.reordered_weights(self.n_envs, n_rollout_steps)
 
         while n_steps < n_rollout_steps:
             numbers = environment.episode_numbers
@@ -369,7 +370,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 rollout_buffer.finish()
                 break
             masks = self.action_masks(environment)
-            actions, values, log_probs = self._act(masks, numbers)
+            with reordered:
+                actions, values, log_probs = self._act(masks, numbers)
             environment.report_log_probs(log_probs.cpu().numpy())
             new_obs, rewards, dones, infos = env.step(actions)
 
@@ -388,11 +390,13 @@ class TextOnPolicyAlgorithm(SavedAgent):
 
             callback.update_locals(locals())
             if not callback.on_step():
+                reordered.forget()
                 if deferred is not None:
                     self._note_finished(deferred.score_deferred().episodes)
                 return False
             n_steps += 1
 
+        reordered.forget()  # callbacks have it among their locals
         self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.taken))
         acted_with_copy = self.policy.rollout_dtype is not None
         if acted_with_copy:

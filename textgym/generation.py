@@ -64,8 +64,10 @@ def complete(
         row[: len(prompt)] = prompt
     running = np.arange(len(prompts))
     cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
+    reordered = model.reordered_weights(len(prompts), max_new_tokens)
     for step in range(max_new_tokens):
-        logits = model.head(cached.last_hidden(ids[running], lengths[running], running, prompt_lengths[running]))
+        with reordered:
+            logits = model.head(cached.last_hidden(ids[running], lengths[running], running, prompt_lengths[running]))
         banned = [*forbidden, model.eos_token_id] if step < min_new_tokens else list(forbidden)
         if banned:
             logits[:, banned] = -torch.inf

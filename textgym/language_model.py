@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
+from textgym.reordered_weights import ReorderedWeights, worth_reordering
 from textgym.token_scores import TokenScores, is_plain_linear
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
@@ -116,6 +117,21 @@ class LanguageModel:
         :raises ValueError: if that is not available for the model
         """
         self._stepping.set_compile(decoding, learning)
+
+    def reordered_weights(self, rows: int, steps: int) -> ReorderedWeights:
+        """A context in which decode steps take less time, where the processor is one on which they do.
+
+        The weights are reordered when they are first used in it (:mod:`textgym.reordered_weights`); compiled steps have
+        theirs as they are, and only the head's are.
+
+        :param rows: that take part in a step
+        :param steps: for which the weights stay as they are
+        """
+        if not worth_reordering(rows, steps):
+            return ReorderedWeights([])
+        if self._stepping.compile:
+            return ReorderedWeights([self.model.get_output_embeddings()])
+        return ReorderedWeights(self.model.modules())
 
     def _last_logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """The model's own logits ``(V,)`` behind one row."""
