@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym import language_model, token_scores
 from textgym.language_model import log_distribution
@@ -70,6 +71,57 @@ def test_a_second_derivative_is_an_error():
     log_probs, _ = TokenScores.apply(hidden, weight, tokens, 1.0, None)
     with pytest.raises(RuntimeError, match="create_graph=True: .* token_log_probs has one with entropy_gradient=True"):
         torch.autograd.grad(log_probs.sum(), hidden, create_graph=True)
+
+
+class WideTensors(TorchDispatchMode):
+    """Counts the tensors of tokens times vocabulary that are made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        old = {arg.data_ptr() for arg in args if isinstance(arg, Tensor)}
+        if isinstance(result, Tensor) and result.numel() == ROWS * VOCABULARY and result.data_ptr() not in old:
+            self.count += 1
+        return result
+
+
+def test_one_tensor_of_tokens_times_vocabulary_is_made_and_none_in_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", VOCABULARY)
+    hidden, weight, tokens, _ = inputs(torch.float32)
+    with WideTensors() as forward:
+        log_probs, _ = TokenScores.apply(hidden, weight, tokens, 0.5, None)
+    with WideTensors() as backward:
+        torch.autograd.grad(log_probs.sum(), (hidden, weight))
+    assert (forward.count, backward.count) == (1, 0)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_without_gradients_are_those_of_autograd(monkeypatch, with_entropy, masked):
+    from tiny_agents import tiny_language_model
+
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", 40)
+    lm = tiny_language_model()
+    monkeypatch.setattr(language_model, "CPU_HEAD_ELEMENTS", 3 * lm.vocab_size)
+    monkeypatch.setattr(lm, "_soft_cap", 2.0)
+    weight = lm.model.get_output_embeddings().weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, weight.shape[1], generator=generator)
+    tokens = torch.randint(lm.vocab_size, (10,), generator=generator)
+    allowed = torch.rand(10, lm.vocab_size, generator=generator) < 0.5
+    allowed[range(10), tokens] = True
+    allowed = allowed if masked else None
+    with torch.no_grad():
+        log_probs, entropy = lm.token_log_probs(hidden, tokens, 0.7, allowed, with_entropy)
+    capped = 2 * torch.tanh(hidden.double() @ weight.double().T / 2) / 0.7
+    if masked:
+        capped = capped.masked_fill(~allowed, -torch.inf)
+    expected = torch.distributions.Categorical(logits=capped)
+    torch.testing.assert_close(log_probs.double(), expected.log_prob(tokens), atol=1e-5, rtol=1e-5)
+    assert (entropy is not None) == with_entropy
+    if with_entropy:
+        torch.testing.assert_close(entropy.double(), expected.entropy(), atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_learn_has_no_gradient():

@@ -31,11 +31,11 @@ from transformers.utils import logging as transformers_logging
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
 from textgym.reordered_weights import ReorderedWeights, worth_reordering
-from textgym.token_scores import TokenScores, is_plain_linear
+from textgym.token_scores import TokenScores, is_plain_linear, score_logits
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
-CPU_HEAD_ELEMENTS = 2**22  # and on a CPU, where no gradients are wanted (16 MiB)
+CPU_HEAD_ELEMENTS = 2**24  # and on a CPU, where no gradients are wanted (64 MiB)
 
 
 class LanguageModel:
@@ -143,12 +143,16 @@ class LanguageModel:
         :param hidden: ``(..., H)``
         :return: ``(..., V)`` float32
         """
-        logits = self.model.get_output_embeddings()(hidden)
+        return self._own_logits(hidden).float()
+
+    def _own_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the type of the head's products."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
         if self._multiplier != 1.0:
             logits = logits * self._multiplier
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
-        return logits.float()
+        return logits
 
     def token_log_probs(
         self,
@@ -175,22 +179,25 @@ class LanguageModel:
         """
 
         head = self.model.get_output_embeddings()
-        learning = torch.is_grad_enabled() and not (with_entropy and entropy_gradient)
-        fused = learning and self._soft_cap is None and is_plain_linear(head)
+        learning = torch.is_grad_enabled()
+        second = with_entropy and entropy_gradient  # whether there is a second derivative
+        fused = learning and not second and self._soft_cap is None and is_plain_linear(head)
 
         def score(h: Tensor, token: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             if fused:
                 return TokenScores.apply(h, head.weight, token, self._multiplier / temperature, mask)
+            if not learning:
+                return score_logits(self._own_logits(h), token, 1 / temperature, mask, with_entropy)
             log_probs = log_distribution(self.head(h), temperature, mask)  # (n, V)
             chosen = log_probs.gather(1, token[:, None]).squeeze(1)
             if not with_entropy:
                 return chosen, chosen.new_zeros(0)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            with torch.set_grad_enabled(entropy_gradient):
                 # 0 · (−inf) is 0 here: a token that can't occur adds nothing to the entropy.
                 finite = log_probs if mask is None else log_probs.masked_fill(~mask, 0.0)
                 return chosen, -(log_probs.exp() * finite).sum(1)
 
-        scoring_on_cpu = hidden.device.type == "cpu" and not torch.is_grad_enabled()
+        scoring_on_cpu = hidden.device.type == "cpu" and not learning
         most = min(HEAD_ELEMENTS, CPU_HEAD_ELEMENTS) if scoring_on_cpu else HEAD_ELEMENTS
         size = max(1, most // self.vocab_size)
         if len(tokens) <= size:
