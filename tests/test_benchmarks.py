@@ -22,11 +22,15 @@ import bare_model  # noqa: E402
 import freed_memory  # noqa: E402
 import iteration  # noqa: E402
 import peers  # noqa: E402
+import reordered_weights  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import worker  # noqa: E402
 import workload as work  # noqa: E402
 from workload import Workload  # noqa: E402
+
+import textgym.language_model  # noqa: E402
+import textgym.reordered_weights  # noqa: E402
 
 TINY = Workload(
     rows=4,
@@ -249,6 +253,31 @@ def test_kept_and_given_back_memory_are_told_apart(
     table = capsys.readouterr().out
     assert "| kept |" in table
     assert "| given back |" in table
+
+
+def test_rollouts_are_compared_with_and_without_reordered_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers: list[int] = []
+
+    class Noted(textgym.language_model.ReorderedWeights):
+        def forget(self) -> None:
+            layers.append(len(self))
+            super().forget()
+
+    monkeypatch.setattr(textgym.language_model, "ReorderedWeights", Noted)
+    monkeypatch.setattr(textgym.reordered_weights, "SMALLEST", 1)
+    monkeypatch.setattr(reordered_weights, "cores", torch.get_num_threads)
+    monkeypatch.setitem(work.PRESETS, "small", TINY)
+    flags = ["--preset", "small", "--rounds", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["reordered_weights.py", *flags])
+    reordered_weights.main()
+    assert layers == [0, 2 * 7 + 1] * 3, "all layers' weights in every other rollout"
+    rollouts = json.loads((tmp_path / "reordered_weights.json").read_text())["rollouts"]
+    assert {way: len(times) for way, times in rollouts.items()} == dict.fromkeys(
+        ("as they are", "reordered", "generate (transformers)"), 2
+    )
+    assert "| reordered |" in capsys.readouterr().out
 
 
 def test_failed_contender_is_named_with_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
