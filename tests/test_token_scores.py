@@ -124,6 +124,38 @@ def test_scores_without_gradients_are_those_of_autograd(monkeypatch, with_entrop
         torch.testing.assert_close(entropy.double(), expected.entropy(), atol=1e-5, rtol=1e-5)
 
 
+class Blocks(TorchDispatchMode):
+    """Where the tensors of several tokens times the vocabulary lie that are made; all stay in use."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.made: list[Tensor] = []
+        super().__init__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim() == 2 and result.shape[1] == self.vocabulary:
+            self.made.append(result)
+        return result
+
+    def among(self, rows: range) -> int:
+        """The number of places that hold tensors with one of these numbers of rows."""
+        return len({tensor.untyped_storage().data_ptr() for tensor in self.made if len(tensor) in rows})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scoring_in_parts_makes_its_logits_in_one_place(monkeypatch, autocast):
+    from tiny_agents import tiny_language_model
+
+    lm = tiny_language_model()
+    monkeypatch.setattr(language_model, "CPU_HEAD_ELEMENTS", 3 * lm.vocab_size)
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", lm.vocab_size)  # one token at a time
+    hidden = torch.randn(9, lm.model.get_output_embeddings().weight.shape[1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), Blocks(lm.vocab_size) as blocks:
+        lm.token_log_probs(hidden, torch.arange(9) % lm.vocab_size)
+    assert blocks.among(range(2, 4)) == (3 if autocast else 1)  # products in another type are the head's own
+
+
 def test_what_does_not_learn_has_no_gradient():
     hidden, weight, tokens, _ = inputs(torch.float32)
     log_probs, _ = TokenScores.apply(hidden, weight.detach(), tokens, 1.0, None)
@@ -137,7 +169,9 @@ def test_heads_that_do_more_than_multiply_are_told_apart():
     hooked = nn.Linear(4, 6, bias=False)
     hooked.register_forward_hook(lambda *_: None)
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False))
-    others = [nn.Linear(4, 6), nn.Sequential(plain), hooked, parametrized]
+    replaced = nn.Linear(4, 6, bias=False)
+    replaced.forward = lambda x: x @ plain.weight.T
+    others = [nn.Linear(4, 6), nn.Sequential(plain), hooked, parametrized, replaced]
     assert is_plain_linear(plain)
     assert not any(is_plain_linear(head) for head in others)
 

@@ -145,14 +145,29 @@ class LanguageModel:
         """
         return self._own_logits(hidden).float()
 
-    def _own_logits(self, hidden: Tensor) -> Tensor:
-        """The same in the type of the head's products."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+    def _own_logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+        """The same in the type of the head's products.
+
+        :param room: from :meth:`_room_for_logits`; the products are put there
+        """
+        head = self.model.get_output_embeddings()
+        logits: Tensor = head(hidden) if room is None else torch.mm(hidden, head.weight.T, out=room[: len(hidden)])
         if self._multiplier != 1.0:
             logits = logits * self._multiplier
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return logits
+
+    def _room_for_logits(self, hidden: Tensor, rows: int) -> Tensor | None:
+        """A tensor for the head's products with some rows at a time, or None where only the head itself can make them.
+
+        A new tensor for each part would be costly on a CPU: the C library asks the system for each such block, or,
+        where freed memory is kept (:mod:`textgym.freed_memory`), may put it behind the last one, not in its place.
+        """
+        head = self.model.get_output_embeddings()
+        if not is_plain_linear(head) or torch.is_autocast_enabled(hidden.device.type):
+            return None
+        return hidden.new_empty(rows, len(head.weight)) if hidden.dtype == head.weight.dtype else None
 
     def token_log_probs(
         self,
@@ -187,7 +202,7 @@ class LanguageModel:
             if fused:
                 return TokenScores.apply(h, head.weight, token, self._multiplier / temperature, mask)
             if not learning:
-                return score_logits(self._own_logits(h), token, 1 / temperature, mask, with_entropy)
+                return score_logits(self._own_logits(h, room), token, 1 / temperature, mask, with_entropy)
             log_probs = log_distribution(self.head(h), temperature, mask)  # (n, V)
             chosen = log_probs.gather(1, token[:, None]).squeeze(1)
             if not with_entropy:
@@ -200,6 +215,7 @@ class LanguageModel:
         scoring_on_cpu = hidden.device.type == "cpu" and not learning
         most = min(HEAD_ELEMENTS, CPU_HEAD_ELEMENTS) if scoring_on_cpu else HEAD_ELEMENTS
         size = max(1, most // self.vocab_size)
+        room = self._room_for_logits(hidden, size) if scoring_on_cpu and len(tokens) > size else None
         if len(tokens) <= size:
             chosen, entropy = score(hidden, tokens, allowed)
         else:

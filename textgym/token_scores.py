@@ -21,11 +21,13 @@ CHUNK_ELEMENTS = 2**19  # logits worked on at once: 2 MiB in fp32
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether a head is nothing but a product with one matrix."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(head):  # the latter where a library has put its own in the place of it
+        return False
     # A sharded weight has a type of its own; so has one that is computed from others.
     if not isinstance(head, nn.Linear) or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         return False
     bias: Tensor | None = head.bias
-    return bias is None and not any(hooks)
+    return bias is None
 
 
 def score_logits(
