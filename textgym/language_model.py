@@ -197,6 +197,10 @@ class LanguageModel:
         learning = torch.is_grad_enabled()
         second = with_entropy and entropy_gradient  # whether there is a second derivative
         fused = learning and not second and self._soft_cap is None and is_plain_linear(head)
+        scoring_on_cpu = hidden.device.type == "cpu" and not learning
+        most = min(HEAD_ELEMENTS, CPU_HEAD_ELEMENTS) if scoring_on_cpu else HEAD_ELEMENTS
+        size = max(1, most // self.vocab_size)
+        room = self._room_for_logits(hidden, size) if scoring_on_cpu and len(tokens) > size else None
 
         def score(h: Tensor, token: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             if fused:
@@ -212,10 +216,6 @@ class LanguageModel:
                 finite = log_probs if mask is None else log_probs.masked_fill(~mask, 0.0)
                 return chosen, -(log_probs.exp() * finite).sum(1)
 
-        scoring_on_cpu = hidden.device.type == "cpu" and not learning
-        most = min(HEAD_ELEMENTS, CPU_HEAD_ELEMENTS) if scoring_on_cpu else HEAD_ELEMENTS
-        size = max(1, most // self.vocab_size)
-        room = self._room_for_logits(hidden, size) if scoring_on_cpu and len(tokens) > size else None
         if len(tokens) <= size:
             chosen, entropy = score(hidden, tokens, allowed)
         else:

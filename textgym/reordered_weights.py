@@ -1,9 +1,9 @@
 """Weights in the order in which a CPU multiplies them with a few rows in the least time.
 
 A decode step multiplies each weight matrix with one vector a row. The library for matrix products brings the weights
-into an order of its own each time, which for so few rows takes about as long as the product. In a rollout the weights
-stay as they are, so it is enough to do it once: oneDNN's reordered weights, which ``torch.compile`` uses for frozen
-models, too. The products differ from the usual ones in rounding, and a row's no longer depend on how many there are.
+into an order of its own each time, which so few rows do not make up for. In a rollout the weights stay as they are, so
+it is enough to do it once: oneDNN's reordered weights, which ``torch.compile`` uses for frozen models, too. The
+products differ from the usual ones in rounding, and a row's no longer depend on how many there are.
 """
 
 from __future__ import annotations
