@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before transformers is imported: no test may reach for a model hub, and its processes share the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -47,3 +50,32 @@ def tiny_llama() -> PreTrainedModel:
 @pytest.fixture
 def tiny_causal_reward_model() -> LlamaForSequenceClassification:
     return tiny_models.tiny_causal_reward_model()
+
+
+# For tests that train reward models.
+@pytest.fixture(scope="module")
+def frozen_garbage() -> Iterator[None]:
+    """Trainer collects garbage at its end, and the libraries' objects, which are none, take it most of the time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For tests that look at the report's picture, which takes longer than a small training."""
+
+
+@pytest.fixture
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without a picture, but where a test asks for it."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("textgym.reward_training.report.draw_report", lambda report, path: None)
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Path:
+    """A directory with a tiny causal transformer and no head."""
+    tiny_models.tiny_model("llama").save_pretrained(tmp_path / "untrained")
+    tiny_models.tiny_tokenizer().save_pretrained(tmp_path / "untrained")
+    return tmp_path / "untrained"
