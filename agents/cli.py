@@ -362,12 +362,13 @@ def evaluate(
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture")] = Path("curves.png"),
+    separate: Annotated[bool, typer.Option("--separate", help="a colour for each run, instead of bands")] = False,
 ) -> None:
-    """Draw the training curves of runs against each other."""
+    """Draw the training curves of runs against each other; those that differ in their seed alone as one band."""
     with _plain_errors():
         from textgym.agents.plots import plot_runs
 
-        plot_runs(runs, output)
+        plot_runs(runs, output, separate)
         console.print(f"Wrote [bold]{output}[/bold]")
 
 

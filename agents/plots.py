@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
 TOKENS = "time/total_timesteps"
+BETA = "train/kl_coef"
+_Curve: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 
 # Okabe and Ito's colours, which people with the common forms of colour blindness can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -43,7 +48,7 @@ _PANELS = (
     ("KL to the reference", "nats per completion", "rollout/kl_ref", "eval/kl", 1.0),
     ("Length", "tokens per completion", "rollout/ep_len_mean", None, 1.0),
     ("Entropy", "nats per token", "train/entropy_loss", None, -1.0),
-    ("KL coefficient β", "β", "train/kl_coef", None, 1.0),
+    ("KL coefficient β", "β", BETA, None, 1.0),
 )
 
 
@@ -79,14 +84,16 @@ def read_metrics(folder: str | PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_runs(folders: Sequence[str | PathLike[str]], output: str | PathLike[str]) -> None:
+def plot_runs(folders: Sequence[str | PathLike[str]], output: str | PathLike[str], separate: bool = False) -> None:
     """Draw score, KL, length, entropy and KL coefficient against tokens, and score against KL.
 
-    One run fills the picture by itself; of several, each has its own colour and its name in the legend. Stars are
-    evaluations on held-out prompts. Runs are never averaged.
+    One run fills the picture by itself. Runs whose configurations differ in nothing but the seed share a colour: the
+    line is their mean, the band reaches from the lowest to the highest of them. Stars are evaluations on held-out
+    prompts. What no run has recorded, and a KL coefficient that never changes, get no panel.
 
     :param folders: of the runs, each with a ``metrics.jsonl``
     :param output: the picture; its ending says which kind, such as ``.png``, ``.svg`` or ``.pdf``
+    :param separate: give every run a colour of its own
     :raises FileNotFoundError: as :func:`read_metrics`
     :raises ValueError: if no folder is given, one twice, a run has no finished rollout, a line is broken, or
         matplotlib doesn't know the ending
@@ -98,36 +105,66 @@ def plot_runs(folders: Sequence[str | PathLike[str]], output: str | PathLike[str
     twice = [str(path) for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
     if twice:
         raise ValueError(f"the run {twice[0]!r} is given twice")
-    runs = dict(zip(run_names(paths), map(read_metrics, paths), strict=True))
-    for path, rows in zip(paths, runs.values(), strict=True):
+    runs = {path: read_metrics(path) for path in paths}
+    for path, rows in runs.items():
         if not len(_series(rows, TOKENS, path)[0]):
             raise ValueError(f"the run {str(path)!r} has not finished a rollout yet: nothing to draw")
-    figure = new_figure(13, 7)
-    grid = figure.subplots(2, 3)
-    panels = grid.flatten().tolist()
-    colours = run_colours(len(runs))
-    for axes, (title, label, name, held_out, factor) in zip(panels, _PANELS, strict=False):
-        for (rows, path), colour in zip(zip(runs.values(), paths, strict=True), colours, strict=True):
-            _draw_curve(axes, *_series(rows, name, path, factor=factor), colour)
-            if held_out is not None:
-                _draw_marks(axes, *_series(rows, held_out, path), colour, **_HELD_OUT)
-        style_axes(axes, title, label)
-        axes.set_xlabel("tokens of training")
-        _abbreviate_thousands(axes)
-    beta, against = panels[-2:]
-    if beta.has_data():
-        beta.set_ylim(bottom=min(0.0, beta.get_ylim()[0]))  # a constant would be drawn as if it were anything
-    for (rows, path), colour in zip(zip(runs.values(), paths, strict=True), colours, strict=True):
-        _draw_marks(against, *_series(rows, "rollout/score_mean", path, against="rollout/kl_ref"), colour, **_ROLLOUTS)
-        _draw_marks(against, *_series(rows, "eval/score_mean", path, against="eval/kl"), colour, **_HELD_OUT)
-    style_axes(against, "Score against KL", "reward Φ")
-    against.set_xlabel("KL to the reference, nats per completion")
-    for axes in panels:
-        if not axes.has_data():
-            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="#767676")
-            axes.set(xticks=[], yticks=[])
-    _draw_legend(figure, list(runs), colours)
+    groups = [[path] for path in paths] if separate else _alike_but_for_the_seed(paths)
+    colours = run_colours(len(groups))
+
+    def curves(name: str, against: str = TOKENS, factor: float = 1.0) -> list[list[_Curve]]:
+        return [[_series(runs[path], name, path, against=against, factor=factor) for path in group] for group in groups]
+
+    panels: list[Callable[[Axes], None]] = []
+    for title, label, name, held_out, factor in _PANELS:
+        found = curves(name, factor=factor)
+        evaluated = [[] for _ in groups] if held_out is None else curves(held_out)
+        if _has_points(found + evaluated) and not (name == BETA and _is_constant(found)):
+            panels.append(partial(_over_tokens, title, label, found, evaluated, colours))
+    training, held_out_points = curves("rollout/score_mean", "rollout/kl_ref"), curves("eval/score_mean", "eval/kl")
+    if _has_points(training + held_out_points):
+        panels.append(partial(_score_against_kl, training, held_out_points, colours))
+
+    columns = min(3, len(panels)) or 1
+    rows_of_panels = max(1, math.ceil(len(panels) / columns))
+    figure = new_figure(max(6.5, 4.34 * columns), 3.5 * rows_of_panels)
+    grid = figure.subplots(rows_of_panels, columns, squeeze=False).flatten().tolist()
+    for axes, draw in zip(grid, panels, strict=False):
+        draw(axes)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    names = [_group_name(group, paths) for group in groups]
+    _draw_legend(figure, names, colours, _has_points(held_out_points), any(len(group) > 1 for group in groups))
     save_figure(figure, output)
+
+
+def _alike_but_for_the_seed(paths: Sequence[Path]) -> list[list[Path]]:
+    """The runs in groups: those whose ``config.yaml`` says the same but for the seed. A run without one is alone."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        config = path / CONFIG_FILE
+        key = f"alone: {path}"
+        if config.is_file():
+            lines = config.read_text(encoding="utf-8").splitlines()
+            key = "\n".join(line for line in lines if not line.startswith("seed:"))
+        groups.setdefault(key, []).append(path)
+    return list(groups.values())
+
+
+def _group_name(group: Sequence[Path], paths: Sequence[Path]) -> str:
+    """What the legend calls runs that are drawn as one: what their names begin with, and how many they are."""
+    names = dict(zip(paths, run_names(paths), strict=True))
+    if len(group) == 1:
+        return names[group[0]]
+    mine = [names[path] for path in group]
+    common = re.sub(r"[-_./ ]*(seed)?[-_./= ]*$", "", _common_start(mine).rstrip("0123456789"))
+    return f"{common or mine[0] + ' …'} ({len(group)} seeds)"
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """The characters that all names begin with."""
+    first, last = min(names), max(names)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def run_names(folders: Sequence[str | PathLike[str]]) -> list[str]:
@@ -224,6 +261,68 @@ def _series(
     return x, factor * y
 
 
+def _has_points(groups: Sequence[Sequence[_Curve]]) -> bool:
+    return any(len(x) for group in groups for x, _ in group)
+
+
+def _is_constant(groups: Sequence[Sequence[_Curve]]) -> bool:
+    return all(np.ptp(y) == 0 for group in groups for _, y in group if len(y))
+
+
+def _over_tokens(
+    title: str,
+    label: str,
+    found: list[list[_Curve]],
+    evaluated: list[list[_Curve]],
+    colours: Sequence[Any],
+    axes: Axes,
+) -> None:
+    """A panel with a line for each group of runs."""
+    for group, stars, colour in zip(found, evaluated, colours, strict=True):
+        if len(group) == 1:
+            _draw_curve(axes, *group[0], colour)
+        else:
+            _draw_band(axes, [curve for curve in group if len(curve[0])], colour)
+        _draw_marks(axes, *_mean_of(stars), colour, **_HELD_OUT)
+    style_axes(axes, title, label)
+    axes.set_xlabel("tokens of training")
+    _abbreviate_thousands(axes)
+
+
+def _score_against_kl(
+    training: list[list[_Curve]], held_out: list[list[_Curve]], colours: Sequence[Any], axes: Axes
+) -> None:
+    for points, marks in ((training, _ROLLOUTS), (held_out, _HELD_OUT)):
+        for group, colour in zip(points, colours, strict=True):
+            for x, y in group:
+                _draw_marks(axes, x, y, colour, **marks)
+    style_axes(axes, "Score against KL", "reward Φ")
+    axes.set_xlabel("KL to the reference, nats per completion")
+
+
+def _mean_of(curves: Sequence[_Curve]) -> _Curve:
+    """The mean over runs at the places that all of them have."""
+    if len(curves) == 1:
+        return curves[0]
+    found = [dict(zip(x.tolist(), y.tolist(), strict=True)) for x, y in curves]
+    places = sorted(set.intersection(*map(set, found))) if found else []
+    return np.array(places), np.array([np.mean([values[x] for values in found]) for x in places])
+
+
+def _draw_band(axes: Axes, curves: Sequence[_Curve], colour: Any) -> None:
+    """The mean of several runs, over the tokens that all have trained on, between the lowest and the highest."""
+    if not curves:
+        return
+    smooth = [_smoothed(x, y) for x, y in curves]
+    places = np.unique(np.concatenate([x for x, _ in smooth]))
+    places = places[(places >= max(x[0] for x, _ in smooth)) & (places <= min(x[-1] for x, _ in smooth))]
+    if not len(places):
+        return
+    values = np.stack([np.interp(places, x, y) for x, y in smooth])  # (runs, places)
+    axes.plot(places, values.mean(0), color=colour, marker="o" if len(places) == 1 else "", markersize=4)
+    axes.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+
+
 def _draw_marks(axes: Axes, x: np.ndarray, y: np.ndarray, colour: Any, **marks: Any) -> None:
     if len(x):
         axes.plot(x, y, color=colour, **marks)
@@ -236,11 +335,18 @@ def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: Any) -> None:
         axes.plot(x, y, color=colour, marker="o" if len(x) == 1 else "", markersize=4)
         return
     axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(*_smoothed(x, y), color=colour)
+
+
+def _smoothed(x: np.ndarray, y: np.ndarray) -> _Curve:
+    """The running mean over a curve of many rollouts; a short one stays as it is."""
+    if len(x) < _SMOOTHED_FROM:
+        return x, y
     reach = len(x) // 40
     sums = np.concatenate([[0.0], np.cumsum(y)])
     low, high = np.arange(len(y)) - reach, np.arange(len(y)) + reach + 1
     low, high = low.clip(0), high.clip(max=len(y))
-    axes.plot(x, (sums[high] - sums[low]) / (high - low), color=colour)
+    return x, (sums[high] - sums[low]) / (high - low)
 
 
 def _abbreviate_thousands(axes: Axes) -> None:
@@ -250,11 +356,16 @@ def _abbreviate_thousands(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def _draw_legend(figure: Figure, names: list[str], colours: list[Any]) -> None:
+def _draw_legend(figure: Figure, names: list[str], colours: list[Any], held_out: bool, bands: bool) -> None:
+    from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    entries = [
+    entries: list[Artist] = [
         Line2D([], [], color=colour, label=plain_text(name)) for name, colour in zip(names, colours, strict=True)
     ]
-    entries.append(Line2D([], [], color="#767676", label="held-out prompts", **_HELD_OUT))
+    if bands:
+        entries.append(Patch(color="#767676", alpha=0.25, linewidth=0, label="lowest to highest seed"))
+    if held_out:
+        entries.append(Line2D([], [], color="#767676", label="held-out prompts", **_HELD_OUT))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 5), frameon=False)

@@ -101,10 +101,10 @@ def test_a_run_is_drawn_with_all_its_curves_and_its_held_out_evaluations(tmp_pat
     np.testing.assert_allclose(training, [[0.5 * i, 0.1 * i] for i in range(6)])
     np.testing.assert_allclose(held_out, [[0.45, 0.09], [1.35, 0.27], [2.25, 0.45]])
     with Image.open(tmp_path / "pictures" / "a.png") as picture:
-        assert picture.size == (1560, 840)
+        assert picture.size == (1562, 840)
 
 
-def test_runs_have_a_colour_and_a_name_each_and_are_not_averaged(tmp_path, drawn):
+def test_runs_have_a_colour_and_a_name_each(tmp_path, drawn):
     folders = [run(tmp_path / name / "seed0", [rollout(i, k) for i in range(4)]) for k, name in enumerate("ab$")]
     plot_runs(folders, tmp_path / "runs.svg")
     axes = drawn[0].axes[0]
@@ -116,6 +116,50 @@ def test_runs_have_a_colour_and_a_name_each_and_are_not_averaged(tmp_path, drawn
     assert list(legend) == ["a/seed0", "b/seed0", r"\$/seed0", "held-out prompts"]
     assert [line.get_color() for line in curves] == [handle.get_color() for handle in list(legend.values())[:3]]
     assert (tmp_path / "runs.svg").read_text().startswith("<?xml")
+
+
+def seeds(tmp_path: Path, agent: str, scales: list[float]) -> list[Path]:
+    """Runs of one agent that differ in their seed alone."""
+    folders = [run(tmp_path / f"{agent}-{k}", [rollout(i, s) for i in range(4)]) for k, s in enumerate(scales)]
+    for seed, folder in enumerate(folders):
+        (folder / "config.yaml").write_text(f"algorithm: {agent}\n\nlearning_rate: 0.1\nseed: {seed}\n")
+    return folders
+
+
+def test_seeds_of_one_configuration_are_drawn_as_their_mean_and_a_band(tmp_path, drawn):
+    folders = seeds(tmp_path, "ppo", [1.0, 2.0, 4.0]) + seeds(tmp_path, "grpo", [1.0, 3.0])
+    plot_runs(folders, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    curves = [line for line in axes.get_lines() if line.get_marker() != "*"]
+    assert [line.get_ydata()[-1] for line in curves] == pytest.approx([0.3 * 7 / 3, 0.3 * 2])
+    ends = [band.get_paths()[0].vertices for band in axes.collections]
+    assert [(v[v[:, 0] == 400, 1].min(), v[v[:, 0] == 400, 1].max()) for v in ends] == [
+        pytest.approx((0.3, 1.2)),
+        pytest.approx((0.3, 0.9)),
+    ]
+    stars = [line for line in axes.get_lines() if line.get_marker() == "*"]
+    assert stars[0].get_ydata() == pytest.approx([0.09 * 7 / 3, 0.27 * 7 / 3])
+    names = [text.get_text() for text in drawn[0].legends[0].texts]
+    assert names == ["ppo (3 seeds)", "grpo (2 seeds)", "lowest to highest seed", "held-out prompts"]
+    plot_runs(folders, tmp_path / "b.png", separate=True)
+    assert len(drawn[1].legends[0].texts) == 5 + 1
+
+
+def test_another_configuration_is_another_line(tmp_path, drawn):
+    folders = seeds(tmp_path, "ppo", [1.0, 2.0])
+    (folders[1] / "config.yaml").write_text("algorithm: ppo\n\nlearning_rate: 0.2\nseed: 1\n")
+    plot_runs(folders, tmp_path / "a.png")
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["ppo-0", "ppo-1", "held-out prompts"]
+
+
+def test_a_kl_coefficient_that_never_changes_has_no_panel(tmp_path, drawn):
+    constant, adapted = [rollout(i) for i in range(4)], [rollout(i) | {"train/kl_coef": 0.1 * i} for i in range(4)]
+    plot_runs([run(tmp_path / "a", constant)], tmp_path / "a.png")
+    plot_runs([run(tmp_path / "b", adapted), tmp_path / "a"], tmp_path / "b.png")
+    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    assert "KL coefficient β" not in titles[0]
+    assert len(titles[0]) == 5
+    assert "KL coefficient β" in titles[1]
 
 
 def test_long_runs_have_a_running_mean_over_their_rollouts(tmp_path, drawn):
@@ -135,7 +179,8 @@ def test_what_was_not_recorded_or_is_not_finite_is_left_out(tmp_path, drawn):
     plot_runs([run(tmp_path / "a", rows)], tmp_path / "a.png")
     (score,) = lines(drawn[0], "Score")
     np.testing.assert_allclose(score, [[100, 0.1], [300, 0.1]])
-    assert [text.get_text() for axes in drawn[0].axes for text in axes.texts] == ["not recorded"] * 5
+    assert [axes.get_title() for axes in drawn[0].axes] == ["Score"]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["a"]
 
 
 def test_drawing_leaves_the_backend_and_the_open_figures_alone(tmp_path):
