@@ -222,6 +222,26 @@ def test_ppo_learns_with_ratio_one_first_and_no_kl_at_the_start(name, scoring):
     assert not np.allclose(before, agent.policy.parameters_to_vector())
 
 
+@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral", "gemma3"])
+def test_rows_with_prompts_of_a_shared_beginning_learn_and_their_log_probs_are_the_plain_forwards(name):
+    prompts = ["we like this good film with the", "we like this very slow plot and the actor"]
+    env = tiny_vector_env(4, language_model=opened(name), prompts=prompts, reward=count_liked)
+    agent = tiny_ppo(env, n_steps=12, batch_size=24, n_epochs=1, learning_rate=1e-2)
+    agent.learn(144)  # three rollouts, each with episodes that begin beside others of the same prompt
+    model = agent.policy.transformer
+    checked = 0
+    obs, _ = env.reset(seed=3)
+    for _ in range(12):
+        actions, _, log_probs = agent.policy(agent.policy.obs_to_tensor(obs)[0])
+        for row in range(4):
+            logits = plain_logits(model, obs["input_ids"][row], int(obs["attention_mask"][row].sum()))
+            expected = logits.log_softmax(0)[int(actions[row])]
+            torch.testing.assert_close(log_probs[row], expected, atol=1e-4, rtol=1e-4)
+            checked += 1
+        obs = env.step(actions.numpy())[0]
+    assert checked == 48
+
+
 # --- refused
 
 

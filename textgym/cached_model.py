@@ -135,6 +135,8 @@ class CachedModel:
         :param rows: ``(B,)`` slots, like the other parameters as in :meth:`_compute`
         :return: ``(B,)`` how many tokens of the rows are cached then
         """
+        if self._cache is None:  # nothing is kept but last hidden states
+            return common
         live = np.flatnonzero(self._lengths)
         source, cached = rows.copy(), common.copy()
         for i in np.flatnonzero(lengths - 1 - common >= SHARED_TOKENS) if len(live) else ():
@@ -146,7 +148,6 @@ class CachedModel:
                 source[i], cached[i] = live[best], alike[best]
         taking = np.flatnonzero(source != rows)
         if len(taking):
-            assert self._cache is not None
             self._lengths[rows[taking]] = 0  # until they are computed: an interrupt may leave them half copied
             slots = torch.as_tensor(np.stack([source[taking], rows[taking]]), device=self._cache.device)
             self._cache.copy(slots[0], slots[1], int(cached[taking].max()))
