@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_agents import count_liked, tiny_ppo, tiny_vector_env
 
-from textgym.rewards import FunctionReward, RemoteReward, RewardError, RewardServer
+from textgym.rewards import FunctionReward, RemoteReward, RequestLimits, RewardError, RewardServer
 
 PROMPTS = ["the film", "a", ""]
 COMPLETIONS = [" is good", "", " warm"]
@@ -315,10 +315,13 @@ def test_a_column_that_is_no_json_is_named():
 # --- the server
 
 
-def post(server, body, path="/get_reward"):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+JSON = {"Content-Type": "application/json"}
+
+
+def post(server, body, path="/get_reward", headers=JSON):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
-        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
+        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     finally:
@@ -329,10 +332,10 @@ def test_the_server_answers_wrong_requests_with_what_is_wrong():
     def strict(prompts, completions):
         return [float("nan") if text == "bad" else 1.0 for text in completions]
 
-    with RewardServer(strict, max_bytes=1000) as server:
+    with RewardServer(strict, limits=RequestLimits(max_bytes=1000, max_texts=3)) as server:
         for body, status, problem in [
-            (b"{", 400, "the request is no JSON"),
-            (b"\xff", 400, "the request is no JSON"),
+            (b"{", 400, "the request is not JSON"),
+            (b"\xff", 400, "the request is not JSON"),
             ([], 400, "the request is a list, expected an object"),
             ({}, 400, "'query' must be a list of texts, got NoneType"),
             ({"query": ["a", 3]}, 400, "'query' must be a list of texts"),
@@ -342,6 +345,7 @@ def test_the_server_answers_wrong_requests_with_what_is_wrong():
             ({"query": ["a \ud800"], "prompts": ["b"]}, 422, "query 0 does not begin with its prompt"),
             ({"query": ["bad"]}, 422, "reward 'strict', row 0 .*returned float nan"),
             ({"query": ["x" * 2000]}, 413, "more than 1000 bytes"),
+            ({"query": ["x"] * 4}, 413, "'query' has 4 texts, at most 3"),
         ]:
             got, content = post(server, body)
             assert got == status
@@ -352,6 +356,95 @@ def test_the_server_answers_wrong_requests_with_what_is_wrong():
         connection.request("GET", "/health")
         assert json.loads(connection.getresponse().read()) == {"reward": "strict"}
         connection.close()
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data; x=y"])
+def test_what_a_page_in_a_browser_can_send_unasked_is_refused(kind):
+    with RewardServer(length) as server:
+        status, content = post(server, {"query": ["a"]}, headers={"Content-Type": kind})
+        assert (status, "application/json" in content["error"]) == (415, True)
+        assert post(server, {"query": ["a"]}, headers={"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+def test_a_request_that_is_too_large_is_answered_and_not_tried_again():
+    """The sender writes all of it before it looks for an answer, so the server has to read it."""
+    with RewardServer(length, limits=RequestLimits(max_bytes=1 << 20)) as server:
+        attempts = []
+        remote = RemoteReward(server.url, **FAST)
+        send = remote._send
+        remote._send = lambda request: attempts.append(1) or send(request)
+        with pytest.raises(RewardError, match=r"status 413 .*more than 1048576 bytes"):
+            score(remote, ["x" * (6 << 20)])
+        assert len(attempts) == 1
+
+
+HEAD = "POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+HALF = f'{HEAD}Content-Length: 100\r\n\r\n{{"query"'.encode()
+
+
+def half_sent(server, text=HALF):
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection.sendall(text)
+    return connection
+
+
+def test_unfinished_requests_end_and_hold_up_nobody():
+    with RewardServer(length, limits=RequestLimits(timeout=0.5)) as server:
+        halves = [half_sent(server) for _ in range(20)] + [half_sent(server, b"POST / HT") for _ in range(5)]
+        assert post(server, {"query": ["abc"]}) == (200, {"rewards": [3.0]})
+        for half in halves[:20]:
+            assert half.recv(1000).startswith(b"HTTP/1.1 408")
+        for half in halves:
+            while half.recv(1000):
+                pass  # until the server closes the connection
+            half.close()
+
+
+def test_requests_beyond_the_limit_are_asked_to_come_again():
+    with RewardServer(length, limits=RequestLimits(max_requests=1)) as server:
+        half = half_sent(server)
+        status, content = 200, {}
+        while status == 200:  # until the half request is there
+            status, content = post(server, {"query": ["a"]})
+        assert (status, "try again" in content["error"]) == (503, True)
+        half.close()
+        assert score(RemoteReward(server.url, retries=50, pause=0.01, max_pause=0.05), ["abc"], ["p"]) == [3.0]
+
+
+def test_a_client_that_leaves_is_neither_scored_nor_logged(capfd):
+    """It waits behind another request when it goes; and one goes before all of its request is there."""
+    scored, begun, go_on = [], threading.Event(), threading.Event()
+
+    def reward(completions):
+        begun.set()
+        go_on.wait(60)
+        scored.extend(completions)
+        return [0.0] * len(completions)
+
+    with RewardServer(reward) as server:
+        first = threading.Thread(target=post, args=(server, {"query": ["first"]}))
+        first.start()
+        assert begun.wait(60)
+        body = json.dumps({"query": ["gone"]})
+        for promised in (len(body), 900):
+            half_sent(server, f"{HEAD}Content-Length: {promised}\r\n\r\n{body}".encode()).close()
+        time.sleep(0.2)  # a server that has not seen them leave would answer them
+        go_on.set()
+        first.join(60)
+        assert post(server, {"query": ["last"]}) == (200, {"rewards": [0.0]})
+    assert scored == ["first", "last"]
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [({"max_bytes": 0}, "max_bytes=0"), ({"max_texts": 1.5}, "max_texts=1.5"), ({"timeout": 0}, "timeout=0")],
+)
+def test_impossible_limits_are_refused(arguments, complaint):
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        RequestLimits(**arguments)
 
 
 def test_what_the_served_reward_complains_of_reaches_the_client():

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from textgym.rewards.reward_directory import open_reward
     from textgym.rewards.router import Router
     from textgym.rewards.running_normalisation import RunningNormalized
-    from textgym.rewards.serving import RewardServer, reward_app, serve_reward
+    from textgym.rewards.serving import RequestLimits, RewardServer, reward_app, serve_reward
     from textgym.rewards.text_rules import (
         DistinctN,
         Grammar,
@@ -94,6 +94,7 @@ __all__ = [
     "RegexMatch",
     "RemoteReward",
     "Repetition",
+    "RequestLimits",
     "Reward",
     "RewardError",
     "RewardServer",
@@ -158,6 +159,7 @@ _MODULES = {
     "RegexMatch": "formats",
     "RemoteReward": "remote",
     "Repetition": "text_rules",
+    "RequestLimits": "serving",
     "RewardServer": "serving",
     "Rouge": "reference_metrics",
     "Router": "router",
