@@ -1,8 +1,8 @@
 """A supervised warm start: behaviour cloning on reference completions, with ``transformers.Trainer``.
 
 Reinforcement learning finds what the policy writes now and then; what it never writes it must be shown first. Only
-tokens of completions are learned, each with its end-of-sequence token; they are written as the environment's policy
-would write them, token for token behind the prompt. ::
+tokens of completions are learned, each with its end: the chat template's end of turn behind a conversation, else
+end-of-sequence. They are written as the environment's policy would write them, token for token behind the prompt. ::
 
     report = warm_start("embedded", rows, output="warm")            # rows of {"prompt": ..., "completion": ...}
     env = gym.make_vec("TextGen-v0", language_model="warm")         # policy and reference both start there
@@ -382,7 +382,8 @@ def _encode(lm: LanguageModel, rows: PromptRows, column: str, max_length: int | 
         if not prompt:
             raise ValueError(f"{where}[{i}]: the prompt {row.prompt!r} has no tokens")
         try:
-            completion = [*continuation_ids(vocabulary, prompt, text), vocabulary.eos_token_id]
+            end = vocabulary.end_after(prompt)  # of the turn, where the prompt is a conversation
+            completion = [*continuation_ids(vocabulary, prompt, text), end]
         except ValueError as error:
             raise ValueError(f"{where}[{i}]: {error}") from error
         if limit is not None and len(prompt) + len(completion) > limit:

@@ -320,14 +320,14 @@ class LanguageModelPolicy(ActorCriticPolicy):
         seed: int | None = None,
         min_new_tokens: int = 0,
     ) -> list[str]:
-        """Complete prompts, each until its end-of-sequence token.
+        """Complete prompts, each until a token that ends a turn.
 
         :param prompts: B texts
         :param max_new_tokens: most tokens written for each
         :param deterministic: whether to take the most likely token every time
         :param temperature: default the policy's own
         :param seed: for reproducible sampling; default the global torch random state
-        :param min_new_tokens: end-of-sequence is not chosen before so many tokens
+        :param min_new_tokens: no such token is chosen before so many tokens
         :return: B completions, such that ``prompt + completion`` is the whole text
         :raises ValueError: if a prompt is empty or does not fit the model's context with its completion
         """
@@ -357,11 +357,12 @@ class LanguageModelPolicy(ActorCriticPolicy):
             input_ids=np.array([row + [lm.pad_token_id] * (int(lengths.max()) - len(row)) for row in whole]),
             lengths=lengths,
             prompt_lengths=np.array([len(prompt) for prompt in ids]),
-            finished=np.array([row[-1] == lm.eos_token_id for row in whole]),
+            finished=np.array([row[-1] in lm.end_ids for row in whole]),
             rows=np.arange(len(ids)),
             prompts=list(prompts),
             columns={},
             tokenizer=lm.tokenizer,
+            turns=lm.vocabulary.turns,
         ).completions
 
     # Learning

@@ -24,7 +24,7 @@ class ActionMasks:
         self, options: TextGenOptions, vocabulary: Vocabulary, model: LanguageModel | None, context: int
     ) -> None:
         self.options = options
-        self.eos_token_id = vocabulary.eos_token_id
+        self._ends = np.array(vocabulary.end_ids)
         self._ordinary = np.ones(vocabulary.size, dtype=bool)
         self._ordinary[vocabulary.special_token_ids] = False
         self._restricts = options.top_k > 0 or options.top_p < 1.0  # beyond what is ordinary
@@ -44,7 +44,8 @@ class ActionMasks:
         :return: ``(B, V)`` bool, a fresh array; at least one action is allowed
         """
         allowed = np.repeat(self._ordinary[None], len(ids), axis=0)
-        allowed[lengths - prompt_lengths < self.options.min_new_tokens, self.eos_token_id] = False
+        early = np.flatnonzero(lengths - prompt_lengths < self.options.min_new_tokens)
+        allowed[np.ix_(early, self._ends)] = False
         running = np.flatnonzero(~done)
         if self._restricts and len(running):
             allowed[running] &= self._likely(

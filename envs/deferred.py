@@ -68,7 +68,7 @@ class PendingSteps:
         # Not kept, so that a call whose reward raises an error can be made again.
         stretches = [*self._stretches, *(self._stretch(row, None) for row in running)]
         scores = self.scorer.score_stretches(
-            stretches, np.stack(self._log_probs), texts.vocabulary.tokenizer, kl_coef, self._masks or None
+            stretches, np.stack(self._log_probs), texts.vocabulary, kl_coef, self._masks or None
         )
         self.clear()
         self._scored = texts.taken.copy()

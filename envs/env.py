@@ -61,7 +61,9 @@ class TextGenEnv(gym.Env):
     taken to be deterministic, log π = 0, and k1 is exactly −log π_ref.
 
     ## Episode End
-    - terminated: the end-of-sequence token (after ``min_new_tokens``), or a stop string
+    - terminated: a token that ends a turn (after ``min_new_tokens``), or a stop string. The former are the tokenizer's
+      end-of-sequence token, those that the model's generation configuration lists, and what its chat template writes
+      behind an answer
     - truncated: ``max_new_tokens`` are used up
 
     ## Information
@@ -80,13 +82,13 @@ class TextGenEnv(gym.Env):
     | ``kl_coef`` | ``0.05`` | weight β of the KL penalty; 0 loads no reference model |
     | ``kl_estimator`` | ``"k1"`` | ``"k1"``, ``"k2"`` or ``"k3"`` (Schulman 2020) |
     | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens |
-    | ``min_new_tokens`` | ``0`` | an end-of-sequence token or stop string ends nothing before that many tokens (with masking the former can't be chosen) |
+    | ``min_new_tokens`` | ``0`` | a token that ends a turn, or a stop string, ends nothing before that many tokens (with masking the former can't be chosen) |
     | ``max_prompt_tokens`` | ``64`` or what fits | longer prompts are cut on the left, with one warning |
     | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead |
     | ``stop`` | ``None`` | string or list of strings that end the text when they appear in the completion |
     | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward where the budget ran out |
     | ``temperature`` | ``1.0`` | divides the logits of reference and policy alike |
-    | ``action_masking`` | ``False`` | mask special tokens other than end-of-sequence, and the end before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask counts as allowed) |
+    | ``action_masking`` | ``False`` | mask special tokens other than those that end a turn and tags such as ``<think>``, and ends before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask counts as allowed) |
     | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
     | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the language model where it is loaded; an object stays as it is |
     | ``seed`` | ``None`` | of the first reset, where that gets none |

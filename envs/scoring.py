@@ -22,6 +22,7 @@ from textgym.kl import kl_estimate
 from textgym.language_model import LanguageModel
 from textgym.prompts import as_columns
 from textgym.rewards import PrefixBatch, Reward
+from textgym.vocabulary import Vocabulary
 
 SCORE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass; bounds memory, not results
 
@@ -180,7 +181,7 @@ class Scorer:
         self,
         stretches: list[Stretch],
         log_probs: np.ndarray,
-        tokenizer: Any,
+        vocabulary: Vocabulary,
         kl_coef: float,
         allowed: list[np.ndarray] | None,
     ) -> DeferredScores:
@@ -188,7 +189,7 @@ class Scorer:
 
         :param stretches: in the order in which their episodes ended
         :param log_probs: ``(S, N)`` what the policy reported
-        :param tokenizer: decodes for rewards that read text
+        :param vocabulary: decodes for rewards that read text
         :param kl_coef: β
         :param allowed: S packed action masks ``(N, V / 8)``, or None without masking
         """
@@ -196,7 +197,7 @@ class Scorer:
         reward_model, penalty = np.zeros(shape), np.zeros(shape)
         taken = np.zeros(shape, dtype=bool)  # a step that only resets a row (autoreset in the next step) earns nothing
         ref_log_prob = np.full(shape, np.nan)
-        batch = _as_batch(stretches, tokenizer)
+        batch = _as_batch(stretches, vocabulary)
         potentials = self.reward.prefix_potentials(batch, [self._scoring_points(s) for s in stretches])
         for stretch, values in zip(stretches, potentials, strict=True):
             points = self._scoring_points(stretch)
@@ -261,7 +262,7 @@ class Scorer:
             start += len(part)
 
 
-def _as_batch(stretches: list[Stretch], tokenizer: Any) -> PrefixBatch:
+def _as_batch(stretches: list[Stretch], vocabulary: Vocabulary) -> PrefixBatch:
     width = max((len(s.ids) for s in stretches), default=0)
     ids = np.zeros((len(stretches), width), dtype=np.int64)
     for i, s in enumerate(stretches):
@@ -274,5 +275,6 @@ def _as_batch(stretches: list[Stretch], tokenizer: Any) -> PrefixBatch:
         rows=np.array([s.row for s in stretches]),
         prompts=[s.prompt for s in stretches],
         columns=as_columns([s.columns for s in stretches]),
-        tokenizer=tokenizer,
+        tokenizer=vocabulary.tokenizer,
+        turns=vocabulary.turns,
     )

@@ -53,7 +53,7 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
     Texts longer than the action space says are tolerated, as the budget ends them.
 
     :param env: ``TextGen-v0``, bare or in wrappers that leave its actions alone
-    :param end_of_turn: append the end-of-sequence token after every action: an action is a whole turn
+    :param end_of_turn: append the token that ends a turn after every action: an action is a whole turn
     """
 
     def __init__(self, env: gym.Env[Any, Any], end_of_turn: bool = False) -> None:
@@ -76,9 +76,10 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
         """
         if not isinstance(action, str):
             raise TypeError(f"action={action!r} must be a text (str); TextGen-v0 without TextActions takes token ids")
-        tokens = continuation_ids(self._base.vocabulary, self._base.token_ids, action)
+        vocabulary, so_far = self._base.vocabulary, self._base.token_ids
+        tokens = continuation_ids(vocabulary, so_far, action)
         if self.end_of_turn or not action:
-            tokens.append(self._base.vocabulary.eos_token_id)
+            tokens.append(vocabulary.end_after(so_far))
         return tokens
 
     def report_log_prob(self, log_prob: float | Sequence[float]) -> None:

@@ -94,11 +94,11 @@ class Texts:
         self.ids[rows, self.lengths[rows]] = tokens
         self.lengths[rows] += 1
         stopped = self._stopped(rows)
-        eos = self.vocabulary.eos_token_id
+        ends = self.vocabulary.end_ids
         for row, token, count, stop in zip(
             rows.tolist(), tokens.tolist(), self.taken[rows].tolist(), stopped, strict=True
         ):
-            if token == eos and count > self.options.min_new_tokens:
+            if token in ends and count > self.options.min_new_tokens:
                 self.finish_reasons[row] = "eos"
             elif stop:
                 self.finish_reasons[row] = "stop"
@@ -136,6 +136,7 @@ class Texts:
             prompts=[self.prompts[row].prompt for row in rows],
             columns=as_columns([self.prompts[row].columns for row in rows]),
             tokenizer=self.vocabulary.tokenizer,
+            turns=self.vocabulary.turns,
         )
 
     def observation(self, row: int | None = None) -> dict[str, np.ndarray]:
@@ -151,11 +152,7 @@ class Texts:
     def token_texts(self, row: int) -> list[str]:
         """What each token of a completion adds to the text."""
         start, end = int(self.prompt_lengths[row]), int(self.lengths[row])
-        texts = self.vocabulary.tokenizer.batch_decode(
-            [self.ids[row, :stop].tolist() for stop in range(start, end + 1)],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        texts = self.vocabulary.turns.decode_all(self.ids[row, :stop].tolist() for stop in range(start, end + 1))
         # A token that changes what stood there, because it completes a character, adds from that character on.
         return [
             after[len(before) :] if after.startswith(before) else after[len(before) - 1 :]

@@ -169,13 +169,13 @@ def test_a_bos_that_the_template_does_not_ask_for_is_told():
         assert chat_prompt(CHAT, chat_tokenizer(adds_bos=True)).startswith("<|system|>")
 
 
-def test_a_template_that_ends_in_eos_leaves_it_to_the_model():
+def test_a_template_that_ends_in_eos_gives_the_model_that_end():
     tokenizer = chat_tokenizer(template=CHATML + "{{ eos_token }}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prompt = chat_prompt(CHAT, tokenizer)
     assert tokenizer(prompt)["input_ids"][-1] == EOS
-    assert LanguageModel(tiny_model("llama"), tokenizer).encode(prompt)[-1] != EOS
+    assert LanguageModel(tiny_model("llama"), tokenizer).encode(prompt)[-1] == EOS
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,16 @@ wrong position or a wrong mask would hardly show in a log-prob.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -28,6 +34,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from textgym.language_model import quiet_progress
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(
@@ -108,3 +116,74 @@ def tiny_causal_reward_model(seed: int = 1) -> LlamaForSequenceClassification:
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(LlamaConfig(**_TOKEN_IDS, **_LLAMA_SHAPE, num_labels=1))
     return model.eval()
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT_EOS, CHAT_PAD, CHAT_BOS, CHAT_SPECIAL = (
+    0,
+    1,
+    2,
+    3,
+)  # ids of the chat tokenizer; others follow
+
+
+def chat_tokenizer(
+    special: Sequence[str] = ("<|im_start|>", "<|im_end|>"), template: str | None = CHATML, bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with end of sequence, padding, ``<s>``, special tokens, and all bytes.
+
+    :param special: further special tokens, with ids from ``CHAT_SPECIAL`` on
+    :param template: the chat template
+    :param bos: whether it puts ``<s>`` before a text
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|pad|>", "<s>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a good film"], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", CHAT_BOS)])
+    opened = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        bos_token="<s>" if bos else None,
+        additional_special_tokens=list(special),
+    )
+    opened.chat_template = template
+    return opened
+
+
+def save_chat_model(
+    path: Path, tokenizer: PreTrainedTokenizerFast | None = None, ends: int | list[int] | None = None, **config: Any
+) -> PreTrainedTokenizerFast:
+    """Write a chat model, 32 wide and 1 layer deep, with its tokenizer.
+
+    :param path: a directory
+    :param tokenizer: by default ``chat_tokenizer()``
+    :param ends: what its generation configuration lists; None for no such file
+    :param config: of the model
+    :return: the tokenizer
+    """
+    tokenizer = chat_tokenizer() if tokenizer is None else tokenizer
+    shape = {**_LLAMA_SHAPE, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    ids = {"eos_token_id": CHAT_EOS, "pad_token_id": CHAT_PAD, "bos_token_id": CHAT_BOS}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**shape, **ids, "vocab_size": len(tokenizer), **config}))
+    with quiet_progress():
+        model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    generation = path / "generation_config.json"
+    generation.unlink(missing_ok=True)
+    if ends is not None:
+        generation.write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    return tokenizer

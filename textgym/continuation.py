@@ -17,10 +17,8 @@ ANCHORS = ("\n", ".", "a", "0", " ")
 
 
 def decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
-    """The text of token ids, as rewards see it: without special tokens."""
-    text = vocabulary.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
+    """The text of token ids, as rewards see it."""
+    return vocabulary.decode(ids)
 
 
 def continuation_ids(vocabulary: Vocabulary, ids: Sequence[int], piece: str) -> list[int]:
@@ -67,8 +65,9 @@ def continuation_ids(vocabulary: Vocabulary, ids: Sequence[int], piece: str) -> 
 def _proposals(vocabulary: Vocabulary, ids: list[int], text: str, piece: str) -> Iterator[list[int]]:
     """Tokens that might append the piece, the most natural ones first."""
     whole = _encode(vocabulary, text + piece, add_special_tokens=True)
-    if whole and whole[-1] == vocabulary.eos_token_id:
-        whole = whole[:-1]
+    closing = vocabulary.turns.closing_ids
+    if closing and whole[-len(closing) :] == closing:
+        whole = whole[: -len(closing)]
     if whole[: len(ids)] == ids:
         yield whole[len(ids) :]
     yield _encode(vocabulary, piece)

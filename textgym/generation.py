@@ -48,8 +48,8 @@ def complete(
     """Complete token prompts, all rows side by side.
 
     :param prompts: B lists of token ids
-    :param max_new_tokens: most tokens to add; a row ends earlier at its end-of-sequence token, which is returned too
-    :param min_new_tokens: no end-of-sequence before that many tokens
+    :param max_new_tokens: most tokens to add; a row ends earlier at a token that ends a turn, which is returned too
+    :param min_new_tokens: no such token before that many tokens
     :param temperature: divides the logits
     :param deterministic: take the most likely token instead of sampling
     :param forbidden: tokens that are never produced
@@ -65,17 +65,18 @@ def complete(
     running = np.arange(len(prompts))
     cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
     reordered = model.reordered_weights(len(prompts), max_new_tokens)
+    ends = list(model.end_ids)
     for step in range(max_new_tokens):
         with reordered:
             logits = model.head(cached.last_hidden(ids[running], lengths[running], running, prompt_lengths[running]))
-        banned = [*forbidden, model.eos_token_id] if step < min_new_tokens else list(forbidden)
+        banned = [*forbidden, *ends] if step < min_new_tokens else list(forbidden)
         if banned:
             logits[:, banned] = -torch.inf
         tokens = logits.argmax(-1) if deterministic else sample_tokens(log_distribution(logits, temperature), generator)
         chosen = tokens.cpu().numpy()
         ids[running, lengths[running]] = chosen
         lengths[running] += 1
-        running = running[chosen != model.eos_token_id]
+        running = running[~np.isin(chosen, ends)]
         if not len(running):
             break
     return [
@@ -101,11 +102,12 @@ def complete_rows(
         input_ids=ids,
         lengths=lengths,
         prompt_lengths=np.array([len(prompt) for prompt in prompts]),
-        finished=np.array([completion[-1] == model.eos_token_id for completion in completions]),
+        finished=np.array([completion[-1] in model.end_ids for completion in completions]),
         rows=np.arange(len(rows)),
         prompts=[row.prompt for row in rows],
         columns=as_columns([row.columns for row in rows]),
         tokenizer=model.tokenizer,
+        turns=model.vocabulary.turns,
     )
 
 

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -66,7 +67,7 @@ class LanguageModel:
                 f"language_model={self.name} is a {type(model).__name__} without a language-model head; "
                 "textgym needs a causal LM (AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)"
             )
-        self.vocabulary = Vocabulary(tokenizer, model.config, self.name)
+        self.vocabulary = Vocabulary(tokenizer, model.config, self.name, getattr(model, "generation_config", None))
         config: Any = model.config.get_text_config()
         # Everything some architectures do to the logits behind the linear head.
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -89,6 +90,11 @@ class LanguageModel:
     @property
     def eos_token_id(self) -> int:
         return self.vocabulary.eos_token_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion."""
+        return self.vocabulary.end_ids
 
     @property
     def pad_token_id(self) -> int:
@@ -334,7 +340,16 @@ def load_vocabulary(
         config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as e:
         raise _cannot_open(spec, e) from e
-    return Vocabulary(_open_tokenizer(location if tokenizer is None else tokenizer), config, str(spec))
+    opened = _open_tokenizer(location if tokenizer is None else tokenizer)
+    return Vocabulary(opened, config, str(spec), _generation_config(location))
+
+
+def _generation_config(location: str) -> GenerationConfig | None:
+    """The generation configuration that a checkpoint has, if it has one."""
+    try:
+        return GenerationConfig.from_pretrained(location)
+    except (OSError, ValueError):
+        return None  # as where the model itself is opened
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from textgym.turns import TurnTokens
 
 
 class Vocabulary:
     """A tokenizer and the sizes of the model it belongs to.
 
+    ``turns`` knows which tokens open and end a turn (:class:`~textgym.turns.TurnTokens`).
+
     :param tokenizer: the tokenizer
     :param config: configuration of the model
     :param name: what messages call the model
+    :param generation: the model's generation configuration, whose ends of a text come before those of ``config``
     :raises ValueError: if the tokenizer has tokens the model lacks, or no end-of-sequence token
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        name: str,
+        generation: GenerationConfig | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.size = int(config.get_text_config().vocab_size)
         self.context_limit = position_limit(config)
@@ -28,12 +41,20 @@ class Vocabulary:
                 f"the tokenizer has {tokens} tokens and the model {name} only {self.size}: "
                 "they don't belong together; pass the tokenizer the model was trained with"
             )
+        listed = [i for i in _listed_ends(tokenizer, config, generation) if 0 <= i < self.size]
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {name} has no end-of-sequence token; set tokenizer.eos_token")
+            _set_eos_token(tokenizer, name)
+        self.turns = TurnTokens(tokenizer, listed)
 
     @property
     def eos_token_id(self) -> int:
+        """What ends a text that nothing else is known of."""
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion, :attr:`eos_token_id` and the chat template's end of turn included."""
+        return self.turns.end_ids
 
     @property
     def pad_token_id(self) -> int:
@@ -43,19 +64,25 @@ class Vocabulary:
 
     @property
     def special_token_ids(self) -> list[int]:
-        """Special tokens other than end-of-sequence, and ids the tokenizer has no token for."""
-        special = {i for i in self.tokenizer.all_special_ids if i != self.eos_token_id}
-        return sorted(special | (set(range(self.size)) - self._known))
+        """Special tokens other than ends and tags such as ``<think>``, and ids the tokenizer has no token for."""
+        special = self.turns.special_ids - self.turns.tag_ids
+        return sorted((special | (set(range(self.size)) - self._known)).difference(self.end_ids))
+
+    def end_after(self, prompt: Sequence[int]) -> int:
+        """What an answer to a prompt of these ids is to end with; see :meth:`TurnTokens.end_after`."""
+        end = self.turns.end_after(prompt)
+        return self.eos_token_id if end is None else end
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with what the tokenizer puts before a text (BOS) and nothing after it.
+        """Token ids of a prompt, with what the tokenizer puts before a text (BOS), once, and nothing after it.
 
         What an encoder reads keeps what comes after a text, too: the EOS of T5.
         """
-        ids = list(self.tokenizer(text)["input_ids"])
-        if len(ids) > 1 and ids[-1] == self.eos_token_id and not self._prompts_end:
-            ids = ids[:-1]  # a prompt is to be continued
-        return ids
+        return self.turns.encode(text, whole=self._prompts_end)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, as rewards see it; see :meth:`TurnTokens.decode`."""
+        return self.turns.decode(ids)
 
     def cut_left(self, ids: list[int], limit: int) -> list[int]:
         """The last ``limit`` token ids of a prompt; a BOS at its start, which models trained with one expect, stays.
@@ -71,6 +98,46 @@ class Vocabulary:
         if bos is not None and ids[0] == bos and limit > 1:
             return [bos, *ids[-(limit - 1) :]]
         return ids[-limit:]
+
+
+def _listed_ends(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: GenerationConfig | None
+) -> list[int]:
+    """The ends of a text that a model's configuration lists.
+
+    Those of a generation configuration are meant. A model configuration has one even where nobody chose it, Llama's is
+    2, whatever the tokenizer has there: it counts only where it is a special token without another role.
+    """
+    # transformers makes a generation configuration out of the model's where a checkpoint has none.
+    chosen = generation is not None and not getattr(generation, "_from_model_config", False)
+    listed = generation.eos_token_id if chosen and generation is not None else None
+    if listed is not None:
+        return _as_ids(listed)
+    others = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id)
+    special = TurnTokens(tokenizer).special_ids.difference(others)
+    return [i for i in _as_ids(getattr(config.get_text_config(), "eos_token_id", None)) if i in special]
+
+
+def _as_ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [int(i) for i in values if isinstance(i, int) and not isinstance(i, bool)]
+
+
+def _set_eos_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Let the separator of a tokenizer without an end-of-sequence token, BERT's ``[SEP]``, be that.
+
+    :raises ValueError: if it has none either
+    """
+    token = tokenizer.sep_token
+    if token is None:
+        raise ValueError(f"the tokenizer of {name} has no end-of-sequence token; set tokenizer.eos_token")
+    tokenizer.eos_token = token
+    warnings.warn(
+        f"the tokenizer of {name} has no end-of-sequence token: {token!r} is taken for it. Set tokenizer.eos_token to "
+        "have another",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def is_encoder_decoder(config: PreTrainedConfig) -> bool:

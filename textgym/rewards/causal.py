@@ -32,6 +32,7 @@ from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
+from textgym.turns import TurnTokens
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 Activation = Literal["identity", "tanh", "sigmoid"]
@@ -98,6 +99,7 @@ class CausalRewardModel(Reward):
         self.model = model
         self.head = head
         self.tokenizer = tokenizer
+        self._turns = TurnTokens(tokenizer)
         self.activation = activation
         self.append_eos = append_eos
         self._name = Path(model.name_or_path).name or type(model).__name__
@@ -180,13 +182,14 @@ class CausalRewardModel(Reward):
             return self._score_texts(prompts, batch.completions, batch.finished, origin)
         lengths = batch.lengths - self._unread(batch.finished)
         self._check_lengths(lengths, origin)
+        read = self._read(batch)
         if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
             positions = list(lengths[:, None] - 1)
-            scores = np.concatenate(self._score_positions(list(batch.input_ids), batch.prompt_lengths, positions))
+            scores = np.concatenate(self._score_positions(list(read), batch.prompt_lengths, positions))
         else:
             self.model.eval()
             machine = self._machine(int(lengths.max()))
-            scores = self._head(machine.last_hidden(batch.input_ids, lengths, batch.rows, batch.prompt_lengths))
+            scores = self._head(machine.last_hidden(read, lengths, batch.rows, batch.prompt_lengths))
         return self._checked(scores, origin)
 
     def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -219,11 +222,15 @@ class CausalRewardModel(Reward):
         self._check_lengths(lengths, origin)
         bounds = np.cumsum(counts)[:-1]
         positions = np.split(lengths - 1, bounds)
-        scores = self._score_positions(list(batch.input_ids), batch.prompt_lengths, positions)
+        scores = self._score_positions(list(self._read(batch)), batch.prompt_lengths, positions)
         return np.split(self._checked(np.concatenate(scores), origin), bounds)
 
     def forget(self, rows: np.ndarray) -> None:
         self._stepping.forget(rows)
+
+    def _read(self, batch: PrefixBatch) -> np.ndarray:
+        """``(B, L)`` token ids; whatever ended a completion, the model was trained on its own end-of-sequence token."""
+        return batch.ended_with(self.tokenizer.eos_token_id if self.append_eos else None)
 
     def _unread(self, finished: np.ndarray) -> np.ndarray:
         """``(B,)`` tokens at the end of each row that the model doesn't read: an EOS it wasn't trained on."""
@@ -238,14 +245,12 @@ class CausalRewardModel(Reward):
         eos = self.tokenizer.eos_token_id
         encoded: list[list[int]] = []  # what an encoder reads
         if self._encoder_decoder:
-            encoded = self.tokenizer(prompts)["input_ids"]
+            encoded = [self._turns.encode(prompt, whole=True) for prompt in prompts]
             ids: list[list[int]] = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
         else:
-            ids = self.tokenizer([p + c for p, c in zip(prompts, completions, strict=True)])["input_ids"]
+            ids = [self._turns.encode(p + c) for p, c in zip(prompts, completions, strict=True)]
         for row, ended in zip(ids, finished.tolist(), strict=True):
-            while row and eos is not None and row[-1] == eos:  # some tokenizers add one to everything
-                row.pop()
-            if ended and self.append_eos:
+            if ended and self.append_eos and row[-1:] != [eos]:
                 row.append(eos)
         prompt_lengths = np.array([len(row) for row in encoded])
         if self._encoder_decoder:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.turns import TurnTokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,12 +22,13 @@ class PrefixBatch:
     :param input_ids: ``(B, L)`` int64 token ids of prompt and completion so far, right-padded
     :param lengths: ``(B,)`` tokens of prompt and completion so far
     :param prompt_lengths: ``(B,)`` tokens of the prompt
-    :param finished: ``(B,)`` bool, whether the completion ended by itself: its last token is end-of-sequence
+    :param finished: ``(B,)`` bool, whether the completion ended by itself: its last token ends a turn
     :param rows: ``(B,)`` the environment row each prefix comes from, which is its slot in a cache; rows may
         repeat only in what :meth:`at` returns
     :param prompts: B prompt texts
     :param columns: the extra columns of the prompt rows, each a list of length B
-    :param tokenizer: what turns the ids into text
+    :param tokenizer: what the ids are of
+    :param turns: which of its tokens end a turn and what texts show; by default what the tokenizer alone says
     """
 
     input_ids: np.ndarray
@@ -36,6 +39,7 @@ class PrefixBatch:
     prompts: list[str]
     columns: dict[str, list[Any]] = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    turns: TurnTokens | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -53,7 +57,7 @@ class PrefixBatch:
 
     @cached_property
     def texts(self) -> list[str]:
-        """B decoded texts of prompt and completion together, without special tokens."""
+        """B decoded texts of prompt and completion together; see :meth:`~textgym.turns.TurnTokens.decode`."""
         lengths = self.lengths.tolist()
         return self._decode([ids[:n].tolist() for ids, n in zip(self.input_ids, lengths, strict=True)])
 
@@ -101,12 +105,25 @@ class PrefixBatch:
             prompts=[self.prompts[i] for i in indices],
             columns={name: [column[i] for i in indices] for name, column in self.columns.items()},
             tokenizer=self.tokenizer,
+            turns=self.turns,
         )
 
+    def ended_with(self, token: int | None) -> np.ndarray:
+        """``(B, L)`` the token ids, for a model that knows one end only.
+
+        :param token: stands where a finished completion's last token was; None leaves it as it is
+        """
+        if token is None or not self.finished.any():
+            return self.input_ids
+        ids = self.input_ids.copy()
+        rows = np.flatnonzero(self.finished)
+        ids[rows, self.lengths[rows] - 1] = token
+        return ids
+
     def _decode(self, ids: list[list[int]]) -> list[str]:
-        if not ids:
-            return []  # transformers takes an empty batch for one empty text
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.turns is None:
+            self.turns = TurnTokens(self.tokenizer)
+        return self.turns.decode_all(ids)
 
 
 def _without_prefix(text: str, prefix: str) -> str:

@@ -20,7 +20,8 @@ class SameTokens:
         self.own = own
         self.vocab_size = vocab_size
         # T5's tokenizer ends a whole text with EOS. Prompts that are to be continued don't end so.
-        self._prompts_end = encoder_decoder and own("a")["input_ids"][-1:] == [own.eos_token_id]
+        self._texts_end = own("a")["input_ids"][-1:] == [own.eos_token_id]
+        self._prompts_end = encoder_decoder and self._texts_end
         # The tokenizer is kept with the verdict: the id of one that is gone may come to stand for another.
         self._known: dict[int, tuple[PreTrainedTokenizerBase, bool]] = {}
 
@@ -42,6 +43,8 @@ class SameTokens:
         """Whether the model can read a batch's token ids; a policy may have ids that its tokenizer lacks."""
         if batch.input_ids.max(initial=0) >= self.vocab_size or not self(batch.tokenizer):
             return False
+        if not self._texts_end:
+            return True
         # A policy of the other kind has prompts that end in another way. EOS alone is a prompt of either.
         rows = np.flatnonzero(batch.prompt_lengths > 1)
         ends = batch.input_ids[rows, batch.prompt_lengths[rows] - 1] == self.own.eos_token_id
