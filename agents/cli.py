@@ -181,12 +181,14 @@ class _Subject:
     name: str
     model: LanguageModel
     config: RunConfig
+    run: Path  # the folder of the run it is of, if it is of one
 
 
 def _open(path: str, trusted: bool) -> _Subject:
     """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes."""
     from textgym.agents.runs.folder import RunFolder
     from textgym.agents.runs.training import Run, run_config
+    from textgym.agents.runs.trust import check_code
     from textgym.language_model import load_language_model
 
     folder = RunFolder(path)
@@ -194,24 +196,14 @@ def _open(path: str, trusted: bool) -> _Subject:
         _, config = run_config(path)
         for part in (folder.model, folder.best):
             if part.is_dir():
-                return _Subject(path, load_language_model(str(part), dtype=config.dtype, device=config.device), config)
-        _check_trusted(config, path, trusted)
+                model = load_language_model(str(part), dtype=config.dtype, device=config.device)
+                return _Subject(path, model, config, folder.path)
+        check_code([config.reward], path, trusted)
         run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
-        return _Subject(path, run.agent.policy.language_model, config)
+        return _Subject(path, run.agent.policy.language_model, config, folder.path)
     parent = RunFolder(Path(path).parent)
     config = run_config(parent.path)[1] if parent.config.is_file() else RunConfig()
-    return _Subject(path, load_language_model(path, dtype=config.dtype, device=config.device), config)
-
-
-def _check_trusted(config: RunConfig, path: str, trusted: bool) -> None:
-    """:raises ValueError: if the run's reward is Python code that the user hasn't asked for"""
-    from textgym.agents.runs.training import names_code
-
-    if names_code(config.reward) and not trusted:
-        raise ValueError(
-            f"the reward of the run {path} is Python code, {config.reward}, and would be run now: give --trust-code if "
-            "the run is yours, or name a reward with --reward"
-        )
+    return _Subject(path, load_language_model(path, dtype=config.dtype, device=config.device), config, parent.path)
 
 
 def _measures(config: RunConfig, options: dict[str, Any]) -> tuple[RunConfig, LanguageModel, Reward]:
@@ -240,7 +232,7 @@ def _prompt_room(config: RunConfig, model: LanguageModel) -> int:
 _Model = Annotated[str, typer.Argument(help="a run's folder, a directory that train wrote, any model, or embedded")]
 _Reward = Annotated[str | None, typer.Option("--reward", help="as for train; default the run's")]
 _TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="run the Python file or module that the run has as its reward")
+    bool, typer.Option("--trust-code", help="run the Python code that somebody else's run has as its reward")
 ]
 _Tokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
 _Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]
@@ -265,11 +257,12 @@ def generate(
     """Complete prompts, with every token on the colour of its reward."""
     with _plain_errors():
         from textgym.agents.reports import coloured_completion
+        from textgym.agents.runs.trust import check_code
         from textgym.evaluation import score_tokens
 
         subject = _open(model, trust_code)
         if reward is None:
-            _check_trusted(subject.config, model, trust_code)
+            check_code([subject.config.reward], subject.run, trust_code)
         options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
         config, reference, phi = _measures(subject.config, options)
         prompts: Any = prompt or _held_out(config, number)
@@ -318,12 +311,13 @@ def evaluate(
     """
     with _plain_errors():
         from textgym.agents import reports
+        from textgym.agents.runs.trust import check_code
         from textgym.evaluation import evaluate as measure
         from textgym.prompt_files import load_prompt_file
 
         subjects = [_open(path, trust_code) for path in models]
         if reward is None:
-            _check_trusted(subjects[0].config, models[0], trust_code)
+            check_code([subjects[0].config.reward], subjects[0].run, trust_code)
         options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
         config, reference_model, phi = _measures(subjects[0].config, options)
         rows: Any
@@ -332,7 +326,7 @@ def evaluate(
         else:
             rows = list(load_prompt_file(prompts, tokenizer=subjects[0].model.tokenizer))[:number]
         if reference and config.model not in models:
-            subjects.insert(0, _Subject(config.model, reference_model, config))
+            subjects.insert(0, _Subject(config.model, reference_model, config, subjects[0].run))
         evaluations: dict[str, Evaluation] = {}
         for subject in subjects:
             with console.status(f"{subject.name}: {len(rows)} prompts"):

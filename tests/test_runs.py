@@ -29,6 +29,7 @@ from textgym.agents.runs import Run, RunConfig, RunFolder, read_config
 from textgym.agents.runs.agents import AGENTS, options_of, resolved
 from textgym.agents.runs.config import ALGORITHM, sections
 from textgym.agents.runs.training import load_prompts, load_reward, make_agent, make_envs
+from textgym.agents.runs.trust import UntrustedCodeError, check_code, seals
 
 SMALL: dict[str, Any] = {
     "rows": 4,
@@ -317,9 +318,10 @@ def test_a_reward_is_a_function_in_a_file_or_an_object_in_a_module(tmp_path: Pat
     assert reward(prompts=["a"], completions=["abc"]) == [0.25]
 
 
-def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(tmp_path: Path) -> None:
-    file = tmp_path / "theirs.py"
-    ran = tmp_path / "ran"
+@pytest.fixture
+def run_with_code(tmp_path: Path) -> tuple[Path, Path]:
+    """A run with a reward file of its own, and the file that this code writes when it runs."""
+    file, ran = tmp_path / "mine.py", tmp_path / "ran"
     file.write_text(
         f"open({str(ran)!r}, 'w').close()\n"
         "def short(prompts, completions, **columns):\n    return [1 / (1 + len(c)) for c in completions]\n"
@@ -327,10 +329,30 @@ def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(tmp_path: Path) ->
     path = tmp_path / "run"
     assert Run("ppo", RunConfig(**{**SMALL, "timesteps": 24, "reward": f"{file}:short"}), path).train()
     ran.unlink()
+    return path, ran
+
+
+def test_the_code_of_ones_own_run_needs_no_question(run_with_code: tuple[Path, Path]) -> None:
+    path, ran = run_with_code
+    result = invoke("generate", str(path), "-n", "1")
+    assert result.exit_code == 0, result.output
+    assert ran.exists()
+    with (path.parent / "mine.py").open("a") as file:
+        file.write("changed = True\n")
+    result = invoke("evaluate", str(path), "-n", "2")
+    assert result.exit_code == 2
+    assert "the code has changed" in result.output
+
+
+def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(
+    run_with_code: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ran = run_with_code
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
     for arguments in (("generate", str(path), "-n", "1"), ("evaluate", str(path), "-n", "2")):
         result = invoke(*arguments)
         assert result.exit_code == 2
-        assert "is Python code" in result.output
+        assert "names Python code" in result.output
         assert not ran.exists()
         assert invoke(*arguments, "--reward", "embedded").exit_code == 0
         assert not ran.exists()
@@ -342,6 +364,25 @@ def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(tmp_path: Path) ->
     ran.unlink()
     assert invoke("generate", str(path), "-n", "1", "--reward", "embedded").exit_code == 2
     assert not ran.exists()
+
+
+def test_a_seal_covers_the_file_its_place_and_the_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("a = b = 1\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"code": seals(["embedded", "mine.py:a", "mine:a"])}))
+    check_code([str(tmp_path / "mine.py") + ":a", "mine:a", "embedded"], run, trusted=False)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy("mine.py", "elsewhere")
+    for name in ("mine.py:b", "elsewhere/mine.py:a", "os:system", "nowhere:a"):
+        with pytest.raises(UntrustedCodeError, match=re.escape(name)):
+            check_code([name], run, trusted=False)
+    for forged in ("", "{", "[]", '{"code": [3, "00"]}'):
+        (run / "run.json").write_text(forged)
+        with pytest.raises(UntrustedCodeError):
+            check_code(["mine.py:a"], run, trusted=False)
+    check_code(["mine.py:a"], run, trusted=True)
 
 
 def test_the_command_line_knows_every_agent_and_every_option_of_theirs() -> None:

@@ -28,6 +28,7 @@ from textgym.agents.runs.agents import agent_class, arguments_of, resolved
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
+from textgym.agents.runs.trust import names_code, seals
 from textgym.envs import TextGenVectorEnv
 from textgym.language_model import load_vocabulary
 from textgym.prompt_files import load_prompt_file
@@ -35,12 +36,6 @@ from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_promp
 from textgym.rewards import Reward, as_reward
 
 # From options to objects
-
-
-def names_code(reward: str) -> bool:
-    """Whether loading a reward of that name runs a Python file or imports a module."""
-    where, colon, _ = reward.rpartition(":")
-    return bool(colon) and len(where) > 1  # a drive letter is no module
 
 
 def load_reward(text: str) -> Reward:
@@ -228,6 +223,7 @@ class Run:
             self._note({"resumed_from": self.resumed_from.name})
         elif self.processes.is_main:
             self.folder.config.write_text(f"algorithm: {algorithm}\n\n{config.to_yaml()}", encoding="utf-8")
+            self._note({"code": seals([config.reward])})
         self._note({"status": "running", "processes": self.processes.world_size})
 
     @classmethod
