@@ -208,8 +208,8 @@ def _open(path: str, trusted: bool) -> _Subject:
 
 def _measures(config: RunConfig, options: dict[str, Any]) -> tuple[RunConfig, LanguageModel, Reward]:
     """The configuration with the options given, the reference model and the reward."""
-    from textgym.agents.runs.training import load_reward
     from textgym.language_model import load_language_model
+    from textgym.rewards.opening import load_reward
 
     merged = RunConfig.from_mapping({**config.as_dict(), **{k: v for k, v in options.items() if v is not None}})
     reference = load_language_model(merged.model, tokenizer=merged.tokenizer, device=merged.device, dtype=merged.dtype)
@@ -390,6 +390,25 @@ def envs() -> None:
     console.print(table)
 
 
+@app.command("rewards")
+def list_rewards() -> None:
+    """List the rewards that --reward knows by name, with their arguments."""
+    with _plain_errors():
+        from textgym import rewards
+        from textgym.rewards.expressions import reward_names, written
+
+        names: dict[str, str] = {}
+        for name, kind in reward_names().items():
+            names.setdefault(kind, name)  # the shortest
+        console.print("[bold]embedded[/bold]  the sentiment model that ships with textgym, from −1 to 1")
+        for kind, name in sorted(names.items(), key=lambda item: item[1]):
+            reward = getattr(rewards, kind)
+            arguments = written(inspect.signature(reward))
+            summary = (inspect.getdoc(reward) or "").splitlines()[0].replace("``", "")
+            console.print(f"[bold]{name}[/bold]({escape(arguments)})  {escape(summary)}", highlight=False)
+        console.print("\nCombine them: --reward \"0.5*keywords(['rain']) + 0.5*grammar.clip(0, 1)\"", highlight=False)
+
+
 def _described_options(manual: str) -> dict[str, str]:
     """What the environment's manual says of each option, from its table."""
     described = {}
@@ -404,7 +423,11 @@ def _described_options(manual: str) -> dict[str, str]:
 @app.command("serve-reward")
 def serve_reward(
     reward: Annotated[
-        str, typer.Argument(help="as for train: a directory, a hub id, file.py:function, module:object, or embedded")
+        str,
+        typer.Argument(
+            help="as for train: a formula such as 0.5*coherence + 0.5*grammar, file.py:function, module:object, "
+            "a directory, a hub id, or embedded"
+        ),
     ] = "embedded",
     host: Annotated[str, typer.Option(help="address to listen on; there is no authentication")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port")] = 8700,
@@ -415,8 +438,8 @@ def serve_reward(
     In other processes it is RemoteReward("http://HOST:PORT/get_reward").
     """
     with _plain_errors():
-        from textgym.agents.runs.training import load_reward
         from textgym.rewards import serve_reward as serve
+        from textgym.rewards.opening import load_reward
 
         served = load_reward(reward)
         console.print(f"Serving [bold]{escape(served.name)}[/bold] at http://{host}:{port}/get_reward", highlight=False)

@@ -74,7 +74,8 @@ class RunConfig:
     reward: str = _option(
         "embedded",
         REWARD,
-        "embedded, a directory or hub id of a causal reward model, or file.py:function, module:object",
+        "embedded, a formula of rewards such as '0.5*coherence + 0.5*grammar' (textgym rewards lists them), "
+        "file.py:function, module:object, or a directory or hub id of a reward model",
     )
     reward_every: str = _option("1", REWARD, "score every so many tokens and at the end; end: only the finished text")
     kl_coef: float = _option(0.05, REWARD, "weight of the KL penalty; 0 for none")

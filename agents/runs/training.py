@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import signal
 import sys
@@ -28,46 +26,14 @@ from textgym.agents.runs.agents import agent_class, arguments_of, resolved
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
-from textgym.agents.runs.trust import names_code, seals
+from textgym.agents.runs.trust import seals
 from textgym.envs import TextGenVectorEnv
 from textgym.language_model import load_vocabulary
 from textgym.prompt_files import load_prompt_file
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_prompts
-from textgym.rewards import Reward, as_reward
+from textgym.rewards.opening import load_reward
 
 # From options to objects
-
-
-def load_reward(text: str) -> Reward:
-    """The reward that an option names.
-
-    :param text: ``embedded``, a directory or hub id of a causal reward model, or ``where:name`` of a function or
-        reward object, ``where`` being a Python file or a module
-    :raises ValueError: if there is no such file, module or object
-    """
-    if text == "embedded":
-        return as_reward(None)
-    if not names_code(text):
-        return as_reward(text)
-    where, _, name = text.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise ValueError(f"reward={text!r}: there is no file {where}")
-        specification = importlib.util.spec_from_file_location(f"textgym_reward_{path.stem}", path)
-        assert specification is not None
-        assert specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[specification.name] = module
-        specification.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"reward={text!r}: {error}; give file.py:function or module:object") from error
-    if not hasattr(module, name):
-        raise ValueError(f"reward={text!r}: {where} has nothing named {name!r}")
-    return as_reward(getattr(module, name))
 
 
 def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:

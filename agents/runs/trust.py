@@ -18,6 +18,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from textgym.rewards.expressions import reaches_out
+from textgym.rewards.opening import code_in, names_code
+
 KEY_BYTES = 32
 
 
@@ -25,19 +28,14 @@ class UntrustedCodeError(ValueError):
     """A run names code that was not yours when the run began, or isn't what it was then."""
 
 
-def names_code(text: str) -> bool:
-    """Whether loading what an option names runs a Python file or imports a module: ``where:object``."""
-    where, colon, _ = text.rpartition(":")
-    return bool(colon) and len(where) > 1  # a drive letter is no module
-
-
 def seals(names: Iterable[str]) -> list[str]:
     """Seals of the code that options name, for ``run.json``.
 
-    :param names: ``file.py:object`` and ``module:object``; others name no code and have no seal
+    :param names: what options name; ``file.py:object`` and ``module:object`` in them get a seal, and so do rewards that
+        write files or send texts to other machines
     :return: none where the state directory can't be written to
     """
-    code = [name for name in names if names_code(name)]
+    code = _to_be_trusted(names)
     if not code:
         return []
     try:
@@ -55,17 +53,23 @@ def check_code(names: Iterable[str], run: str | Path, trusted: bool) -> None:
     :param trusted: whether the user has said that the code may run
     :raises UntrustedCodeError: if one of them is code that the run wasn't begun with by this user, or has changed
     """
-    code = [name for name in names if names_code(name)]
+    code = _to_be_trusted(names)
     if trusted or not code:
         return
     begun_with = _sealed(Path(run) / "run.json")
     for name, seal in zip(code, seals(code) or [""] * len(code), strict=True):
         if not any(hmac.compare_digest(seal, known) for known in begun_with):
+            does = "is Python code" if names_code(name) else "writes files or sends texts to other machines"
             raise UntrustedCodeError(
-                f"the run {run} names Python code, {name}, that would be run now, and either the run was not begun by "
+                f"the run {run} names {name}, which {does} and would be used now, and either the run was not begun by "
                 "you on this machine, or the code has changed or moved since. Look at it, then give --trust-code; or "
                 "name a reward with --reward"
             )
+
+
+def _to_be_trusted(names: Iterable[str]) -> list[str]:
+    """The parts of what options name that run code, write files or reach other machines."""
+    return [part for name in names for part in [*code_in(name), *([name] if reaches_out(name) else [])]]
 
 
 def _sealed(path: Path) -> list[str]:
@@ -77,8 +81,8 @@ def _sealed(path: Path) -> list[str]:
 
 
 def _seal(key: bytes, name: str) -> str:
-    where, _, attribute = name.rpartition(":")
-    file = _file_of(where)
+    where, _, attribute = name.rpartition(":") if names_code(name) else (name, "", "")
+    file = _file_of(where) if attribute else None
     contents = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else ""
     covered = json.dumps([where if file is None else str(file), attribute, contents])
     return hmac.new(key, covered.encode("utf-8", "surrogatepass"), "sha256").hexdigest()

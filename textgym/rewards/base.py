@@ -266,16 +266,20 @@ def as_reward(obj: Any) -> Reward:
 
     :param obj: a :class:`Reward`; a callable with TRL's signature; a directory or hub id of a reward model or
         classifier, causal or encoder, or of an ensemble of them, see
-        :func:`~textgym.rewards.reward_directory.open_reward`; or None for the embedded reward model
+        :func:`~textgym.rewards.reward_directory.open_reward`; a formula such as ``"0.5*coherence + 0.5*grammar"``, see
+        :func:`~textgym.rewards.expressions.parse_reward`; or None for the embedded reward model
     :raises TypeError: for anything else
-    :raises FileNotFoundError: if a path is no directory
-    :raises ValueError: if a directory holds no reward model
+    :raises FileNotFoundError: if a path is not a directory
+    :raises ValueError: if a directory holds no reward model, or a formula can't be read
     """
     if isinstance(obj, Reward):
         return obj
     if obj is None or isinstance(obj, (str, PathLike)):
+        from textgym.rewards.opening import reward_named
         from textgym.rewards.reward_directory import open_reward
 
+        if isinstance(obj, str):
+            return reward_named(obj)
         if obj is None:
             from textgym.embedded import REWARD_MODEL
 

@@ -1,0 +1,175 @@
+"""Rewards by name: what ``--reward`` and configurations hold, from a formula to a function in a Python file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from textgym.rewards.base import Reward, as_reward
+from textgym.rewards.expressions import EMBEDDED, parse_reward
+from textgym.rewards.reward_directory import open_reward
+
+# A quoted text, or a function in a file or module, as in my_reward.py:score and package.module:score.
+_QUOTED_OR_CODE = re.compile(
+    r"""(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
+    | (?<![\w.])(?P<code>(?:[A-Za-z]:[\\/]|~?/|\.{1,2}/)?[A-Za-z_][\w./\\-]*:[A-Za-z_]\w*)""",
+    re.VERBOSE,
+)
+_HUB_ID = re.compile(r"[A-Za-z_][\w.-]*/[A-Za-z_][\w.-]*")
+
+
+def load_reward(text: str) -> Reward:
+    """The reward that an option names.
+
+    ================================================== =============================================================
+    ``embedded``                                       the sentiment model that ships with textgym
+    ``0.5*coherence + 0.5*grammar``                    a formula of the package's rewards, see
+                                                       :func:`~textgym.rewards.expressions.parse_reward`
+    ``my_reward.py:score``, ``package.module:score``   a function or reward object in a file or a module, or a class
+                                                       that needs no arguments; also inside a formula
+    ``runs/my-reward-model``                           a directory with a reward model
+    ``organisation/model``                             a reward model on the hub
+    ================================================== =============================================================
+
+    A Python file finds what lies beside it, and a module is also looked for in the current folder.
+
+    :raises ValueError: if there is no such file, module, object or reward, or its code fails while it is imported
+    :raises FileNotFoundError: if it is written as a path and nothing is there
+    """
+    text = text.strip()
+    where, _, name = text.rpartition(":")
+    if where.endswith(".py") and Path(where).expanduser().is_file():  # may have spaces in its path
+        return _object_in(where, name, text)
+    given: dict[str, Reward] = {}
+
+    def remember(match: re.Match[str]) -> str:
+        if match["quoted"]:
+            return match["quoted"]
+        where, _, name = match["code"].rpartition(":")
+        placeholder = f"_code_{len(given)}"
+        given[placeholder] = _object_in(where, name, text)
+        return placeholder
+
+    formula = _QUOTED_OR_CODE.sub(remember, text)
+    if formula in given:
+        return given[formula]
+    return parse_reward(formula, given) if given else reward_named(text)
+
+
+def reward_named(text: str) -> Reward:
+    """The same, but for what would run code.
+
+    :raises ValueError: as :func:`load_reward`, and if it names code
+    """
+    text = text.strip()
+    if text == EMBEDDED:
+        return as_reward(None)
+    if os.path.isdir(text) or text.startswith((".", "~", os.sep)):
+        return open_reward(text)
+    if _HUB_ID.fullmatch(text):
+        if os.path.isdir(text.partition("/")[0]):
+            raise FileNotFoundError(f"reward={text!r}: there is no such directory")
+        return open_reward(text)
+    if names_code(text):
+        raise ValueError(f"reward={text!r} is Python code: import it, and pass the function or object itself")
+    return parse_reward(text)
+
+
+def code_in(text: str) -> list[str]:
+    """The Python code that is run when a reward of that name is loaded. ::
+
+    >>> code_in("0.5 * my_reward.py:score + router('a:b', {}) - package.module:thing")
+    ['my_reward.py:score', 'package.module:thing']
+    """
+    where, _, _ = text.strip().rpartition(":")
+    if where.endswith(".py") and Path(where).expanduser().is_file():
+        return [text.strip()]
+    return [match["code"] for match in _QUOTED_OR_CODE.finditer(text) if match["code"]]
+
+
+def names_code(text: str) -> bool:
+    """Whether loading a reward of that name runs a Python file or imports a module."""
+    return bool(code_in(text))
+
+
+def _object_in(where: str, name: str, text: str) -> Reward:
+    """The reward called ``name`` in a Python file or a module."""
+    module = _module_of_file(where, text) if where.endswith(".py") else _module_named(where, text)
+    if not hasattr(module, name):
+        raise ValueError(f"reward={text!r}: {where} has nothing named {name!r}")
+    found: Any = getattr(module, name)
+    if inspect.isclass(found):
+        found = _instance_of(found, text)
+    try:
+        return as_reward(found)
+    except TypeError as error:
+        raise ValueError(f"reward={text!r}: {name} in {where} can't be used: {error}") from error
+
+
+def _module_of_file(where: str, text: str) -> ModuleType:
+    path = Path(where).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"reward={text!r}: there is no file {where}")
+    digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    specification = importlib.util.spec_from_file_location(f"textgym_reward_{path.stem}_{digest}", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    _look_in(path.parent)  # stays there: functions may import when they are called
+    sys.modules[specification.name] = module
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[specification.name]
+        raise _cannot_import(text, where, error) from error
+    return module
+
+
+def _module_named(where: str, text: str) -> ModuleType:
+    _look_in(Path.cwd())
+    try:
+        return importlib.import_module(where)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and where.startswith(error.name):
+            raise ValueError(
+                f"reward={text!r}: {error}, here or among what is installed; give file.py:function or module:object"
+            ) from error
+        raise _cannot_import(text, where, error) from error
+
+
+def _look_in(folder: Path) -> None:
+    """Let Python find modules in a folder, as it does in that of a script it runs."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+
+
+def _cannot_import(text: str, where: str, error: Exception) -> ValueError:
+    """Says which line failed: the innermost one outside of Python's own import machinery."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    lines = [frame for frame in lines if Path(frame.filename) != Path(__file__)]
+    place = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}, line {error.lineno}: "
+        problem = error.msg
+    else:
+        problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return ValueError(f"reward={text!r}: {where} can't be imported; {place}{problem}")
+
+
+def _instance_of(kind: Any, text: str) -> Any:
+    try:
+        return kind()
+    except TypeError as error:
+        raise ValueError(
+            f"reward={text!r} is the class {kind.__name__}, which needs arguments ({error}); name an instance of it"
+        ) from error
