@@ -352,7 +352,7 @@ def test_somebody_elses_run_runs_no_code_unless_it_is_trusted(
     for arguments in (("generate", str(path), "-n", "1"), ("evaluate", str(path), "-n", "2")):
         result = invoke(*arguments)
         assert result.exit_code == 2
-        assert "names Python code" in result.output
+        assert "is Python code" in result.output
         assert not ran.exists()
         assert invoke(*arguments, "--reward", "embedded").exit_code == 0
         assert not ran.exists()

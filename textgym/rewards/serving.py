@@ -227,8 +227,9 @@ class RewardServer:
 
         >>> import json, urllib.request
         >>> with RewardServer(lambda completions: [float(len(text)) for text in completions]) as server:
-        ...     request = json.dumps({"query": ["the film is warm"], "prompts": ["the film"]}).encode()
-        ...     with urllib.request.urlopen(server.url, request) as answer:
+        ...     body = json.dumps({"query": ["the film is warm"], "prompts": ["the film"]}).encode()
+        ...     request = urllib.request.Request(server.url, body, {"Content-Type": "application/json"})
+        ...     with urllib.request.urlopen(request) as answer:
         ...         json.load(answer)
         {'rewards': [8.0]}
 
