@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from textgym.language_model import LanguageModel, auto_class, resolve_dtype
+from textgym.vocabulary import listed_ends
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,12 +27,14 @@ class LanguageModelBlueprint:
     :param tokenizer_class: of the tokenizer; ``AutoTokenizer`` would guess it from the model's architecture
     :param dtype: type of the weights, such as ``"float32"``
     :param name: what the model was loaded from, for messages
+    :param ends: tokens that end a turn, as the model's generation configuration lists them; none where it has none
     """
 
     files: dict[str, bytes]
     tokenizer_class: type[PreTrainedTokenizerBase]
     dtype: str
     name: str
+    ends: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, language_model: LanguageModel) -> LanguageModelBlueprint:
@@ -48,7 +51,13 @@ class LanguageModelBlueprint:
         dtype = str(language_model.model.dtype).removeprefix("torch.")
         name = language_model.name
         name = Path(name).name if Path(name).is_absolute() else name  # a path means nothing on another machine
-        return cls(files, type(language_model.tokenizer), dtype, name)
+        return cls(
+            files,
+            type(language_model.tokenizer),
+            dtype,
+            name,
+            tuple(listed_ends(getattr(language_model.model, "generation_config", None))),
+        )
 
     def build(self) -> LanguageModel:
         """The language model with random weights, on the CPU; the random state is left as it was."""
@@ -57,10 +66,12 @@ class LanguageModelBlueprint:
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            config = AutoConfig.from_pretrained(folder)
-            tokenizer = self.tokenizer_class.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = self.tokenizer_class.from_pretrained(folder, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):
             model = auto_class(config).from_config(config, dtype=resolve_dtype(self.dtype))
+        if self.ends:
+            model.generation_config = GenerationConfig(eos_token_id=list(self.ends))
         return LanguageModel(model, tokenizer, self.name)
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -109,6 +110,8 @@ def train(
 ) -> None:
     """Train a language model on a reward; the run's folder gets everything that comes of it."""
     given = {name: value for name, value in options.items() if value is not None}
+    if "stop" in given:
+        given["stop"] = [_unescaped(text) for text in given["stop"]]
     with _plain_errors():
         from textgym.agents.distributed import ProcessError, Processes
         from textgym.agents.runs.folder import next_free
@@ -155,6 +158,12 @@ def train(
         console.print(f"Stopped at {run.agent.num_timesteps:,} tokens; go on with: textgym train --resume {folder}")
 
 
+def _unescaped(text: str) -> str:
+    r"""A text as typed in a shell, where ``\n`` is a newline, ``\t`` a tab and ``\\`` one backslash."""
+    written = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: written[found[1]], text)
+
+
 def _show_progress(evaluations: list[dict[str, Any]]) -> None:
     """The held-out figures of the first and the newest evaluation."""
     if not evaluations:
@@ -188,32 +197,45 @@ def _open(path: str, trusted: bool) -> _Subject:
     """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes."""
     from textgym.agents.runs.folder import RunFolder
     from textgym.agents.runs.training import Run, run_config
-    from textgym.agents.runs.trust import check_code
-    from textgym.language_model import load_language_model
+    from textgym.agents.runs.trust import check_code, check_model_code
 
     folder = RunFolder(path)
     if folder.config.is_file():
         _, config = run_config(path)
+        check_model_code(config, path, trusted)
         for part in (folder.model, folder.best):
             if part.is_dir():
-                model = load_language_model(str(part), dtype=config.dtype, device=config.device)
-                return _Subject(path, model, config, folder.path)
+                return _Subject(path, _load(str(part), config), config, folder.path)
         check_code([config.reward], path, trusted)
         run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
         return _Subject(path, run.agent.policy.language_model, config, folder.path)
     parent = RunFolder(Path(path).parent)
-    config = run_config(parent.path)[1] if parent.config.is_file() else RunConfig()
-    return _Subject(path, load_language_model(path, dtype=config.dtype, device=config.device), config, parent.path)
+    if parent.config.is_file():
+        config = run_config(parent.path)[1]
+        check_model_code(config, path, trusted)
+    else:
+        config = RunConfig(trust_remote_code=trusted)
+    return _Subject(path, _load(path, config), config, parent.path)
+
+
+def _load(model: str, config: RunConfig, tokenizer: str | None = None) -> LanguageModel:
+    from textgym.language_model import load_language_model
+
+    return load_language_model(
+        model,
+        tokenizer=tokenizer,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _measures(config: RunConfig, options: dict[str, Any]) -> tuple[RunConfig, LanguageModel, Reward]:
     """The configuration with the options given, the reference model and the reward."""
-    from textgym.language_model import load_language_model
     from textgym.rewards.opening import load_reward
 
     merged = RunConfig.from_mapping({**config.as_dict(), **{k: v for k, v in options.items() if v is not None}})
-    reference = load_language_model(merged.model, tokenizer=merged.tokenizer, device=merged.device, dtype=merged.dtype)
-    return merged, reference, load_reward(merged.reward)
+    return merged, _load(merged.model, merged, merged.tokenizer), load_reward(merged.reward)
 
 
 def _held_out(config: RunConfig, number: int) -> list[PromptRow]:
@@ -232,7 +254,10 @@ def _prompt_room(config: RunConfig, model: LanguageModel) -> int:
 _Model = Annotated[str, typer.Argument(help="a run's folder, a directory that train wrote, any model, or embedded")]
 _Reward = Annotated[str | None, typer.Option("--reward", help="as for train; default the run's")]
 _TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="run the Python code that somebody else's run has as its reward")
+    bool,
+    typer.Option(
+        "--trust-code", help="run Python code that somebody else's run has as its reward, or that comes with the model"
+    ),
 ]
 _Tokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
 _Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]

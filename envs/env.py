@@ -91,6 +91,7 @@ class TextGenEnv(gym.Env):
     | ``action_masking`` | ``False`` | mask special tokens other than those that end a turn and tags such as ``<think>``, and ends before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask counts as allowed) |
     | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
     | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the language model where it is loaded; an object stays as it is |
+    | ``trust_remote_code`` | ``False`` | run Python code that comes with the model's checkpoint, where it has some |
     | ``seed`` | ``None`` | of the first reset, where that gets none |
     | ``autoreset_mode`` | ``SAME_STEP`` | vector environments only: an ``AutoresetMode`` or its value |
     | ``render_mode`` | ``None`` | ``"ansi"`` (a string, tokens coloured by their reward), ``"human"`` (printed at each step), ``"rgb_array"`` (a picture) |

@@ -79,6 +79,7 @@ class TextGenOptions:
     top_p: float = 1.0
     device: Any = "auto"
     dtype: Any = "float32"
+    trust_remote_code: bool = False
     seed: int | None = None
     autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP
     render_mode: str | None = None
@@ -117,8 +118,9 @@ class TextGenOptions:
                 raise ValueError(f"stop={self.stop!r} must be a non-empty string or a list of them, found {text!r}")
         check_number("missing_eos_penalty", self.missing_eos_penalty, low=0.0)
         check_number("temperature", self.temperature, low=0.0, open_low=True)
-        if not isinstance(self.action_masking, bool):
-            raise TypeError(f"action_masking={self.action_masking!r} must be True or False")
+        for name in ("action_masking", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         _check_int("top_k", self.top_k, 0)
         check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         if not self.action_masking and (self.top_k > 0 or self.top_p < 1.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -33,6 +34,7 @@ class Texts:
         self.context = context
         self.vocabulary = vocabulary
         self.options = options
+        self._stop_turns = vocabulary.turns.showing(options.stop_strings)  # a stop string may be a special token
         self.ids = np.full((num_rows, context), vocabulary.pad_token_id, dtype=np.int64)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int64)
@@ -110,7 +112,7 @@ class Texts:
         """Whether the newest token completed a stop string."""
         if not self.options.stop_strings:
             return [False] * len(rows)
-        texts = self.batch(rows).completions
+        texts = dataclasses.replace(self.batch(rows), turns=self._stop_turns).completions
         searched = self._searched[rows]
         # U+FFFD at the end stands for a character that isn't complete yet and may be part of a stop string.
         self._searched[rows] = [len(text.rstrip("\ufffd")) for text in texts]

@@ -77,7 +77,11 @@ class TextGenVectorEnv(VectorEnv):
             self._model = self._load_model()
             self.vocabulary = self._model.vocabulary
         else:
-            self.vocabulary = load_vocabulary(self.options.language_model, tokenizer=self.options.tokenizer)
+            self.vocabulary = load_vocabulary(
+                self.options.language_model,
+                tokenizer=self.options.tokenizer,
+                trust_remote_code=self.options.trust_remote_code,
+            )
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self._prompts = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
         self.vocab_size = self.vocabulary.size
@@ -628,6 +632,7 @@ class TextGenVectorEnv(VectorEnv):
             tokenizer=self.options.tokenizer,
             device=self.options.device,
             dtype=self.options.dtype,
+            trust_remote_code=self.options.trust_remote_code,
         )
 
     def _seed_rows(self, seed: Any, rows: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from tiny_models import (
     tiny_causal_reward_model,
     tiny_tokenizer,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import textgym  # noqa: F401  registers the environment ids
 from textgym.evaluation import evaluate
-from textgym.generation import complete
+from textgym.generation import complete, cut_at_stop_strings
 from textgym.language_model import LanguageModel, load_language_model, load_vocabulary
-from textgym.rewards import FunctionReward, PrefixBatch, XmlTags
+from textgym.reward_training.encoding import encode as encode_training
+from textgym.rewards import ClassifierReward, FunctionReward, PrefixBatch, RegexMatch, XmlTags
 from textgym.turns import TurnTokens
 
 START, END = CHAT_SPECIAL, CHAT_SPECIAL + 1  # <|im_start|> and <|im_end|>
@@ -309,3 +311,129 @@ def test_prefixes_of_chinese_of_a_bert_tokenizer_are_prefixes():
     ids = turns.encode("天气good真好，good film")
     texts = turns.decode_all(ids[:n] for n in range(len(ids) + 1))
     assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(texts))
+
+
+# Stop strings.
+
+
+def test_a_stop_string_that_is_a_special_token_stops_on_its_id(chat):
+    env = make(chat, stop=["<|im_start|>", "o<|pad|>"])
+    env.reset()
+    terminated, info = write(env, [20, START])
+    assert terminated
+    assert info["finish_reason"] == "stop"
+    assert "<|im_start|>" not in info["completion"]
+    env.reset()
+    o = env.unwrapped.tokenizer("o")["input_ids"]
+    assert write(env, [20, CHAT_PAD, *o, CHAT_PAD])[1]["finish_reason"] == "stop"
+
+
+def test_sampled_texts_stop_at_special_tokens_as_the_environment_does(chat):
+    tokenizer = load_vocabulary(chat).tokenizer
+    batch = PrefixBatch(
+        input_ids=np.array([[20, 21, START, 22], [20, 21, 22, END]]),
+        lengths=np.array([4, 4]),
+        prompt_lengths=np.array([1, 1]),
+        finished=np.array([False, True]),
+        rows=np.arange(2),
+        prompts=["p", "p"],
+        columns={},
+        tokenizer=tokenizer,
+    )
+    cut, stopped = cut_at_stop_strings(batch, ["<|im_start|>", "<|im_end|>"])
+    assert stopped.tolist() == [True, True]
+    assert cut.lengths.tolist() == [3, 4]
+    assert cut.finished.tolist() == [False, True]
+    assert "<|im_start|>" not in cut.completions[0]
+
+
+def test_a_stop_string_typed_in_a_shell_may_have_escapes():
+    from textgym.agents.cli import _unescaped
+
+    assert _unescaped(r"\n\nUser:") == "\n\nUser:"
+    assert _unescaped(r"a\tb") == "a\tb"
+    assert _unescaped(r"\\n") == r"\n"
+    assert _unescaped(r"\d") == r"\d"
+
+
+# Rewards.
+
+
+def test_format_rewards_see_the_tag_that_the_prompts_template_opens():
+    prompts, completions = ["p<|assistant|><think>\n"] * 2, ["hm</think><answer>4</answer>", "<think>hm</think>"]
+    assert XmlTags()(prompts=prompts, completions=completions) == [1.0, 0.0]
+    assert XmlTags()(prompts=["p"] * 2, completions=completions) == [0.5, 0.5]
+    whole = RegexMatch(r"<think>\n[^<]*</think><answer>.*</answer>", where="whole")
+    assert whole(prompts=prompts, completions=completions) == [1.0, 0.0]
+    assert RegexMatch(r"<think>", form="penalty")(prompts=["p", "<b>"], completions=["a", "a"]) == [0.0, 0.0]
+
+
+def classifier(tokenizer: Any, reads: Any, **options: Any) -> ClassifierReward:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=CHAT_PAD, **shape)
+    return ClassifierReward(LlamaForSequenceClassification(config), tokenizer, reads=reads, **options)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_that_begins_with_bos_is_read_with_one(side):
+    tokenizer = chat_tokenizer(bos=True)
+    reader = classifier(tokenizer, "text", truncation_side=side, max_length=8).reader
+    fitting, bare, long = (row["input_ids"] for row in reader.encode(["<s>a film", "a film", "<s>a good film" * 3]))
+    assert fitting == bare == [CHAT_BOS, *tokenizer("a film", add_special_tokens=False)["input_ids"]]
+    assert len(long) == 8
+    assert long[0] == CHAT_BOS
+    training, _ = encode_training(tokenizer, ["<s>a", "a"], [" film", " film"], 30, True)
+    assert training[0] == training[1]
+
+
+def test_a_chat_reward_model_reads_the_conversation_in_its_own_template(tmp_path):
+    policy, judge = tmp_path / "policy", chat_tokenizer(("<|user|>", "<|assistant|>"), OPEN)
+    save_chat_model(policy)
+    reward = classifier(judge, "chat")
+
+    def own_score(text: str) -> Any:
+        (_, _, outputs), *_ = reward.reader.run(reward.reader.encode([text], add_special_tokens=False))
+        return pytest.approx(outputs.logits.item(), abs=1e-6)
+
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, ("hi", "yo", "4?"), strict=True)]
+    score = own_score("<|user|>\nhi<|assistant|>\nyo<|user|>\n4?<|assistant|>\nfour")
+    assert reward(prompts=["any"], completions=["four"], messages=[messages]) == [score]
+    begun = [*messages, {"role": "assistant", "content": "fo"}]
+    assert reward(prompts=["any"], completions=["ur"], messages=[begun]) == [score]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": messages}))
+    env = make(policy, prompts=str(tmp_path / "prompts.jsonl"), reward=reward, reward_every="end")
+    env.reset()
+    ids = env.unwrapped.tokenizer("four")["input_ids"]
+    assert write(env, [*ids, END])[1]["score"] == score
+    assert reward(prompts=["any"], completions=["four"]) == [own_score("<|user|>\nany<|assistant|>\nfour")]
+
+
+# Code of a checkpoint.
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch) -> Path:
+    """A chat model whose configuration is a class of its own, in a file beside it."""
+    save_chat_model(tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"})
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return tmp_path / "own"
+
+
+def test_code_of_a_checkpoint_is_run_only_where_that_is_said(with_code, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on the terminal"))
+    for options in ({"kl_coef": 0.0}, {"kl_coef": 0.1}):
+        with pytest.raises(ValueError, match="Python code of its own, which is run only where trust_remote_code=True"):
+            make(with_code, **options)
+        env = make(with_code, trust_remote_code=True, **options)
+        env.reset()
+        assert write(env, [END])[0]

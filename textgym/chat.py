@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MESSAGES = "messages"
+"""The column that holds conversations."""
+
 
 def chat_prompt(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str = "messages"

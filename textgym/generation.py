@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from textgym.language_model import LanguageModel, log_distribution
 from textgym.prompts import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
+from textgym.turns import TurnTokens
 
 
 def sample_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -121,6 +123,9 @@ def cut_at_stop_strings(
     :param min_new_tokens: a stop string that is complete before so many tokens ends nothing
     :return: the batch, cut, and ``(B,)`` bool, where a stop string was found
     """
+    whole = batch
+    turns = batch.turns or TurnTokens(batch.tokenizer)
+    batch = dataclasses.replace(batch, turns=turns.showing(stop))  # a stop string may be a special token
     lengths = batch.completion_lengths.copy()
     stopped = np.zeros(len(batch), dtype=bool)
     for row, completion in enumerate(batch.completions):
@@ -135,7 +140,7 @@ def cut_at_stop_strings(
                 break
             # U+FFFD at the end stands for a character that isn't complete yet and may be part of a stop string.
             searched = len(text.rstrip("\ufffd"))
-    return (batch.at(range(len(batch)), lengths), stopped) if stopped.any() else (batch, stopped)
+    return (whole.at(range(len(batch)), lengths), stopped) if stopped.any() else (whole, stopped)
 
 
 def token_texts(batch: PrefixBatch, row: int) -> list[str]:

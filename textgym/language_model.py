@@ -67,7 +67,12 @@ class LanguageModel:
                 f"language_model={self.name} is a {type(model).__name__} without a language-model head; "
                 "textgym needs a causal LM (AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)"
             )
-        self.vocabulary = Vocabulary(tokenizer, model.config, self.name, getattr(model, "generation_config", None))
+        self.vocabulary: Vocabulary
+        if like is not None and like.tokenizer is tokenizer:
+            self.vocabulary = like.vocabulary
+        else:
+            generation = getattr(model, "generation_config", None)
+            self.vocabulary = Vocabulary(tokenizer, model.config, self.name, generation)
         config: Any = model.config.get_text_config()
         # Everything some architectures do to the logits behind the linear head.
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -280,6 +285,7 @@ def load_language_model(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Open a language model, decoder-only or encoder-decoder.
 
@@ -289,19 +295,20 @@ def load_language_model(
     :param tokenizer: another tokenizer than the model's own: object, directory or hub id
     :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
     :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
+    :param trust_remote_code: run Python code that comes with the checkpoint, where the model or its tokenizer has some
     :raises FileNotFoundError: if ``spec`` looks like a path and nothing is there
     :raises ValueError: if it can't be opened, with what was tried
     """
     if isinstance(spec, LanguageModel):
         if tokenizer is not None and tokenizer is not spec.tokenizer:
-            return LanguageModel(spec.model, _open_tokenizer(tokenizer), spec.name)
+            return LanguageModel(spec.model, _open_tokenizer(tokenizer, trust_remote_code), spec.name)
         return spec
     if isinstance(spec, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(
                 f"language_model is a {type(spec).__name__} object: pass its tokenizer too (tokenizer=...)"
             )
-        return LanguageModel(spec, _open_tokenizer(tokenizer), spec.config.name_or_path or None)
+        return LanguageModel(spec, _open_tokenizer(tokenizer, trust_remote_code), spec.config.name_or_path or None)
     if not isinstance(spec, str | Path):
         raise TypeError(
             f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', 'gemma3', a directory, "
@@ -311,14 +318,16 @@ def load_language_model(
     location = _locate(spec)
     try:
         with quiet_progress():
-            architectures = auto_class(AutoConfig.from_pretrained(location))
-            model, loading = architectures.from_pretrained(location, dtype=weights_dtype, output_loading_info=True)
+            architectures = auto_class(AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code))
+            model, loading = architectures.from_pretrained(
+                location, dtype=weights_dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise _cannot_open(spec, e) from e
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random weights there.
         raise _cannot_open(spec, ValueError(f"it has no weights for {', '.join(missing[:3])}"))
-    opened = _open_tokenizer(location if tokenizer is None else tokenizer)
+    opened = _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code)
     return LanguageModel(model.to(weights_device), opened, str(spec))
 
 
@@ -331,16 +340,17 @@ def load_vocabulary(
     spec: str | Path | PreTrainedModel | LanguageModel = "embedded",
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> Vocabulary:
     """Tokenizer and sizes of a language model, without loading its weights; arguments as `load_language_model`."""
     if not isinstance(spec, str | Path):
-        return load_language_model(spec, tokenizer=tokenizer).vocabulary
+        return load_language_model(spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code).vocabulary
     location = _locate(spec)
     try:
-        config = AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise _cannot_open(spec, e) from e
-    opened = _open_tokenizer(location if tokenizer is None else tokenizer)
+    opened = _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code)
     return Vocabulary(opened, config, str(spec), _generation_config(location))
 
 
@@ -416,14 +426,29 @@ def _looks_like_path(spec: str | Path) -> bool:
     return isinstance(spec, Path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1
 
 
+_OWN_CODE = (
+    "comes with Python code of its own, which is run only where trust_remote_code=True says so (--trust-remote-code, "
+    "of generate and evaluate --trust-code). Read it first: it can do whatever you can"
+)
+
+
+def _has_own_code(error: Exception) -> bool:
+    """Whether transformers refused to run code of a checkpoint."""
+    return "trust_remote_code" in str(error)
+
+
 def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
+    if _has_own_code(error):
+        return ValueError(f"language_model={str(spec)!r} {_OWN_CODE}")
     return ValueError(
         f"language_model={str(spec)!r} can't be opened as a language model: {first_line(error)}. "
         "Give 'embedded', 'smollm2', 'gemma3', a directory written by save_pretrained, or the id of a model on the hub"
     )
 
 
-def _open_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _open_tokenizer(
+    spec: str | Path | PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     if isinstance(spec, PreTrainedTokenizerBase):
         return spec
     if not isinstance(spec, str | Path):
@@ -434,8 +459,12 @@ def _open_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> PreTrainedTok
     if _looks_like_path(spec) and not path.exists():
         raise FileNotFoundError(f"tokenizer={str(spec)!r}: there is no such directory")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.exists() else str(spec))
+        return AutoTokenizer.from_pretrained(
+            str(path) if path.exists() else str(spec), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as e:
+        if _has_own_code(e):
+            raise ValueError(f"tokenizer={str(spec)!r} {_OWN_CODE}") from e
         raise ValueError(
             f"tokenizer={str(spec)!r} can't be opened: {first_line(e)}. Give a directory with the tokenizer's files, "
             "a hub id or a tokenizer object"

@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textgym.chat import chat_prompt, is_conversation
+from textgym.chat import MESSAGES, chat_prompt, is_conversation
 from textgym.prompts import PromptRows, check_columns, check_names, check_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     Located = Iterator[tuple[str, Any]]  # where each row stands, for errors, and the row
-
-MESSAGES = "messages"
-"""The column that holds conversations, where a data set has no column of prompts."""
 
 
 def load_prompt_file(

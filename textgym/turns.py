@@ -108,13 +108,20 @@ class TurnTokens:
 
         :param whole: also with what the tokenizer puts behind it; without, the text is to be continued
         """
-        ids = self._bare(text)
+        return self.encode_all([text], whole=whole)[0]
+
+    def encode_all(self, texts: Sequence[str], *, whole: bool = False) -> list[list[int]]:
+        """:meth:`encode` of many texts."""
+        if not texts:
+            return []
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         before, behind = self.opening_ids, self.closing_ids if whole else []
-        if before and ids[: len(before)] == before:
-            before = []  # a chat template has written it
-        if behind and ids[-len(behind) :] == behind:
-            behind = []
-        return [*before, *ids, *behind]
+        encoded = []
+        for ids in rows:
+            opened = ids[: len(before)] == before  # a chat template has written it
+            closed = bool(behind) and ids[-len(behind) :] == behind
+            encoded.append([*([] if opened else before), *ids, *([] if closed else behind)])
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, as rewards see it: without :attr:`hidden_ids`."""
@@ -130,6 +137,19 @@ class TurnTokens:
             kept = [[i for i in row if i not in self.hidden_ids] for row in kept]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return [_SPACES_AT_HAN.sub("", text) for text in texts] if self._spaces_at_han else texts
+
+    def showing(self, texts: Sequence[str]) -> TurnTokens:
+        """The same, but that decoded texts also show the special tokens whose names stand in some texts.
+
+        :param texts: such as stop strings
+        """
+        names = self._special_tokens()
+        shown = {i for i in self.hidden_ids if any(names[i] in text for text in texts)}
+        if not shown:
+            return self
+        other = TurnTokens(self.tokenizer, self._listed)
+        other.hidden_ids = self.hidden_ids - shown
+        return other
 
     # ------------------------------------------------------------------ what the tokenizer says
 

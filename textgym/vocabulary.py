@@ -41,7 +41,7 @@ class Vocabulary:
                 f"the tokenizer has {tokens} tokens and the model {name} only {self.size}: "
                 "they don't belong together; pass the tokenizer the model was trained with"
             )
-        listed = [i for i in _listed_ends(tokenizer, config, generation) if 0 <= i < self.size]
+        listed = [i for i in _ends(tokenizer, config, generation) if 0 <= i < self.size]
         if tokenizer.eos_token_id is None:
             _set_eos_token(tokenizer, name)
         self.turns = TurnTokens(tokenizer, listed)
@@ -100,7 +100,7 @@ class Vocabulary:
         return ids[-limit:]
 
 
-def _listed_ends(
+def _ends(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: GenerationConfig | None
 ) -> list[int]:
     """The ends of a text that a model's configuration lists.
@@ -108,14 +108,19 @@ def _listed_ends(
     Those of a generation configuration are meant. A model configuration has one even where nobody chose it, Llama's is
     2, whatever the tokenizer has there: it counts only where it is a special token without another role.
     """
-    # transformers makes a generation configuration out of the model's where a checkpoint has none.
-    chosen = generation is not None and not getattr(generation, "_from_model_config", False)
-    listed = generation.eos_token_id if chosen and generation is not None else None
-    if listed is not None:
-        return _as_ids(listed)
+    if listed := listed_ends(generation):
+        return listed
     others = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id)
     special = TurnTokens(tokenizer).special_ids.difference(others)
     return [i for i in _as_ids(getattr(config.get_text_config(), "eos_token_id", None)) if i in special]
+
+
+def listed_ends(generation: GenerationConfig | None) -> list[int]:
+    """The ends of a text that somebody wrote into a generation configuration."""
+    # transformers makes one out of the model's configuration where a checkpoint has none.
+    if generation is None or getattr(generation, "_from_model_config", False):
+        return []
+    return _as_ids(generation.eos_token_id)
 
 
 def _as_ids(value: Any) -> list[int]:

@@ -38,6 +38,7 @@ class RunConfig:
 
     model: str = _option("embedded", MODEL, "embedded, smollm2, a directory or a hub id")
     tokenizer: str | None = _option(None, MODEL, "directory or hub id of another tokenizer than the model's own")
+    trust_remote_code: bool = _option(False, MODEL, "run Python code that comes with the model, where it has some")
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", MODEL, "type of the weights")
     device: str = _option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps")
     autocast: Literal["bfloat16", "float16"] | None = _option(
@@ -91,7 +92,11 @@ class RunConfig:
         None, EPISODE, "longer prompts are cut on the left; default 64 or what fits"
     )
     prompt_overflow: Literal["truncate", "error"] = _option("truncate", EPISODE, "what to do with longer prompts")
-    stop: list[str] | None = _option(None, EPISODE, "strings that end the text; may be given several times")
+    stop: list[str] | None = _option(
+        None,
+        EPISODE,
+        r"strings that end the text; may be given several times; as a flag, \n is a newline and \t a tab",
+    )
     temperature: float = _option(1.0, EPISODE, "divides the logits of policy and reference")
     action_masking: bool = _option(False, EPISODE, "mask special tokens, and the end before min_new_tokens")
     top_k: int = _option(0, EPISODE, "with masking: only the reference's k most likely tokens; 0 for all")

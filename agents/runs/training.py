@@ -47,7 +47,9 @@ def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
             embedded = as_prompt_source(source)
             assert isinstance(embedded, PromptRows)
             return embedded
-        vocabulary = load_vocabulary(config.model, tokenizer=config.tokenizer)
+        vocabulary = load_vocabulary(
+            config.model, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code
+        )
         return load_prompt_file(source, prompt_column=config.prompt_column, tokenizer=vocabulary.tokenizer)
 
     train = rows(config.prompts)
@@ -98,7 +100,7 @@ def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = Non
 
 _ENV_OPTIONS = (
     "kl_coef kl_estimator max_new_tokens min_new_tokens max_prompt_tokens prompt_overflow stop missing_eos_penalty "
-    "temperature action_masking top_k top_p device dtype"
+    "temperature action_masking top_k top_p device dtype trust_remote_code"
 ).split()
 
 

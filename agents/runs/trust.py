@@ -17,9 +17,13 @@ import secrets
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textgym.rewards.expressions import reaches_out
 from textgym.rewards.opening import code_in, names_code
+
+if TYPE_CHECKING:
+    from textgym.agents.runs.config import RunConfig
 
 KEY_BYTES = 32
 
@@ -70,6 +74,21 @@ def check_code(names: Iterable[str], run: str | Path, trusted: bool) -> None:
 def _to_be_trusted(names: Iterable[str]) -> list[str]:
     """The parts of what options name that run code, write files or reach other machines."""
     return [part for name in names for part in [*code_in(name), *([name] if reaches_out(name) else [])]]
+
+
+def check_model_code(config: RunConfig, run: str | Path, trusted: bool) -> None:
+    """To be asked before the model of a run is opened, whose checkpoint may have come with Python code.
+
+    :param config: of the run
+    :param run: its folder, for messages
+    :param trusted: whether the user has said that the code may run
+    :raises UntrustedCodeError: if the run has ``trust_remote_code`` and the user hasn't said so again
+    """
+    if config.trust_remote_code and not trusted:
+        raise UntrustedCodeError(
+            f"the run {run} has trust_remote_code, and Python code that comes with its model, {config.model}, would be "
+            "run now. Look at it, then give --trust-code"
+        )
 
 
 def _sealed(path: Path) -> list[str]:

@@ -69,7 +69,9 @@ def open_backbone(
     path = _location(model)
     set_seed(seed)
     auto_class: Any = AutoModelForSequenceClassification if head == "linear" else AutoModel
-    options = {"num_labels": num_labels} if head == "linear" else {}
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if head == "linear":
+        options["num_labels"] = num_labels
     with quiet_progress(), _quiet_loading():
         opened, loading = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     trunk = opened.base_model_prefix + "." if head == "linear" else ""
@@ -78,7 +80,7 @@ def open_backbone(
         raise ValueError(f"model={path!r} has no weights for {', '.join(missing[:3])}; its backbone would be random")
     if head != "linear":
         opened = _with_head(opened, num_labels, seed, head, head_size, head_dropout, head_layers)
-    return opened, AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer
+    return opened, AutoTokenizer.from_pretrained(path, trust_remote_code=False) if tokenizer is None else tokenizer
 
 
 def _with_head(

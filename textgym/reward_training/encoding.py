@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from textgym.turns import TurnTokens
+
 
 @dataclass(frozen=True)
 class EncodedText:
@@ -57,8 +59,8 @@ def encode(
     :return: the tokens, and how many texts were longer than ``max_length`` and lost their beginning
     """
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    whole = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    alone = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+    turns = TurnTokens(tokenizer)
+    whole, alone = turns.encode_all(texts, whole=True), turns.encode_all(prompts, whole=True)
     special, eos = set(tokenizer.all_special_ids), tokenizer.eos_token_id
     encoded, cut = [], 0
     for ids, prompt_ids, prompt in zip(whole, alone, prompts, strict=True):

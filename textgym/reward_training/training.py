@@ -234,9 +234,11 @@ def _measured_again(
     chosen, objectives = resolved(given, run.training)
     check_same_run(folder, _record(run, chosen))
     with quiet_progress():
-        opened = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        opened = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
     opened.to("cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    scorer = TextScorer(opened, AutoTokenizer.from_pretrained(folder), chosen.max_length)
+    scorer = TextScorer(opened, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), chosen.max_length)
     predictions = predictions_of(scorer, objectives, EncodedRows(run.validation, scorer))
     return predictions, report_of(predictions, objectives, run.validation)
 

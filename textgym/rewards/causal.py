@@ -134,7 +134,7 @@ class CausalRewardModel(Reward):
                 raise FileNotFoundError(f"there is no reward model directory {path!r}")
         with quiet_progress():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=resolve_dtype(dtype), output_loading_info=True
+                path, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=False
             )
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -144,7 +144,7 @@ class CausalRewardModel(Reward):
             )
         return cls(
             model,
-            AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer,
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False) if tokenizer is None else tokenizer,
             activation=activation,
             device=device,
             append_eos=append_eos,
@@ -245,10 +245,10 @@ class CausalRewardModel(Reward):
         eos = self.tokenizer.eos_token_id
         encoded: list[list[int]] = []  # what an encoder reads
         if self._encoder_decoder:
-            encoded = [self._turns.encode(prompt, whole=True) for prompt in prompts]
+            encoded = self._turns.encode_all(prompts, whole=True)
             ids: list[list[int]] = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
         else:
-            ids = [self._turns.encode(p + c) for p, c in zip(prompts, completions, strict=True)]
+            ids = self._turns.encode_all([p + c for p, c in zip(prompts, completions, strict=True)])
         for row, ended in zip(ids, finished.tolist(), strict=True):
             if ended and self.append_eos and row[-1:] != [eos]:
                 row.append(eos)

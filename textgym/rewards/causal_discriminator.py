@@ -15,6 +15,7 @@ from textgym.rewards.base import Reward
 from textgym.rewards.causal import CausalRewardModel
 from textgym.rewards.errors import RewardError
 from textgym.rewards.text_units import well_formed
+from textgym.turns import TurnTokens
 from textgym.vocabulary import is_encoder_decoder, position_limit
 
 
@@ -133,5 +134,5 @@ class CausalDiscriminator:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         limit = position_limit(self.model.config)
-        rows: list[list[int]] = self.tokenizer([well_formed(text) for text in texts])["input_ids"]
+        rows = TurnTokens(self.tokenizer).encode_all([well_formed(text) for text in texts], whole=True)
         return [row[:limit] for row in rows]

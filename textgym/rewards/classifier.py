@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textgym.chat import MESSAGES, is_conversation
 from textgym.exactness import SteppedModel, Stepping
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.causal import ACTIVATIONS
@@ -55,8 +56,9 @@ class ClassifierReward(Reward):
     :param label: name or index of the label; may be left out where there is one only
     :param output: ``"logit"``, ``"probability"`` or ``"activation"``
     :param reads: ``"text"`` (prompt and completion as one text), ``"completion"``, ``"pair"`` (prompt and completion as
-        the two segments of a pair) or ``"chat"`` (as two messages, a user's and an assistant's, in the tokenizer's chat
-        template)
+        the two segments of a pair) or ``"chat"`` (in the tokenizer's chat template: the conversation and the completion
+        as the assistant's answer where the prompt rows have a column ``messages``, as prompts that are conversations
+        do, else a user's message and the answer)
     :param device: where to move the model; by default it stays where it is
     :param dtype: what to convert the weights to; by default they stay as they are
     :param max_length: most tokens of a text; by default what the model can read
@@ -152,7 +154,7 @@ class ClassifierReward(Reward):
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """:raises RewardError: if a score is not finite"""
         scores: list[float | None] = [None] * len(completions)
-        for part, _, outputs in self.reader.run(self._encoded(prompts, completions)):
+        for part, _, outputs in self.reader.run(self._encoded(prompts, completions, columns.get(MESSAGES))):
             values = self._value(outputs.logits)  # (b,)
             for i, value in zip(part.tolist(), values.tolist(), strict=True):
                 scores[i] = check_score(self.name, value, i, completions[i])
@@ -195,7 +197,7 @@ class ClassifierReward(Reward):
         if self._stepping is not None:
             self._stepping.forget(rows)
 
-    def _encoded(self, prompts: list[str], completions: list[str]) -> list[dict[str, list[Any]]]:
+    def _encoded(self, prompts: list[str], completions: list[str], conversations: Any) -> list[dict[str, list[Any]]]:
         if self.reads == "pair":
             return self.reader.encode(prompts, completions)
         if self.reads == "completion":
@@ -203,16 +205,34 @@ class ClassifierReward(Reward):
         if self.reads == "text":
             return self.reader.encode([p + c for p, c in zip(prompts, completions, strict=True)])
         chats = [
-            self.reader.tokenizer.apply_chat_template(
-                [
-                    {"role": "user", "content": well_formed(prompt)},
-                    {"role": "assistant", "content": well_formed(completion)},
-                ],
-                tokenize=False,
-            )
-            for prompt, completion in zip(prompts, completions, strict=True)
+            self._chat(prompt, completion, None if conversations is None else conversations[i], i)
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         return self.reader.encode(chats, add_special_tokens=False)  # the template has written them
+
+    def _chat(self, prompt: str, completion: str, conversation: Any, row: int) -> str:
+        """Prompt and completion in the chat template of the classifier's tokenizer.
+
+        :param conversation: the messages that the prompt was made of, if any
+        :raises RewardError: if the template refuses them
+        """
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        if is_conversation(conversation):
+            messages = [{name: value for name, value in one.items() if value is not None} for one in conversation]
+        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""  # the completion goes on
+        messages.append({"role": "assistant", "content": begun + completion})
+        messages = [
+            {name: well_formed(value) if isinstance(value, str) else value for name, value in one.items()}
+            for one in messages
+        ]
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.reader.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            problem = f"its chat template refuses the conversation: {error}"
+            raise RewardError(self.name, problem, row=row, completion=completion) from error
+        return text
 
     def _value(self, logits: Tensor) -> np.ndarray:
         """Φ ``(N,)`` of logits ``(N, labels)``."""

@@ -20,6 +20,9 @@ class RegexMatch(TextRule):
     ``form="bonus"`` (the positive form) gives 1.0 for a match and 0.0 for none; ``form="penalty"`` (the negative form)
     gives −1.0 for a match and 0.0 for none. Mind the time: an expression with nested repetitions can take for ever.
 
+    Where the prompt ends in an opened tag, as that of a chat template that writes ``<think>``, an expression that
+    matches tag and completion together matches, too.
+
     :param pattern: a regular expression of Python's ``re``, or a compiled one
     :param where: ``"anywhere"``, at the ``"start"``, or the ``"whole"`` completion
     :param form: ``"bonus"`` or ``"penalty"``
@@ -50,7 +53,14 @@ class RegexMatch(TextRule):
         self.form = form
 
     def score(self, completion: str) -> float:
+        return self._value(self._matches(completion) is not None)
+
+    def score_behind(self, prompt: str, completion: str) -> float:
+        tag = opened_tag(prompt)
         matches = self._matches(completion) is not None
+        return self._value(matches or (tag is not None and self._matches(tag + completion) is not None))
+
+    def _value(self, matches: bool) -> float:
         return float(matches) if self.form == "bonus" else 0.0 - matches
 
 
@@ -94,7 +104,8 @@ class XmlTags(TextRule):
     """Share of the tags that the completion opens once, then closes once, in the given order: from 0 to 1.
 
     With the default tags that is the format of DeepSeek-R1 (2025): ``<think>...</think><answer>...</answer>``. A tag
-    counts if it stands behind the last one that counted, so that none is inside another.
+    counts if it stands behind the last one that counted, so that none is inside another. Some chat templates open the
+    first tag themselves: where the prompt ends in ``<think>`` (and white space), the completion has opened it.
 
     :param tags: names of the tags, in their order
 
@@ -102,6 +113,8 @@ class XmlTags(TextRule):
     >>> good, half, twice = "<think>a</think> <answer>b</answer>", "<think>a</think> b", "<think></think>" * 2
     >>> reward(prompts=["p"] * 3, completions=[good, half, twice])
     [1.0, 0.5, 0.0]
+    >>> reward(prompts=["p<think>\\n"], completions=["a</think> <answer>b</answer>"])
+    [1.0]
     """
 
     def __init__(self, tags: Sequence[str] = ("think", "answer")) -> None:
@@ -110,6 +123,11 @@ class XmlTags(TextRule):
         if len(set(tags)) < len(tags):
             raise ValueError(f"tags must differ from each other, got {tags!r}")
         self.tags = tuple(tags)
+
+    def score_behind(self, prompt: str, completion: str) -> float:
+        tag = opened_tag(prompt)
+        opened = tag is not None and tag.strip().strip("<>") in self.tags
+        return self.score(f"{tag}{completion}" if opened else completion)
 
     def score(self, completion: str) -> float:
         found, behind = 0, 0
@@ -121,3 +139,9 @@ class XmlTags(TextRule):
                 found += 1
                 behind = end + len(closing)
         return found / len(self.tags)
+
+
+def opened_tag(prompt: str) -> str | None:
+    """The tag that a prompt ends in, such as ``<think>``, with the white space behind it; None without one."""
+    found = re.search(r"<[\w.:-]+>\s*\Z", prompt)
+    return found[0] if found else None

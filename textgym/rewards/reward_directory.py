@@ -192,7 +192,7 @@ def _check_kind(location: str) -> None:
     if not Path(location, "config.json").is_file():
         raise ValueError(f"{location!r} is not {KIND}: it has no config.json")
     with quiet_progress():
-        config = AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     kinds = config.architectures or []
     if kinds and not any("SequenceClassification" in kind for kind in kinds) and config.model_type != MODEL_TYPE:
         hint = ""

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
 from textgym.rewards.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.rewards.text_units import well_formed
+from textgym.turns import TurnTokens
 from textgym.vocabulary import position_limit
 
 Side = Literal["left", "right"]
@@ -67,6 +68,8 @@ class TextForward:
         self.max_length = limit if max_length is None else max_length
         self._tokenize = copy.deepcopy(tokenizer)  # the side is an attribute, and the caller's stays as it was
         self._tokenize.truncation_side = truncation_side
+        self._turns = TurnTokens(tokenizer)
+        self._opening = "".join(map(str, tokenizer.convert_ids_to_tokens(self._turns.opening_ids)))
         accepted = inspect.signature(model.forward).parameters
         self._inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
 
@@ -84,7 +87,27 @@ class TextForward:
         firsts = [well_formed(text) for text in texts]
         seconds = None if pairs is None else [well_formed(text) for text in pairs]
         encoded = self._tokenize(firsts, seconds, **cut, **options)
-        return [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
+        rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
+        if seconds is None and self._turns.opening_ids and options.get("add_special_tokens", True):
+            # A text that a chat template made begins with what the tokenizer puts there.
+            for i, text in enumerate(firsts):
+                if text.startswith(self._opening):
+                    rows[i] = self._opened(text, options)
+        return rows
+
+    def _opened(self, text: str, options: dict[str, Any]) -> dict[str, list[Any]]:
+        """A text that begins with the tokenizer's opening, which stays where the text is cut."""
+        row: dict[str, list[Any]] = dict(self._tokenize(text, **{**options, "add_special_tokens": False}))
+        before, behind = len(self._turns.opening_ids), self._turns.closing_ids
+        length = len(row["input_ids"])
+        kept = list(range(length))
+        if self.max_length is not None and length + len(behind) > self.max_length:
+            room = max(self.max_length - len(behind), before)
+            left = self._tokenize.truncation_side == "left"
+            kept = [*kept[:before], *kept[length - room + before :]] if left else kept[:room]
+        closing: dict[str, list[Any]] = {"input_ids": behind, "attention_mask": [1] * len(behind)}
+        closing |= {"token_type_ids": [0] * len(behind), "offset_mapping": [(0, 0)] * len(behind)}
+        return {name: [values[i] for i in kept] + closing[name] for name, values in row.items()}
 
     @torch.inference_mode()
     def run(self, encoded: list[dict[str, list[Any]]]) -> Iterator[tuple[np.ndarray, Tensor, Any]]:
@@ -142,11 +165,13 @@ def open_pretrained(
         if not os.path.isdir(location):
             raise FileNotFoundError(f"there is no directory {location!r} with {kind}")
     with quiet_progress():
-        model, loading = auto_class.from_pretrained(location, dtype=resolve_dtype(dtype), output_loading_info=True)
+        model, loading = auto_class.from_pretrained(
+            location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=False
+        )
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith(optional))
     if missing:
         raise ValueError(
             f"{location!r} is not {kind}: it has no weights for {', '.join(missing[:3])}"
             f"{' and others' if len(missing) > 3 else ''}"
         )
-    return model, AutoTokenizer.from_pretrained(location) if tokenizer is None else tokenizer
+    return model, AutoTokenizer.from_pretrained(location, trust_remote_code=False) if tokenizer is None else tokenizer

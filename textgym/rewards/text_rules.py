@@ -22,14 +22,18 @@ from textgym.rewards.text_units import ngrams_of, sentences_of, words_of
 
 
 class TextRule(Reward):
-    """A function of the completion alone."""
+    """A function of the completion alone, or, where a format may begin in the prompt, of how that ends."""
 
     @abstractmethod
     def score(self, completion: str) -> float:
         """Φ of one completion."""
 
+    def score_behind(self, prompt: str, completion: str) -> float:
+        """Φ of one completion, for rules to which it matters how the prompt ends."""
+        return self.score(completion)
+
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        return [float(self.score(completion)) for completion in completions]
+        return [float(self.score_behind(p, c)) for p, c in zip(prompts, completions, strict=True)]
 
 
 class LengthTarget(Reward):
