@@ -224,6 +224,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         if self.env is not None:
             environment = self._checked_environment(self.env)
             kwargs.setdefault("temperature", environment.temperature)
+            kwargs["sampling"] = environment.sampling
             if wants_lora(kwargs.get("lora")):
                 self._share_language_model(environment, kwargs)
             elif "language_model" not in kwargs:
@@ -239,6 +240,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
         self._row_kl = np.zeros(self.n_envs)  # KL of the running episodes, nats
         self._pending_log: dict[str, Any] = {}  # of a resumed run: what the last update before the stop recorded
         super()._setup_model()
+        if self.env is not None:
+            self._sample_as(environment)
         self._all_rows = int(self.processes.total(self.n_envs))
         self.processes.take(self.policy)
         # What is saved with the agent: no path of this machine, no weights a second time.
@@ -272,8 +275,15 @@ class TextOnPolicyAlgorithm(SavedAgent):
         :param force_reset: whether to begin new episodes
         """
         vec_env = as_vec_env(env)
-        self._checked_environment(vec_env)
+        environment = self._checked_environment(vec_env)
         super().set_env(vec_env, force_reset)
+        self._sample_as(environment)
+        self.policy_kwargs = {**self.policy_kwargs, "sampling": environment.sampling}
+
+    def _sample_as(self, environment: TextEnvironment) -> None:
+        """Let the policy generate texts as the agent learns them."""
+        self.policy.sampling = environment.sampling
+        self.policy.reference = environment.reference_language_model() if environment.sampling.restricted else None
 
     def _checked_environment(self, env: VecEnv) -> TextEnvironment:
         check_spaces(env.observation_space, env.action_space)

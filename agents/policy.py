@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,15 +26,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.action_masks import masks_of
 from textgym.agents.acting_copy import ActingCopy
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.gradient_checkpointing import checkpointable_layers, checkpointed
 from textgym.cached_model import CachedModel
-from textgym.generation import complete, sample_tokens
+from textgym.generation import complete_rows, cut_at_stop_strings, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
-from textgym.rewards import PrefixBatch
+from textgym.prompts import PromptRow
+from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder
 
 Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
@@ -57,6 +60,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
         A model object is trained in place: pass a copy if it is also the environment's reference
     :param tokenizer: another tokenizer than the model's own
     :param temperature: logits are divided by it, when acting and when learning
+    :param sampling: how :meth:`generate` samples unless told otherwise, an agent's policy as its environment does;
+        its temperature is ``temperature``
     :param value_head: ``"linear"``, or ``"mlp"`` with one hidden layer; both start as V = 0
     :param value_trunk: ``"shared"`` lets the value loss train the transformer too, ``"detached"`` only the
         value head
@@ -91,6 +96,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         language_model: str | Path | PreTrainedModel | LanguageModel | LanguageModelBlueprint = "embedded",
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         temperature: float = 1.0,
+        sampling: SamplingSettings | Mapping[str, Any] | None = None,
         value_head: str = "linear",
         value_trunk: str = "shared",
         lora: Lora = None,
@@ -134,6 +140,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
         elif dtype is not None:
             self.language_model.model.to(resolve_dtype(dtype))
         self.temperature = float(temperature)
+        if not isinstance(sampling, SamplingSettings):
+            sampling = SamplingSettings.from_dict({} if sampling is None else sampling)
+        self.sampling = dataclasses.replace(sampling, temperature=self.temperature)
+        self.reference: LanguageModel | None = None  # whose likeliest tokens are sampled, where that is so
         self.value_head = value_head
         self.value_trunk = value_trunk
         super().__init__(
@@ -314,56 +324,50 @@ class LanguageModelPolicy(ActorCriticPolicy):
     def generate(
         self,
         prompts: Sequence[str],
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         deterministic: bool = False,
         temperature: float | None = None,
         seed: int | None = None,
-        min_new_tokens: int = 0,
+        min_new_tokens: int | None = None,
+        reference: LanguageModel | None = None,
+        **settings: Any,
     ) -> list[str]:
-        """Complete prompts, each until a token that ends a turn.
+        """Complete prompts as the policy was trained to: each until a token that ends a turn, or a stop string.
+
+        What isn't given is as in :attr:`sampling`: masks, stop strings and limits of the environment trained in.
 
         :param prompts: B texts
         :param max_new_tokens: most tokens written for each
         :param deterministic: whether to take the most likely token every time
-        :param temperature: default the policy's own
+        :param temperature: divides the logits
         :param seed: for reproducible sampling; default the global torch random state
-        :param min_new_tokens: no such token is chosen before so many tokens
+        :param min_new_tokens: no text ends before so many tokens
+        :param reference: whose likeliest tokens top-k and top-p are; default the environment's reference model
+        :param settings: further ones of :class:`~textgym.sampling.SamplingSettings`, such as ``stop`` or ``top_k``
         :return: B completions, such that ``prompt + completion`` is the whole text
-        :raises ValueError: if a prompt is empty or does not fit the model's context with its completion
+        :raises ValueError: if a prompt is empty or does not fit the model's context with its completion, a setting is
+            impossible, or top-k or top-p is set and there is no reference
         """
         lm = self.language_model
         ids = _encode_prompts(lm, prompts)
-        if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} must be at least 1, "
-                f"and min_new_tokens={min_new_tokens} from 0 to that"
-            )
-        temperature = self.temperature if temperature is None else temperature
-        _check_temperature(temperature)
+        named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "min_new_tokens": min_new_tokens}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        sampling = dataclasses.replace(self.sampling, **given, **settings)
+        masks = masks_of(sampling, lm, self.reference if reference is None else reference)
         if not ids:
             return []
-        completions = complete(
+        batch = complete_rows(
             lm,
+            [PromptRow(prompt) for prompt in prompts],
             ids,
-            max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            temperature=temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
+            temperature=sampling.temperature,
             deterministic=deterministic,
+            masks=masks,
             generator=None if seed is None else torch.Generator(self.device).manual_seed(seed),
         )
-        whole = [prompt + completion for prompt, completion in zip(ids, completions, strict=True)]
-        lengths = np.array([len(row) for row in whole])
-        return PrefixBatch(
-            input_ids=np.array([row + [lm.pad_token_id] * (int(lengths.max()) - len(row)) for row in whole]),
-            lengths=lengths,
-            prompt_lengths=np.array([len(prompt) for prompt in ids]),
-            finished=np.array([row[-1] in lm.end_ids for row in whole]),
-            rows=np.arange(len(ids)),
-            prompts=list(prompts),
-            columns={},
-            tokenizer=lm.tokenizer,
-            turns=lm.vocabulary.turns,
-        ).completions
+        return cut_at_stop_strings(batch, sampling.stop, sampling.min_new_tokens)[0].completions
 
     # Learning
 
@@ -546,6 +550,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             "lr_schedule": self._dummy_schedule,
             "language_model": self.blueprint(),
             "temperature": self.temperature,
+            "sampling": self.sampling.as_dict(),
             "value_head": self.value_head,
             "value_trunk": self.value_trunk,
             "lora": self.lora,

@@ -19,6 +19,8 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
+from textgym.sampling import SamplingSettings
+
 if TYPE_CHECKING:
     from textgym.agents.saved_agent import SavedAgent
 
@@ -40,6 +42,7 @@ def write_agent(model: SavedAgent, folder: Path) -> None:
         "agent": type(model).__name__,
         "arguments": {name: _as_json(_argument(model, name)) for name in names},
         "policy": {name: getattr(model.policy, name) for name in _POLICY},
+        "sampling": model.policy.sampling.as_dict(),
         "dtype": str(model.policy.language_model.model.dtype).removeprefix("torch."),
         "context": model.policy.context,
         "vocab_size": int(model.action_space.n),  # type: ignore[attr-defined]
@@ -102,6 +105,14 @@ def arguments_of(configuration: dict[str, Any], overrides: dict[str, Any]) -> di
                 )
         arguments[name] = value
     return arguments
+
+
+def sampling_of(configuration: dict[str, Any]) -> SamplingSettings:
+    """How the agent samples.
+
+    :raises ValueError: if the configuration doesn't say it in a way that is possible
+    """
+    return SamplingSettings.from_dict(configuration["sampling"])
 
 
 def load_value_head(model: SavedAgent, folder: Path) -> None:

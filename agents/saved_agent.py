@@ -16,6 +16,7 @@ from textgym.agents.pretrained import (
     load_value_head,
     pickled_names,
     read_agent,
+    sampling_of,
     stored_spaces,
     write_agent,
 )
@@ -120,6 +121,7 @@ class SavedAgent(OnPolicyAlgorithm):
         language_model = load_language_model(str(directory), device=device, dtype=configuration["dtype"])
         policy_kwargs = {
             **configuration["policy"],
+            "sampling": sampling_of(configuration),
             **arguments.pop("policy_kwargs", {}),
             "language_model": language_model.trainable_copy(),
         }

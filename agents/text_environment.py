@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 from textgym.language_model import LanguageModel
+from textgym.sampling import SamplingSettings
 
 TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
 
@@ -37,6 +38,12 @@ class TextEnvironment:
     @property
     def temperature(self) -> float:
         return float(self._get("temperature"))
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How an agent samples here."""
+        settings: SamplingSettings = self._get("sampling")
+        return settings
 
     @property
     def masking(self) -> bool:
@@ -106,11 +113,15 @@ class TextEnvironment:
         model: LanguageModel = self.vec_env.env_method("policy_language_model", device, indices=[0])[0]
         return model
 
-    def shared_language_model(self, device: torch.device) -> LanguageModel:
-        """The environment's language model itself, for an adapter beside its weights; a copy from another process."""
+    def reference_language_model(self) -> LanguageModel:
+        """What the KL is measured against, and whose likeliest tokens may be sampled; a copy from another process."""
         if self.rows is not None:
             return self.rows.reference_language_model()
-        if isinstance(self.vec_env.unwrapped, DummyVecEnv):
-            model: LanguageModel = self.vec_env.env_method("reference_language_model", indices=[0])[0]
-            return model
+        model: LanguageModel = self.vec_env.env_method("reference_language_model", indices=[0])[0]
+        return model
+
+    def shared_language_model(self, device: torch.device) -> LanguageModel:
+        """The environment's language model itself, for an adapter beside its weights; a copy from another process."""
+        if self.rows is not None or isinstance(self.vec_env.unwrapped, DummyVecEnv):
+            return self.reference_language_model()
         return self.policy_language_model(device)

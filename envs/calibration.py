@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from textgym.envs.options import TextGenOptions
+from textgym.action_masks import masks_of
 from textgym.generation import complete_rows
 from textgym.language_model import LanguageModel
 from textgym.prompts import PromptSource
 from textgym.rewards import Reward
+from textgym.sampling import SamplingSettings
 
 SAMPLES = 256
 BATCH = 64
@@ -21,15 +22,17 @@ def calibrate(
     reward: Reward,
     model: LanguageModel,
     prompts: PromptSource,
-    options: TextGenOptions,
+    sampling: SamplingSettings,
     encode: Callable[[str], list[int]],
 ) -> None:
     """Sample complete texts from the reference model and calibrate every ``.normalized()`` part on their scores.
 
     The samples are the same in every run and touch no random state but their own.
 
+    :param sampling: how an agent samples
     :param encode: token ids of a prompt, as the environment cuts them
     """
+    masks = masks_of(sampling, model, model)
     rng, generator = np.random.default_rng(0), torch.Generator(device=model.device).manual_seed(0)
     batches = []
     for _ in range(SAMPLES // BATCH):
@@ -39,10 +42,10 @@ def calibrate(
                 model,
                 rows,
                 [encode(row.prompt) for row in rows],
-                max_new_tokens=options.max_new_tokens,
-                min_new_tokens=options.min_new_tokens,
-                temperature=options.temperature,
-                forbidden=model.vocabulary.special_token_ids if options.action_masking else (),
+                max_new_tokens=sampling.max_new_tokens,
+                min_new_tokens=sampling.min_new_tokens,
+                temperature=sampling.temperature,
+                masks=masks,
                 generator=generator,
             )
         )

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from textgym.envs.options import TextGenOptions, share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
+from textgym.sampling import SamplingSettings
 from textgym.vocabulary import Vocabulary
 
 
@@ -141,6 +142,11 @@ class TextGenEnv(gym.Env):
     def max_new_tokens(self) -> int:
         """Budget of a completion, in tokens."""
         return self._rows.max_new_tokens
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How an agent samples here: what else samples from its policy does so, too."""
+        return self._rows.sampling
 
     @property
     def masking(self) -> bool:

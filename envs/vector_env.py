@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from transformers import PreTrainedTokenizerBase
 
-from textgym.envs.action_masks import ActionMasks
+from textgym.action_masks import ActionMasks
 from textgym.envs.calibration import calibrate
 from textgym.envs.deferred import PendingSteps
 from textgym.envs.infos import VectorInfos
@@ -34,6 +34,7 @@ from textgym.language_model import (
 )
 from textgym.prompts import PromptRow, as_prompt_source
 from textgym.rewards import Reward, as_reward
+from textgym.sampling import SamplingSettings
 
 
 class TextGenVectorEnv(VectorEnv):
@@ -102,7 +103,7 @@ class TextGenVectorEnv(VectorEnv):
         )
         self._masks: ActionMasks | None = None
         if self.masking:
-            self._masks = ActionMasks(self.options, self.vocabulary, self._model, self.context)
+            self._masks = ActionMasks(self.sampling, self.vocabulary, self._model)
             self._allowed = np.ones((num_envs, self.vocab_size), dtype=bool)  # in the current states
 
         self.single_observation_space = spaces.Dict(
@@ -132,6 +133,20 @@ class TextGenVectorEnv(VectorEnv):
     def temperature(self) -> float:
         """Divides the logits of reference and policy alike."""
         return float(self.options.temperature)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How an agent samples here: what else samples from its policy does so, too."""
+        return SamplingSettings(
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.options.min_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            temperature=self.temperature,
+            stop=self.options.stop_strings,
+            action_masking=self.options.action_masking,
+            top_k=self.options.top_k,
+            top_p=float(self.options.top_p),
+        )
 
     @property
     def masking(self) -> bool:
@@ -231,7 +246,7 @@ class TextGenVectorEnv(VectorEnv):
                 self._reward,
                 self._load_model(),
                 self._prompts,
-                self.options,
+                self.sampling,
                 lambda prompt: self._fit(self.vocabulary.encode(prompt), prompt),
             )
         fixed = self._fixed_prompts(prompt, rows)
@@ -449,8 +464,8 @@ class TextGenVectorEnv(VectorEnv):
         cached, computes the same as one that was never stopped.
         """
         self._scorer.forget(np.arange(self.num_envs))
-        if self._masks is not None and self._model is not None:
-            self._model.cached(self.context).forget(np.arange(self.num_envs))
+        if self._masks is not None:
+            self._masks.forget(np.arange(self.num_envs), self.context)
 
     def state_dict(self) -> dict[str, Any]:
         """Where every episode stands, the random state and β, as arrays and plain data.
@@ -522,7 +537,7 @@ class TextGenVectorEnv(VectorEnv):
         if self._masks is not None:
             texts = self._texts
             self._allowed[rows] = self._masks.of(
-                texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], texts.done[rows], rows
+                texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], rows, texts.done[rows]
             )
 
     def _reward_step(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -15,11 +16,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from textgym.action_masks import ActionMasks, masks_of
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import PrefixBatch, Reward
+from textgym.sampling import SamplingSettings, check_at_least
+
+MASK_ELEMENTS = 2**25  # most entries of a mask held at once while scoring (32 MiB); bounds memory, not results
 
 # Also whatever else as_prompt_source takes and has an end, such as the path of a file.
 Prompts: TypeAlias = Sequence[str] | Sequence[PromptRow] | Sequence[Mapping[str, Any]] | PromptRows
@@ -215,16 +220,14 @@ def evaluate(
     reference: LanguageModel,
     reward: Reward,
     prompts: Prompts,
+    sampling: SamplingSettings | None = None,
     *,
+    restricting: LanguageModel | None = None,
     completions_per_prompt: int = 1,
-    max_new_tokens: int = 32,
-    min_new_tokens: int = 0,
-    temperature: float = 1.0,
-    stop: str | Sequence[str] | None = None,
-    max_prompt_tokens: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Complete each prompt and measure the texts.
 
@@ -236,29 +239,28 @@ def evaluate(
     :param reward: Φ
     :param prompts: texts, rows with further columns, what ``load_prompt_file`` returns, or another finite source that
         ``as_prompt_source`` takes; each shorter than the model's context by ``max_new_tokens``
+    :param sampling: how completions are sampled; an environment's ``sampling`` is how a policy is trained in it.
+        Log-probabilities are those of what was sampled from: at the same temperature, under the same masks
+    :param restricting: whose likeliest tokens top-k and top-p are; default the reference
     :param completions_per_prompt: how many of each prompt
-    :param temperature: of sampling; log-probabilities are taken at the same temperature, as the environment does
-    :param stop: strings that end a completion, with the token that completes one
-    :param max_prompt_tokens: longer prompts are cut on the left, with one warning, as the environment does; None for
-        prompts that all have to fit the model's context
     :param batch_size: completions written side by side
     :param seed: of the sampling
     :param progress: called after each batch with the number of texts done and of all texts
+    :param settings: of :class:`~textgym.sampling.SamplingSettings`, in the place of those of ``sampling``
     :raises ValueError: if there are no prompts, one is too long or of no token, the reference has another vocabulary
         than the model, or a number is out of range
     """
-    if reference is not model and reference.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise ValueError(
-            f"the reference {reference.name} has another vocabulary than the model {model.name}: KL and perplexity "
-            "compare the same tokens; give the model that training started from"
-        )
-    _check_at_least("completions_per_prompt", completions_per_prompt, 1)
+    sampling = _with_settings(sampling, settings)
+    check_reference(model, reference)
+    check_at_least("completions_per_prompt", completions_per_prompt, 1)
     rows = [row for row in _as_rows(prompts, model) for _ in range(completions_per_prompt)]
     parts, finish_reasons = [], []
-    sampling = _Sampling(max_new_tokens, min_new_tokens, temperature, _as_stop_strings(stop), max_prompt_tokens)
-    for batch, reasons in sampling.batches(model, rows, batch_size, seed):
-        log_prob = completion_log_probs(model, batch, temperature)
-        ref_log_prob = completion_log_probs(reference, batch, temperature)
+    masks = masks_of(sampling, model, restricting or reference)
+    for batch, reasons in _batches(sampling, masks, model, rows, batch_size, seed):
+        log_prob, ref_log_prob = (
+            np.array([tokens.sum() for tokens in each])
+            for each in _log_probs((model, reference), batch, sampling.temperature, masks)
+        )
         reward.forget(batch.rows)  # what was scored before must not show, not even in the last bits
         parts.append((batch, reward.potentials(batch), log_prob - ref_log_prob, ref_log_prob))
         finish_reasons += reasons
@@ -277,15 +279,22 @@ def evaluate(
             "reference": reference.name,
             "reward": reward.name,
             "completions_per_prompt": completions_per_prompt,
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens,
-            "temperature": temperature,
-            "stop": list(sampling.stop),
-            "max_prompt_tokens": max_prompt_tokens,
+            **sampling.as_dict(),
             "batch_size": batch_size,
             "seed": seed,
         },
     )
+
+
+def check_reference(model: LanguageModel, reference: LanguageModel) -> None:
+    """:raises ValueError: if the two don't have the same tokens"""
+    if reference is not model and (
+        reference.vocab_size != model.vocab_size or reference.tokenizer.get_vocab() != model.tokenizer.get_vocab()
+    ):
+        raise ValueError(
+            f"the reference {reference.name} has another vocabulary than the model {model.name}: KL and perplexity "
+            "compare the same tokens; give the model that training started from"
+        )
 
 
 @dataclass
@@ -330,15 +339,13 @@ def score_tokens(
     reference: LanguageModel | None,
     reward: Reward,
     prompts: Prompts,
+    sampling: SamplingSettings | None = None,
     *,
-    max_new_tokens: int = 32,
-    min_new_tokens: int = 0,
-    temperature: float = 1.0,
+    restricting: LanguageModel | None = None,
     deterministic: bool = False,
-    stop: str | Sequence[str] | None = None,
-    max_prompt_tokens: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    **settings: Any,
 ) -> list[ScoredCompletion]:
     """Complete each prompt once and say what every token was worth: its instant reward and its KL.
 
@@ -348,13 +355,15 @@ def score_tokens(
     The other parameters and what is raised: as for :func:`evaluate`.
     """
     scored = []
-    sampling = _Sampling(
-        max_new_tokens, min_new_tokens, temperature, _as_stop_strings(stop), max_prompt_tokens, deterministic
-    )
-    for batch, reasons in sampling.batches(model, _as_rows(prompts, model), batch_size, seed):
+    sampling = _with_settings(sampling, settings)
+    if reference is not None:
+        check_reference(model, reference)
+    masks = masks_of(sampling, model, restricting or reference)
+    rows = _as_rows(prompts, model)
+    for batch, reasons in _batches(sampling, masks, model, rows, batch_size, seed, deterministic):
         kl: list[np.ndarray] | list[None] = [None] * len(batch)
         if reference is not None:
-            own, other = (token_log_probs(one, batch, temperature) for one in (model, reference))
+            own, other = _log_probs((model, reference), batch, sampling.temperature, masks)
             kl = [a - b for a, b in zip(own, other, strict=True)]
         reward.forget(batch.rows)
         potentials = reward.prefix_potentials(batch, [np.arange(n + 1) for n in batch.completion_lengths.tolist()])
@@ -374,97 +383,118 @@ def score_tokens(
     return scored
 
 
-def completion_log_probs(model: LanguageModel, batch: PrefixBatch, temperature: float = 1.0) -> np.ndarray:
+def completion_log_probs(
+    model: LanguageModel, batch: PrefixBatch, temperature: float = 1.0, masks: ActionMasks | None = None
+) -> np.ndarray:
     """Log-probability of each completion given its prompt, ``(B,)`` in nats, from one teacher-forced pass."""
-    return np.array([log_probs.sum() for log_probs in token_log_probs(model, batch, temperature)])
+    return np.array([log_probs.sum() for log_probs in token_log_probs(model, batch, temperature, masks)])
+
+
+def token_log_probs(
+    model: LanguageModel, batch: PrefixBatch, temperature: float = 1.0, masks: ActionMasks | None = None
+) -> list[np.ndarray]:
+    """Log-probability of each token of B completions, in nats, from one teacher-forced pass.
+
+    :param masks: what the distributions are restricted to; a token that was chosen against them counts as allowed
+    :return: B arrays ``(T,)`` float64
+    """
+    return _log_probs((model,), batch, temperature, masks)[0]
 
 
 @torch.no_grad()
-def token_log_probs(model: LanguageModel, batch: PrefixBatch, temperature: float = 1.0) -> list[np.ndarray]:
-    """Log-probability of each token of B completions, in nats, from one teacher-forced pass.
-
-    :return: B arrays ``(T,)`` float64
-    """
+def _log_probs(
+    models: Sequence[LanguageModel], batch: PrefixBatch, temperature: float, masks: ActionMasks | None
+) -> list[list[np.ndarray]]:
+    """:func:`token_log_probs` of several models, under the same masks."""
     counts = batch.completion_lengths
     rows = np.repeat(np.arange(len(batch)), counts)
     at = np.concatenate([np.arange(p, n) for p, n in zip(batch.prompt_lengths, batch.lengths, strict=True)])
-    machine = model.cached(batch.input_ids.shape[1])
-    hidden = machine.hidden_at(batch.input_ids, batch.lengths, rows, at - 1, batch.prompt_lengths)  # (M, H)
-    tokens = torch.as_tensor(batch.input_ids[rows, at], device=model.device)
-    chosen, _ = model.token_log_probs(hidden, tokens, temperature, with_entropy=False)
-    return np.split(chosen.double().cpu().numpy(), np.cumsum(counts)[:-1])
+    tokens = batch.input_ids[rows, at]  # (M,)
+
+    def hidden_of(model: LanguageModel) -> torch.Tensor:  # (M, H)
+        machine = model.cached(batch.input_ids.shape[1])
+        return machine.hidden_at(batch.input_ids, batch.lengths, rows, at - 1, batch.prompt_lengths)
+
+    restricting = None if masks is None or masks.model is None else hidden_of(masks.model)
+    written = at - batch.prompt_lengths[rows]
+    found = []
+    for model in models:
+        hidden, chosen = hidden_of(model), []
+        size = len(tokens) if masks is None else max(1, MASK_ELEMENTS // model.vocab_size)
+        for start in range(0, len(tokens), size):
+            part = slice(start, start + size)
+            own = torch.as_tensor(tokens[part], device=model.device)
+            allowed = None
+            if masks is not None:
+                mask = masks.at(written[part], None if restricting is None else restricting[part])
+                allowed = torch.as_tensor(mask, device=model.device).scatter(1, own[:, None], True)
+            log_probs, _ = model.token_log_probs(hidden[part], own, temperature, allowed, with_entropy=False)
+            chosen.append(log_probs.double().cpu().numpy())
+        found.append(np.split(np.concatenate(chosen), np.cumsum(counts)[:-1]))
+    return found
 
 
-@dataclass
-class _Sampling:
-    """How completions are written; the names are those of :func:`evaluate`."""
+def _with_settings(sampling: SamplingSettings | None, settings: Mapping[str, Any]) -> SamplingSettings:
+    return dataclasses.replace(SamplingSettings() if sampling is None else sampling, **settings)
 
-    max_new_tokens: int
-    min_new_tokens: int
-    temperature: float
-    stop: tuple[str, ...]
-    max_prompt_tokens: int | None
-    deterministic: bool = False
 
-    def __post_init__(self) -> None:
-        _check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        _check_at_least("min_new_tokens", self.min_new_tokens, 0)
-        if self.max_prompt_tokens is not None:
-            _check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature={self.temperature!r} must be finite and greater than 0")
+def _batches(
+    sampling: SamplingSettings,
+    masks: ActionMasks | None,
+    model: LanguageModel,
+    rows: Sequence[PromptRow],
+    batch_size: int,
+    seed: int,
+    deterministic: bool = False,
+) -> Iterator[tuple[PrefixBatch, list[str]]]:
+    """Batches of completions, and why each of them ended."""
+    check_at_least("batch_size", batch_size, 1)
+    starts = _encoded(sampling, model, [row.prompt for row in rows])  # all of them before the first is completed
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    for start in range(0, len(rows), batch_size):
+        batch = complete_rows(
+            model,
+            rows[start : start + batch_size],
+            starts[start : start + batch_size],
+            max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
+            temperature=sampling.temperature,
+            deterministic=deterministic,
+            masks=masks,
+            generator=generator,
+        )
+        batch, stopped = cut_at_stop_strings(batch, sampling.stop, sampling.min_new_tokens)
+        ends = zip(batch.finished.tolist(), stopped.tolist(), strict=True)
+        yield batch, ["eos" if at_eos else "stop" if at_stop else "length" for at_eos, at_stop in ends]
 
-    def batches(
-        self, model: LanguageModel, rows: Sequence[PromptRow], batch_size: int, seed: int
-    ) -> Iterator[tuple[PrefixBatch, list[str]]]:
-        """Batches of completions, and why each of them ended."""
-        _check_at_least("batch_size", batch_size, 1)
-        starts = self._encoded(model, [row.prompt for row in rows])  # all of them before the first is completed
-        generator = torch.Generator(device=model.device).manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            batch = complete_rows(
-                model,
-                rows[start : start + batch_size],
-                starts[start : start + batch_size],
-                max_new_tokens=self.max_new_tokens,
-                min_new_tokens=self.min_new_tokens,
-                temperature=self.temperature,
-                deterministic=self.deterministic,
-                generator=generator,
+
+def _encoded(sampling: SamplingSettings, model: LanguageModel, prompts: list[str]) -> list[list[int]]:
+    """Token ids of the prompts, cut where that was asked for."""
+    encoded = []
+    cut: list[str] = []
+    for prompt in prompts:
+        ids = model.encode(prompt)
+        if not ids:
+            raise ValueError(
+                f"the tokenizer makes no token of the prompt {prompt[:60]!r}; give prompts that have at least one"
             )
-            batch, stopped = cut_at_stop_strings(batch, self.stop, self.min_new_tokens)
-            ends = zip(batch.finished.tolist(), stopped.tolist(), strict=True)
-            yield batch, ["eos" if at_eos else "stop" if at_stop else "length" for at_eos, at_stop in ends]
-
-    def _encoded(self, model: LanguageModel, prompts: list[str]) -> list[list[int]]:
-        """Token ids of the prompts, cut where that was asked for."""
-        encoded = []
-        cut: list[str] = []
-        for prompt in prompts:
-            ids = model.encode(prompt)
-            if not ids:
-                raise ValueError(
-                    f"the tokenizer makes no token of the prompt {prompt[:60]!r}; give prompts that have at least one"
-                )
-            if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-                ids = model.vocabulary.cut_left(ids, self.max_prompt_tokens)
-                cut.append(prompt)
-            limit = model.vocabulary.context_limit
-            if limit is not None and len(ids) + self.max_new_tokens > limit:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} are together more than "
-                    f"the context of {limit} tokens that {model.name} has: {prompt[:60]!r}..."
-                )
-            encoded.append(ids)
-        if cut:
-            warnings.warn(
-                f"{len(cut)} of {len(prompts)} prompts are longer than max_prompt_tokens={self.max_prompt_tokens} and "
-                f"were cut on the left, such as {cut[0][:60]!r}...",
-                stacklevel=4,
+        if sampling.max_prompt_tokens is not None and len(ids) > sampling.max_prompt_tokens:
+            ids = model.vocabulary.cut_left(ids, sampling.max_prompt_tokens)
+            cut.append(prompt)
+        limit = model.vocabulary.context_limit
+        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are together more than "
+                f"the context of {limit} tokens that {model.name} has: {prompt[:60]!r}..."
             )
-        return encoded
+        encoded.append(ids)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(prompts)} prompts are longer than max_prompt_tokens={sampling.max_prompt_tokens} and "
+            f"were cut on the left, such as {cut[0][:60]!r}...",
+            stacklevel=4,
+        )
+    return encoded
 
 
 def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:
@@ -474,16 +504,3 @@ def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:
     if not isinstance(source, PromptRows):
         raise TypeError(f"prompts is a {type(source).__name__}, which has no end; give a list of prompts")
     return list(source)
-
-
-def _as_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in strings:
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"stop={stop!r} must be a non-empty string or a list of them, found {text!r}")
-    return strings
-
-
-def _check_at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {low}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from textgym.language_model import LanguageModel, log_distribution
 from textgym.prompts import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
 from textgym.turns import TurnTokens
+
+if TYPE_CHECKING:
+    from textgym.action_masks import ActionMasks
 
 
 def sample_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -45,6 +48,7 @@ def complete(
     temperature: float = 1.0,
     deterministic: bool = False,
     forbidden: Sequence[int] = (),
+    masks: ActionMasks | None = None,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """Complete token prompts, all rows side by side.
@@ -55,6 +59,7 @@ def complete(
     :param temperature: divides the logits
     :param deterministic: take the most likely token instead of sampling
     :param forbidden: tokens that are never produced
+    :param masks: what else may not be produced, state by state
     :return: B lists of completion token ids
     """
     context = max(len(ids) for ids in prompts) + max_new_tokens
@@ -66,6 +71,8 @@ def complete(
         row[: len(prompt)] = prompt
     running = np.arange(len(prompts))
     cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
+    if masks is not None:
+        masks.forget(running, context)
     reordered = model.reordered_weights(len(prompts), max_new_tokens)
     ends = list(model.end_ids)
     for step in range(max_new_tokens):
@@ -74,7 +81,12 @@ def complete(
         banned = [*forbidden, *ends] if step < min_new_tokens else list(forbidden)
         if banned:
             logits[:, banned] = -torch.inf
-        tokens = logits.argmax(-1) if deterministic else sample_tokens(log_distribution(logits, temperature), generator)
+        allowed: Tensor | None = None
+        if masks is not None:
+            mask = masks.of(ids[running], lengths[running], prompt_lengths[running], running)
+            allowed = torch.as_tensor(mask, device=logits.device)
+        log_probs = log_distribution(logits, temperature, allowed)
+        tokens = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs, generator)
         chosen = tokens.cpu().numpy()
         ids[running, lengths[running]] = chosen
         lengths[running] += 1

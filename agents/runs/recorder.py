@@ -178,19 +178,8 @@ class RunRecorder(BaseCallback):
 
 def held_out_evaluation(model: TextOnPolicyAlgorithm, envs: TextGenVectorEnv, prompts: list[PromptRow]) -> Evaluation:
     """One completion of each prompt, sampled as in training and the same in every evaluation of the same weights."""
-    options = envs.options
-    return evaluate(
-        model.policy.language_model,
-        envs.reference_language_model(),
-        envs.reward,
-        prompts,
-        max_new_tokens=envs.max_new_tokens,
-        min_new_tokens=options.min_new_tokens,
-        temperature=envs.temperature,
-        stop=options.stop_strings,
-        max_prompt_tokens=envs.max_prompt_tokens,
-        seed=0,
-    )
+    reference = envs.reference_language_model()
+    return evaluate(model.policy.language_model, reference, envs.reward, prompts, envs.sampling, seed=0)
 
 
 def sample_table(rows: list[dict[str, Any]]) -> str:
