@@ -529,13 +529,17 @@ def test_a_context_beyond_the_models_positions_is_refused():
         CachedModel(LLAMA, CONTEXT + 1)
 
 
-def test_a_context_beyond_the_sliding_window_is_refused():
-    config = MistralConfig(vocab_size=64, **SHAPE, num_key_value_heads=1, sliding_window=8)
+def test_rows_may_be_longer_than_the_sliding_window():
+    config = MistralConfig(vocab_size=64, **SHAPE, num_key_value_heads=1, sliding_window=8, initializer_range=0.2)
     model = MistralForCausalLM(config).eval()
-    with pytest.raises(ValueError, match=r"context=9 .*\(8\)"):
-        CachedModel(model, 9)
-    ids = random_ids(np.random.default_rng(0), 1, 8)
-    assert difference(model, CachedModel(model, 8).last_hidden(ids, np.array([8])), ids, np.array([8])) < 1e-4
+    forwards, machine, walk = Forwards(model), CachedModel(model, 24), Walk(rows=3, width=24, seed=0)
+    walk.lengths = np.array([10, 3, 7])
+    for step in range(14):
+        got = machine.last_hidden(walk.ids, walk.lengths)
+        assert forwards.take() == [(3, 1 if step else 10)]
+        assert difference(model, got, walk.ids, walk.lengths) < 1e-4
+        forwards.take()
+        walk.lengths += 1
 
 
 @pytest.mark.parametrize(
@@ -567,7 +571,7 @@ def test_a_context_beyond_the_sliding_window_is_refused():
     ],
     ids=["positions", "window", "no window", "window switched off", "window in use", "longrope"],
 )
-def test_the_context_limit_is_what_rows_of_any_length_can_attend_to(config, limit):
+def test_the_context_limit_is_how_many_tokens_all_see_each_other(config, limit):
     assert context_limit(config) == limit
 
 

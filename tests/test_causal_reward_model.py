@@ -57,7 +57,7 @@ def classifier(architecture: str) -> torch.nn.Module:
         return Qwen2ForSequenceClassification(
             Qwen2Config(**shape, **sizes, intermediate_size=64, max_position_embeddings=CONTEXT)
         )
-    if architecture == "bloom":  # positions come from the attention mask: no slot cache can serve it
+    if architecture == "bloom":  # its positions come from the attention mask
         return BloomForSequenceClassification(BloomConfig(**shape, hidden_size=32, n_layer=2, n_head=2))
     if architecture == "mistral":  # its attention window is shorter than the texts
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -133,12 +133,11 @@ def test_stepping_with_the_cache_equals_one_pass_equals_hugging_face(architectur
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mistral"])
-def test_what_the_slot_cache_can_not_serve_is_stepped_by_whole_prefixes(architecture, batch):
+def test_positions_from_the_mask_and_rows_beyond_a_window_are_scored_as_by_the_model(architecture, batch):
     model = classifier(architecture)
     reward = CausalRewardModel(model, TOKENIZER)
     steps = [np.minimum(step, batch.completion_lengths) for step in range(max(map(len, COMPLETIONS)) + 1)]
-    with pytest.warns(UserWarning, match=f"reward={type(model).__name__}: every new token .* exact but slow"):
-        stepped_scores = [reward.potentials(batch.at(np.arange(3), lengths)) for lengths in steps]
+    stepped_scores = [reward.potentials(batch.at(np.arange(3), lengths)) for lengths in steps]
     in_one_pass = reward.prefix_potentials(batch, all_lengths(batch))
     for lengths, stepped in zip(steps, stepped_scores, strict=True):
         for row, length in enumerate(lengths):

@@ -259,8 +259,8 @@ def test_what_is_compiled_depends_on_what_else_the_policy_does():
         assert acting is stepping or not acting.compile_learning
 
 
-def test_what_has_no_cache_is_not_compiled_in_silence():
+def test_what_does_not_step_with_one_forward_for_all_rows_is_not_compiled_in_silence():
     mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, pad_token_id=0))
     env = tiny_vector_env(2, language_model=LanguageModel(mamba, tiny_tokenizer(), "mine"))
-    with pytest.raises(ValueError, match=r"compile=True: .*mine \(MambaForCausalLM\) is not stepped with a cache"):
+    with pytest.raises(ValueError, match=r"compile=True: .*mine \(MambaForCausalLM\) is not stepped with one forward"):
         tiny_ppo(env, policy_kwargs={"compile": True})

@@ -1,8 +1,9 @@
-"""Models that the slot cache can't serve are stepped exactly, by whole prefixes; those that can't be are refused."""
+"""Models of any kind are stepped exactly: in groups or by whole prefixes where need be; others are refused."""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -35,6 +38,7 @@ from transformers import (
 
 from textgym.cached_model import CachedModel
 from textgym.generation import complete
+from textgym.grouped_model import GroupedModel
 from textgym.language_model import LanguageModel
 from textgym.prefix_model import PrefixModel
 from textgym.vocabulary import context_limit, position_limit
@@ -44,7 +48,7 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 LLAMA_SHAPE = {**SHAPE, "intermediate_size": 64, "max_position_embeddings": CONTEXT}
 WINDOW = 6
 
-SLOW = {
+GROUPED = {
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(**IDS, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.2)
     ),
@@ -68,6 +72,12 @@ SLOW = {
             initializer_range=0.2,
             max_position_embeddings=CONTEXT,
         )
+    ),
+}
+SLOW = {
+    # has no cache
+    "openai-gpt": lambda: OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(**IDS, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
     ),
 }
 WINDOWED = {
@@ -95,7 +105,7 @@ FAST = {
 def build(name: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return {**SLOW, **WINDOWED, **FAST}[name]().eval()
+        return {**GROUPED, **SLOW, **WINDOWED, **FAST}[name]().eval()
 
 
 def opened(name: str, context: int = 24) -> LanguageModel:
@@ -113,11 +123,15 @@ def plain_logits(model: PreTrainedModel, ids: np.ndarray, length: int) -> Tensor
     return model(input_ids=torch.as_tensor(ids[None, :length]), use_cache=False).logits[0, -1]
 
 
-@pytest.mark.parametrize("name", [*SLOW, *WINDOWED, *FAST])
+def machine_of(name: str) -> type[CachedModel]:
+    return GroupedModel if name in GROUPED else PrefixModel if name in SLOW else CachedModel
+
+
+@pytest.mark.parametrize("name", [*GROUPED, *SLOW, *WINDOWED, *FAST])
 def test_steps_and_teacher_forced_rows_equal_the_plain_forward_of_each_prefix(name):
     lm, rng = opened(name), np.random.default_rng(0)
     model, machine = lm.model, lm.cached(24)
-    assert isinstance(machine, PrefixModel) == (name not in FAST)
+    assert type(machine) is machine_of(name)
     ids, lengths = rng.integers(4, len(VOCABULARY), (4, 24)), np.array([9, 1, 4, 16])
     for step in range(8):
         stepped = lm.head(machine.last_hidden(ids, lengths))
@@ -131,7 +145,7 @@ def test_steps_and_teacher_forced_rows_equal_the_plain_forward_of_each_prefix(na
             ids[2], lengths[2] = rng.integers(4, len(VOCABULARY), 24), 3
 
 
-@pytest.mark.parametrize("name", [*SLOW, *WINDOWED])
+@pytest.mark.parametrize("name", [*GROUPED, *SLOW, *WINDOWED])
 def test_gradients_equal_those_of_the_plain_forward(name):
     lm, rng = opened(name), np.random.default_rng(1)
     ids, lengths = rng.integers(4, len(VOCABULARY), (3, 20)), np.array([20, 7, 13])
@@ -160,33 +174,84 @@ def test_the_warning_names_model_and_reason_and_comes_once_for_a_model_and_its_c
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_a_window_makes_only_rows_slow_that_are_longer(name):
+def test_rows_longer_than_a_window_are_stepped_with_the_cache(name):
     lm = LanguageModel(build(name), tiny_tokenizer())
-    assert type(lm.cached(WINDOW)) is CachedModel
-    with pytest.warns(UserWarning, match=f"rows of 20 tokens are longer than its attention window of {WINDOW}"):
-        assert isinstance(lm.cached(20), PrefixModel)
-    assert type(lm.cached(WINDOW)) is CachedModel
+    assert type(lm.cached(WINDOW)) is type(lm.cached(20)) is CachedModel  # warnings are errors
     assert context_limit(lm.model.config) == WINDOW
     assert position_limit(lm.model.config) == lm.vocabulary.context_limit == CONTEXT
     with pytest.raises(ValueError, match=rf"context={CONTEXT + 1} tokens is more than .* \({CONTEXT}\)"):
         lm.cached(CONTEXT + 1)
 
 
-def test_rows_seen_before_and_weights_unchanged_cost_nothing():
-    lm = opened("mamba")
-    forwards: list[tuple[int, ...]] = []
+def test_a_window_that_is_not_where_the_configuration_says_is_noticed():
+    lm = LanguageModel(build("gemma3"), tiny_tokenizer())
+    lm.model.config.layer_types = ["full_attention", "sliding_attention"]
+    for layer in lm.model.model.layers:  # attends to a token less than the window that the configuration names
+        attend = layer.self_attn.forward
+        layer.self_attn.forward = partial(shorter_window, attend)
+    with pytest.warns(UserWarning, match="exact but slow: with a cache of keys and values its logits differ by"):
+        assert isinstance(lm.cached(20), PrefixModel)
+
+
+def shorter_window(attend: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+    if attention_mask is not None and options.get("past_key_values") is None and attention_mask.shape[2] > 1:
+        attention_mask = attention_mask & ~torch.ones_like(attention_mask).tril(-1)
+    return attend(hidden_states=hidden_states, attention_mask=attention_mask, **options)
+
+
+@pytest.fixture
+def forwards(request):
+    """An opened model and the shapes of what goes through its trunk."""
+    lm, shapes = opened(request.param), []
     lm.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: forwards.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    return lm, shapes
+
+
+@pytest.mark.parametrize("forwards", ["openai-gpt"], indirect=True)
+def test_rows_seen_before_and_weights_unchanged_cost_nothing(forwards):
+    lm, shapes = forwards
     ids, lengths = np.random.default_rng(0).integers(4, 60, (3, 24)), np.array([5, 9, 2])
     first = lm.cached(24).last_hidden(ids, lengths).clone()
     assert torch.equal(lm.cached(24).last_hidden(ids[[1]], lengths[[1]], np.array([1])), first[[1]])
-    assert forwards == [(3, 9)]
+    assert shapes == [(3, 9)]
     lm.cached(24).last_hidden(ids, lengths + np.array([0, 1, 0]))
-    assert forwards == [(3, 9), (1, 10)]
+    assert shapes == [(3, 9), (1, 10)]
     with torch.no_grad():
-        lm.model.backbone.layers[0].mixer.in_proj.weight.mul_(2.0)
+        lm.model.transformer.h[0].mlp.c_fc.weight.mul_(2.0)
     assert (lm.cached(24).last_hidden(ids, lengths) - first).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("forwards", ["bloom", "gpt_neo"], indirect=True)
+def test_rows_of_the_same_length_step_together_and_each_token_is_forwarded_once(forwards):
+    lm, shapes = forwards
+    ids, lengths = np.random.default_rng(0).integers(4, 60, (4, 24)), np.array([5, 9, 5, 2])
+    machine = lm.cached(24)
+    machine.last_hidden(ids, lengths)
+    assert sorted(shapes) == [(1, 2), (1, 9), (2, 5)]
+    for step in range(1, 4):
+        machine.last_hidden(ids, lengths + step)
+    assert sorted(shapes[3:]) == [(1, 1)] * 6 + [(2, 1)] * 3
+    ids[3] = ids[1]  # begins as another row does, whose keys and values are copied
+    del shapes[:]
+    machine.last_hidden(ids, np.array([8, 12, 8, 11]))
+    assert shapes == [(1, 1)]
+
+
+@pytest.mark.parametrize("forwards", ["mamba", "mamba2"], indirect=True)
+def test_states_step_together_and_each_token_is_forwarded_once(forwards):
+    lm, shapes = forwards
+    ids, lengths = np.random.default_rng(0).integers(4, 60, (4, 24)), np.array([5, 9, 5, 1])
+    machine = lm.cached(24)
+    machine.last_hidden(ids, lengths)
+    assert sorted(shapes) == [(1, 1), (1, 9), (2, 5)]
+    machine.last_hidden(ids[[1, 3]], lengths[[1, 3]] + 1, np.array([1, 3]))
+    machine.last_hidden(ids, lengths + 1)
+    assert shapes[3:] == [(2, 1), (2, 1)]
+    del shapes[:]
+    machine.last_hidden(ids, np.array([6, 11, 5, 5]))  # a row is cut shorter, another several tokens longer
+    assert sorted(shapes) == [(1, 1), (2, 5)]
 
 
 def test_a_small_budget_changes_nothing(monkeypatch):
@@ -194,10 +259,11 @@ def test_a_small_budget_changes_nothing(monkeypatch):
     ids, lengths = np.random.default_rng(0).integers(4, 60, (5, 20)), np.array([20, 3, 11, 2, 17])
     expected = lm.cached(24).last_hidden(ids, lengths).clone()
     monkeypatch.setattr("textgym.cached_model.PREFILL_TOKENS", 25)
-    assert (PrefixModel(lm.model, 20).last_hidden(ids, lengths) - expected).abs().max() < 1e-5
+    for machine in (PrefixModel, GroupedModel):
+        assert (machine(lm.model, 20).last_hidden(ids, lengths) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral"])
+@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral", "openai-gpt"])
 def test_deterministic_completions_equal_those_of_generate(name):
     lm = opened(name)
     prompts = [[5, 6, 7], [20, 21], [30, 31, 32, 33, 34, 35]]
@@ -222,7 +288,7 @@ def test_ppo_learns_with_ratio_one_first_and_no_kl_at_the_start(name, scoring):
     assert not np.allclose(before, agent.policy.parameters_to_vector())
 
 
-@pytest.mark.parametrize("name", ["mamba", "bloom", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["mamba", "bloom", "gemma3", "openai-gpt"])
 def test_rows_with_prompts_of_a_shared_beginning_learn_and_their_log_probs_are_the_plain_forwards(name):
     prompts = ["we like this good film with the", "we like this very slow plot and the actor"]
     env = tiny_vector_env(4, language_model=opened(name), prompts=prompts, reward=count_liked)

@@ -6,12 +6,17 @@ differs, the same row again costs nothing, and when the weights have changed eve
 begins as another slot does, such as with the same prompt, gets that slot's states and only the rest is computed.
 
 It works on the trunk of any Hugging Face causal model (``model.base_model``), without touching the model's code, by
-passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask and explicit position ids.
+passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask, or one for each kind of layer where
+some see only a window, and explicit position ids. :mod:`textgym.grouped_model` is for models that take no such thing.
+
+Where layers keep a state instead of keys and values, a row can only go on from where it is: another text is read from
+its first token, together with those of the same length, since padding would change the state.
 :mod:`textgym.encoder_decoder` is the same for models that read the prompt with an encoder.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +25,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
+from textgym.layer_types import Reach, attention_reach
 from textgym.packing import pack, worth_packing
-from textgym.slot_cache import SlotCache
-from textgym.vocabulary import context_limit
+from textgym.slot_cache import SlotCache, has_states
+from textgym.vocabulary import position_limit
 
 SHARED_TOKENS = 4  # fewer are sooner read than copied from another slot
 PREFILL_TOKENS = 16_384  # most tokens forwarded at once when many rows start together; bounds memory, not results
@@ -36,7 +42,7 @@ class CachedModel:
     :param compile: whether decode steps run through ``torch.compile``: the first ones take up to minutes, the others
         less time. All slots then take part in a step, whoever asks, unless rows begin in it
     :param compile_learning: whether teacher-forced passes with gradients do
-    :raises ValueError: if ``context`` is larger than the model's positions or attention window
+    :raises ValueError: if ``context`` is larger than the model's positions
     """
 
     def __init__(
@@ -50,23 +56,24 @@ class CachedModel:
         self._compiled_pass = torch.compile(self._pass, dynamic=True) if compile_learning else None
         self.trunk: nn.Module = model.base_model
         self._weights = WeightsVersion(self.trunk)
-        limit = self._limit()
+        limit = position_limit(model.config)
         if limit is not None and context > limit:
             raise ValueError(
                 f"context={context} tokens is more than {type(model).__name__} can attend to exactly ({limit}): "
                 "use fewer prompt or completion tokens, or a model with a longer context"
             )
         self.context = context
+        self._reach = attention_reach(model.config, context)
         self._lengths = np.zeros(0, dtype=np.int64)  # (S,) how many cached tokens of each row are valid
         self.forget()
+
+    @cached_property
+    def _has_states(self) -> bool:
+        return has_states(self.model.config)
 
     @property
     def device(self) -> torch.device:
         return next(self.trunk.parameters()).device
-
-    def _limit(self) -> int | None:
-        """Most tokens a row can have, None for any number."""
-        return context_limit(self.model.config)
 
     def forget(self, rows: np.ndarray | None = None) -> None:
         """Drop everything cached.
@@ -118,7 +125,10 @@ class CachedModel:
         same = (common == lengths) & (self._lengths[rows] == lengths)
         # A row cut shorter needs its last hidden state again, which only the token's forward gives.
         common = np.where((common == lengths) & ~same, lengths - 1, common)
-        common = self._share(rows, ids, lengths, common)
+        if self._has_states:
+            common = np.where(same | (common == self._lengths[rows]) & (common == lengths - 1), common, 0)
+        else:
+            common = self._share(rows, ids, lengths, common)
         new = lengths - common  # (B,) tokens to forward
 
         # Where a forward is interrupted, its rows count as empty and not as computed.
@@ -162,7 +172,8 @@ class CachedModel:
         :param common: ``(B,)`` how many of these are cached already; where all are, there is nothing to do
         """
         new = lengths - common  # (B,) tokens to forward
-        decode, longer = np.flatnonzero(new == 1), np.flatnonzero(new > 1)
+        decode = np.flatnonzero((new == 1) & ((common > 0) | (not self._has_states)))
+        longer = np.setdiff1d(np.flatnonzero(new), decode)
         first = longer[first_alike(ids[longer], lengths[longer])]
         prefill, again = longer[first == longer], first != longer
         if len(decode) and len(prefill) and self._worth_joining(int(new[prefill].sum())):
@@ -170,10 +181,11 @@ class CachedModel:
             decode = prefill = prefill[:0]
         if len(decode):
             self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
-        at_once = max(1, PREFILL_TOKENS // int(new[prefill].max(initial=1)))
-        for start in range(0, len(prefill), at_once):
-            part = prefill[start : start + at_once]
-            self._prefill(rows[part], ids[part], common[part], new[part])
+        for group in groups(prefill, new) if self._has_states else [prefill]:
+            at_once = max(1, PREFILL_TOKENS // int(new[group].max(initial=1)))
+            for start in range(0, len(group), at_once):
+                part = group[start : start + at_once]
+                self._prefill(rows[part], ids[part], common[part], new[part])
         if again.any():
             self._copy(rows[first[again]], rows[longer[again]], int(lengths[longer[again]].max()))
 
@@ -212,32 +224,32 @@ class CachedModel:
         :return: ``(M, H)``
         """
         width = int(lengths.max())
-        window = context_limit(self.model.config)
-        # A mask of our own would show tokens that lie before a sliding window.
-        if not worth_packing(lengths, width) or (window is not None and width > window):
+        # A state would run on from one packed row into the next, and these masks are for rows of so many tokens.
+        packable = not self._has_states and attention_reach(self.model.config, max(width, self.context)) == self._reach
+        if not packable or not worth_packing(lengths, width):
             ids = torch.as_tensor(input_ids[:, :width], device=self.device)
-            hidden = self.hidden_states(ids, torch.as_tensor(lengths, device=self.device))
+            hidden = self.hidden_states(ids)
             return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
         self._forbid_dropout()
         packed = pack(as_numpy(input_ids), lengths)
         hidden = self._read(
             torch.as_tensor(packed.input_ids, device=self.device),
-            torch.as_tensor(packed.visible(), device=self.device),
+            torch.as_tensor(packed.together(), device=self.device),
             torch.as_tensor(packed.positions, device=self.device),
         )  # (R, W, H)
         into = torch.as_tensor(packed.into[rows], device=self.device)
         return hidden[into, torch.as_tensor(packed.offset[rows] + positions, device=self.device)]
 
-    def _read(self, input_ids: Tensor, visible: Tensor | None, positions: Tensor) -> Tensor:
+    def _read(self, input_ids: Tensor, together: Tensor | None, positions: Tensor) -> Tensor:
         """``(B, L, H)`` from a teacher-forced pass over ``(B, L)`` tokens; see :meth:`_pass`."""
         learning = self._compiled_pass is not None and torch.is_grad_enabled()
-        return (self._compiled_pass if learning else self._pass)(input_ids, visible, positions)  # type: ignore[misc]
+        return (self._compiled_pass if learning else self._pass)(input_ids, together, positions)  # type: ignore[misc]
 
-    def _pass(self, input_ids: Tensor, visible: Tensor | None, positions: Tensor) -> Tensor:
-        """:param visible: ``(B, L, L)`` bool, which tokens each token attends to; None for those up to itself"""
+    def _pass(self, input_ids: Tensor, together: Tensor | None, positions: Tensor) -> Tensor:
+        """:param together: ``(B, L, L)`` bool, which tokens are of one text; None where all of a row are"""
         hidden: Tensor = self.trunk(
             input_ids=input_ids,
-            attention_mask=None if visible is None else self._attention_mask(visible)[:, None],
+            attention_mask=None if together is None else self._masks(positions, positions[:, None, :], together),
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
@@ -268,7 +280,7 @@ class CachedModel:
     def _reserve(self, slots: int) -> None:
         """Cache memory for ``slots`` rows."""
         if self._cache is None:
-            self._cache = SlotCache(slots, self.context, self.device)
+            self._cache = SlotCache(slots, self.context, self.device, self.model.config)
         elif slots > self._cache.slots:
             self._cache.grow(slots)
 
@@ -278,7 +290,7 @@ class CachedModel:
         slots = self._cache.slots
         if len(rows) == slots and (rows == np.arange(slots)).all():
             hidden = self._forward(None, tokens[:, None], positions[:, None], positions[:, None])
-        elif 2 * len(rows) > slots or self._compiled is not None:
+        elif (2 * len(rows) > slots or self._compiled is not None) and not self._has_states:
             all_tokens, all_positions = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
             write = np.full(slots, self.context)  # rows that sit out write to the scratch place
             all_tokens[rows], all_positions[rows], write[rows] = tokens, positions, positions
@@ -299,10 +311,11 @@ class CachedModel:
     def _worth_joining(self, prefilled: int) -> bool:
         """Whether a few rows that begin anew, of so many tokens together, are read in the others' decode step.
 
-        One forward instead of two; but it copies the cached keys and values of each token's row.
+        One forward instead of two; but it copies the cached keys and values of each token's row. A state needs the
+        tokens one after the other.
         """
         assert self._cache is not None
-        return prefilled <= self._cache.slots
+        return prefilled <= self._cache.slots and not self._has_states
 
     def _join(self, which: np.ndarray, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, new: np.ndarray) -> None:
         """Forward the last ``new`` tokens of some rows at once, each as a batch row of one token.
@@ -333,27 +346,51 @@ class CachedModel:
         decoding = tokens.shape[1] == 1 and self._cache.is_initialized
         run = compiled if compiled is not None and decoding else self._run
         device = self._cache.device
-        return run(
-            None if rows is None else torch.as_tensor(rows, device=device),
+        slots = None if rows is None else torch.as_tensor(rows, device=device)
+        self._cache.take_states(slots, begun=bool(positions[0, 0]))
+        hidden = run(
+            slots,
             torch.as_tensor(tokens, device=device),
             torch.as_tensor(positions, device=device),
             torch.as_tensor(write, device=device),
             int(positions.max()) + 1,
         )
+        self._cache.keep_states(slots)
+        return hidden
 
     def _run(self, rows: Tensor | None, tokens: Tensor, positions: Tensor, write: Tensor, used: int) -> Tensor:
         """:meth:`_forward` on tensors; no token sees a position of ``used`` or more."""
         assert self._cache is not None
-        visible = torch.arange(used, device=tokens.device) <= positions[:, :, None]  # (B, T, used)
         self._cache.announce(rows, write, used)
         output = self.trunk(
             input_ids=tokens,
-            attention_mask=self._attention_mask(visible)[:, None],
+            attention_mask=self._masks(positions, torch.arange(used, device=tokens.device)),
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
         )
         return output.last_hidden_state  # (B, T, H)
+
+    def _masks(
+        self, queries: Tensor, keys: Tensor, together: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor | None]:
+        """What the model takes as ``attention_mask``: ``(B, 1, T, K)``, or such a mask for each kind of layer.
+
+        :param queries: ``(B, T)`` positions of the tokens that attend
+        :param keys: ``(K,)`` or ``(B, 1, K)`` positions of what they may attend to
+        :param together: ``(B, T, K)`` bool, which of these are of one text; None where all are
+        """
+        reaches = self._reach if isinstance(self._reach, dict) else {"": self._reach}
+        made: dict[Reach | None, Tensor | None] = {None: None}
+        for reach in reaches.values():
+            if reach is not None and reach not in made:
+                visible = reach.visible(queries, keys)
+                made[reach] = self._attention_mask(visible if together is None else visible & together)[:, None]
+        if isinstance(self._reach, dict):
+            return {kind: made[reach] for kind, reach in reaches.items()}
+        mask = made[self._reach]
+        assert mask is not None
+        return mask
 
     def _attention_mask(self, visible: Tensor) -> Tensor:
         """SDPA takes the boolean mask itself; the eager implementation adds the mask to the scores."""
@@ -368,6 +405,22 @@ class CachedModel:
         if self._hidden is None:
             self._hidden = hidden.new_zeros(len(self._lengths), hidden.shape[-1])
         self._hidden[torch.as_tensor(rows, device=hidden.device)] = hidden
+
+
+def groups(which: np.ndarray, *numbers: np.ndarray) -> list[np.ndarray]:
+    """Rows that have the same numbers, together. ::
+
+        >>> groups(np.array([0, 2, 3]), np.array([5, 7, 6, 5]))
+        [array([0, 3]), array([2])]
+
+    :param which: the rows
+    :param numbers: ``(B,)`` each, of all rows
+    """
+    if not len(which):
+        return []
+    _, kind = np.unique(np.stack([n[which] for n in numbers]), axis=1, return_inverse=True)
+    kind = kind.reshape(-1)  # numpy 2.0 gave it a second axis
+    return [which[kind == k] for k in range(int(kind.max()) + 1)]
 
 
 class WeightsVersion:

@@ -16,6 +16,7 @@ and those of the decoder's own tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from textgym import cached_model
-from textgym.cached_model import CachedModel, as_numpy
+from textgym.cached_model import CachedModel, as_numpy, groups
 from textgym.slot_cache import PromptCache
-from textgym.vocabulary import is_encoder_decoder, position_limit
+from textgym.vocabulary import is_encoder_decoder
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class EncoderDecoder(CachedModel):
         self._start_token = start_token_id(model.config)
         self._prompt_lengths = np.zeros(0, dtype=np.int64)  # (S,) of the rows behind the cached states
 
-    def _limit(self) -> int | None:
-        return position_limit(self.model.config)
+    @cached_property
+    def _has_states(self) -> bool:
+        return False  # these decoders keep keys and values
 
     def last_hidden(
         self,
@@ -332,10 +334,7 @@ class GroupedEncoderDecoder(CachedEncoderDecoder):
     """
 
     def _together(self, rows: np.ndarray, start: np.ndarray, end: np.ndarray) -> list[np.ndarray]:
-        kinds = np.stack([start[rows], end[rows]], axis=1)
-        _, which = np.unique(kinds, axis=0, return_inverse=True)
-        which = which.reshape(-1)  # numpy 2.0 gave it a second axis
-        return [rows[which == kind] for kind in range(int(which.max()) + 1)]
+        return groups(rows, start, end)
 
 
 def _rows_of(parts: EncoderDecoderInputs, rows: np.ndarray) -> EncoderDecoderInputs:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,13 +18,20 @@ from transformers import PreTrainedModel
 
 from textgym.cached_model import CachedModel
 from textgym.encoder_decoder import CachedEncoderDecoder, EncoderDecoder, GroupedEncoderDecoder, model_inputs
+from textgym.grouped_model import GroupedModel
 from textgym.prefix_model import PrefixModel
 from textgym.shared_weights import copy_sharing_weights
+from textgym.slot_cache import has_states
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 TOKENS = 8  # of the rows that are tried; less where the model's context is shorter
 PROMPT_TOKENS = np.array([3, 1])  # how many of these an encoder reads
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what configurations call them
+SMALL_WINDOW = 2
 FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError)
+
+
+Found: TypeAlias = "tuple[type[CachedModel], str | None]"  # a machinery, and why it is none with a cache
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class SteppedModel:
         """What may step it, from fast to slow; the last caches nothing and is exact where anything is."""
         if is_encoder_decoder(self.model.config):
             return CachedEncoderDecoder, GroupedEncoderDecoder, EncoderDecoder
-        return CachedModel, PrefixModel
+        return CachedModel, GroupedModel, PrefixModel
 
 
 class Stepping:
@@ -63,11 +71,9 @@ class Stepping:
         self.compile: bool = False if like is None else like.compile
         self.compile_learning: bool = False if like is None else like.compile_learning
         self._stepped = stepped
-        self._fast: type[CachedModel]
-        self._why_uncached: str | None
-        self._fast, self._why_uncached = fast_machine(stepped) if like is None else (like._fast, like._why_uncached)
-        self._cached: CachedModel | None = None
-        self._uncached: CachedModel | None = None
+        # For rows of any length, and for such as are longer than a window; the latter is found out when it is needed.
+        self._found: dict[bool, Found] = {False: fast_machine(stepped)} if like is None else like._found
+        self._machines: dict[bool, CachedModel] = {}
         self._told: set[str] = set() if like is None else like._told  # that it is slow, and why
 
     def machine(self, context: int) -> CachedModel:
@@ -78,24 +84,27 @@ class Stepping:
 
         :raises ValueError: if the model was not built for so many tokens
         """
-        stepped, reason, limit = self._stepped, self._why_uncached, context_limit(self._stepped.model.config)
-        if reason is None and limit is not None and context > limit:
-            reason = f"rows of {context} tokens are longer than its attention window of {limit}"
-        if reason is None:
-            if self._cached is None or self._cached.context < context:
-                self._cached = self._fast(stepped.model, context, self.compile, self.compile_learning)
-            return self._cached
-        if self._uncached is None or self._uncached.context < context:
-            self._uncached = stepped.machines[-1](stepped.model, context)
-            check_prefixes(stepped, position_limit(stepped.model.config))
-        if not self._told:
+        stepped, limit = self._stepped, context_limit(self._stepped.model.config)
+        positions = position_limit(stepped.model.config)
+        beyond = limit is not None and context > limit and limit != positions
+        if beyond not in self._found:
+            self._found[beyond] = machine_beyond_windows(stepped)
+        kind, reason = self._found[beyond]
+        machine = self._machines.get(beyond)
+        if machine is None or machine.context < context:
+            if kind is CachedModel:
+                machine = CachedModel(stepped.model, context, self.compile, self.compile_learning)
+            else:
+                machine = kind(stepped.model, context)
+            self._machines[beyond] = machine
+        if reason is not None and not self._told:
             self._told.add(reason)
             warnings.warn(
                 f"{stepped.name}: every new token of {type(stepped.model).__name__} costs a forward over the whole "
                 f"text before it, which is exact but slow: {reason}",
                 stacklevel=3,
             )
-        return self._uncached
+        return machine
 
     def set_compile(self, decoding: bool, learning: bool) -> None:
         """Compile the decode steps and teacher-forced passes with gradients from now on, or no longer.
@@ -109,25 +118,33 @@ class Stepping:
                 f"compile=True: {self._stepped.name} is an encoder-decoder ({type(self._stepped.model).__name__}), "
                 "whose decode steps change shape with the prompts; leave it False"
             )
-        if (decoding or learning) and self._why_uncached is not None:
-            kind = type(self._stepped.model).__name__
+        kind, reason = self._found[False]
+        if (decoding or learning) and kind is not CachedModel:
+            name = type(self._stepped.model).__name__
+            why = reason or "only rows of the same length step together, in forwards of ever other shapes"
             raise ValueError(
-                f"compile=True: {self._stepped.name} ({kind}) is not stepped with a cache, "
-                f"and nothing else is compiled: {self._why_uncached}; leave it False"
+                f"compile=True: {self._stepped.name} ({name}) is not stepped with one forward for all rows, and "
+                f"nothing else is compiled: {why}; leave it False"
+            )
+        if (decoding or learning) and has_states(self._stepped.model.config):
+            raise ValueError(
+                f"compile=True: layers of {self._stepped.name} ({type(self._stepped.model).__name__}) keep a state "
+                "of each text, and only steps with keys and values are compiled; leave it False"
             )
         self.compile, self.compile_learning = decoding, learning
-        self._cached = None
+        self._machines.clear()
 
     def forget(self, rows: np.ndarray | None = None) -> None:
         """Drop what is cached, of some rows or of all."""
-        for machine in (self._cached, self._uncached):
-            if machine is not None:
-                machine.forget(rows)
+        for machine in self._machines.values():
+            machine.forget(rows)
 
 
 @torch.no_grad()
-def fast_machine(stepped: SteppedModel) -> tuple[type[CachedModel], str | None]:
+def fast_machine(stepped: SteppedModel) -> Found:
     """The fastest machinery that gives this model's own probabilities, and why none with a slot cache does, or None.
+
+    This goes for rows in which each token sees all before it; see :func:`machine_beyond_windows`.
 
     :raises ValueError: if the model is none that predicts each token from those before it, or does more to its
         last hidden states than a linear layer
@@ -145,6 +162,46 @@ def fast_machine(stepped: SteppedModel) -> tuple[type[CachedModel], str | None]:
             f"layer applied to its last hidden states, and textgym computes them that way; use {_wanted(stepped)} "
             "model without further layers behind the last"
         )
+    return _fastest(stepped, plain, ids, stages)
+
+
+@torch.no_grad()
+def machine_beyond_windows(stepped: SteppedModel) -> Found:
+    """The same for rows that are longer than a window or chunk of the model's attention.
+
+    A window of thousands of tokens is too long to try. So it is the model with a window of two tokens that is tried:
+    the code is the same. Where a model does not heed what its configuration says, as when it made its masks when it
+    was built, that would show nothing, and rows are stepped by whole prefixes.
+    """
+    small = with_windows(stepped.model, SMALL_WINDOW)
+    limit = position_limit(stepped.model.config)
+    tried = replace(stepped, model=small)
+    ids, stages = _rows(tried, limit)
+    plain = check_prefixes(tried, limit)
+    wide = _each_alone(with_windows(stepped.model, ids.shape[1]), ids, stages).to(stepped.model.dtype)
+    if not _largest(plain - wide) > 2 * _tolerance(stepped, plain):
+        window = context_limit(stepped.model.config)
+        return stepped.machines[-1], f"what it does beyond its attention window of {window} tokens can't be tried"
+    return _fastest(tried, plain, ids, stages)
+
+
+def with_windows(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
+    """A copy over the same weights whose windows and chunks of attention are so many tokens long."""
+    small = copy_sharing_weights(model)
+    for module in small.modules():
+        for owner in (module, getattr(module, "config", None)):
+            for name in WINDOWS:
+                if isinstance(getattr(owner, name, None), int):
+                    setattr(owner, name, tokens)
+    return small
+
+
+def _fastest(stepped: SteppedModel, plain: Tensor, ids: Tensor, stages: np.ndarray) -> Found:
+    """The first machinery whose logits are those of plain forwards, and why none with a slot cache is, or None.
+
+    :param plain: ``(S, 2, H)`` hidden states of the plain forwards
+    """
+    logits = stepped.head(plain)  # (S, 2, V)
     *fast, slow = stepped.machines
     reason = None
     for machine in fast:

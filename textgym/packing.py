@@ -33,13 +33,11 @@ class PackedRows:
     into: np.ndarray
     offset: np.ndarray
 
-    def visible(self) -> np.ndarray:
-        """``(R, W, W)`` bool, which tokens (last axis) each token attends to; padding attends to itself."""
-        width = self.members.shape[1]
+    def together(self) -> np.ndarray:
+        """``(R, W, W)`` bool, which tokens (last axis) are of the same row as each token; padding is by itself."""
         same = self.members[:, :, None] == self.members[:, None, :]
-        causal = np.tril(np.ones((width, width), dtype=bool))
         real = (self.members >= 0)[:, None, :]
-        return (same & causal & real) | np.eye(width, dtype=bool)
+        return (same & real) | np.eye(self.members.shape[1], dtype=bool)
 
 
 def round_up(width: int) -> int:

@@ -1,4 +1,4 @@
-"""A preallocated KV cache in which every row has its own length.
+"""A preallocated KV cache in which every row has its own length, and a state where layers keep that instead.
 
 ``transformers``' own caches assume that all rows of a batch are equally long, or padded to look so. In reinforcement
 learning rows finish at different times and start again with another prompt, so this cache gives each row (a *slot*) a
@@ -10,11 +10,21 @@ It knows nothing about tokens, text or models: :mod:`textgym.cached_model` decid
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 
 class SlotLayer(CacheLayerMixin):
@@ -88,16 +98,102 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # what older versions of transformers call it
 
 
+class StateLayer(LinearAttentionLayer):
+    """States of one layer that keeps no keys and values but a state of the text so far, as Mamba's do.
+
+    Models read and overwrite such states in their own ways. So a forward gets those of its rows
+    (:meth:`take`), does with them what it does, and the result goes back to their slots (:meth:`keep`).
+
+    ``strips`` is the memory of all slots, ``(S, ...)`` for each state: the inputs of a convolution, and what recurs.
+    """
+
+    def __init__(self, cache: SlotCache, number_of_states: int) -> None:
+        super().__init__(number_of_states)
+        self.cache = cache
+        self.strips: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, rows: Tensor, begun: bool) -> None:
+        """Give the coming forward the states of some rows, or none yet.
+
+        :param rows: ``(B,)`` slots
+        :param begun: whether their states are of texts that have begun
+        """
+        for index in range(self.number_of_states):
+            self.has_previous_state[index] = begun
+            self.is_conv_states_initialized[index] = begun and ("conv", index) in self.strips
+            self.is_recurrent_states_initialized[index] = begun and ("recurrent", index) in self.strips
+            self.conv_states[index] = self._strip("conv", index, rows) if begun else None
+            self.recurrent_states[index] = self._strip("recurrent", index, rows) if begun else None
+
+    def _strip(self, kind: str, index: int, rows: Tensor) -> Tensor | None:
+        strip = self.strips.get((kind, index))
+        return None if strip is None else strip[rows]
+
+    def keep(self, rows: Tensor) -> None:
+        """Put what a forward made of the states into their slots."""
+        for kind, states in (("conv", self.conv_states), ("recurrent", self.recurrent_states)):
+            for index, state in states.items():
+                if state is not None:
+                    if (kind, index) not in self.strips:
+                        self.strips[kind, index] = state.new_zeros(self.cache.slots, *state.shape[1:])
+                    self.strips[kind, index][rows] = state
+                states[index] = None
+
+    def grow(self, slots: int) -> None:
+        """Make room for more slots and keep what is there."""
+        for name, strip in self.strips.items():
+            self.strips[name] = torch.cat([strip, strip.new_zeros(slots - len(strip), *strip.shape[1:])])
+
+    def copy(self, source: Tensor, target: Tensor, used: int) -> None:
+        """Give the slots ``target`` the states of the slots ``source``, ``(B,)`` both."""
+        for strip in self.strips.values():
+            strip[target] = strip[source]
+
+
+class StateAndSlotLayer(StateLayer, SlotLayer):
+    """A layer that keeps a state and attends, too."""
+
+    def __init__(self, cache: SlotCache, number_of_states: int) -> None:
+        SlotLayer.__init__(self, cache)
+        StateLayer.__init__(self, cache, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys and values, which come by position, or of states, which come by name."""
+        (SlotLayer if args else StateLayer).lazy_initialization(self, *args, **kwargs)
+
+    def grow(self, slots: int) -> None:
+        """See both."""
+        StateLayer.grow(self, slots)
+        SlotLayer.grow(self, slots)
+
+    def copy(self, source: Tensor, target: Tensor, used: int) -> None:
+        """See both."""
+        StateLayer.copy(self, source, target, used)
+        SlotLayer.copy(self, source, target, used)
+
+    def get_max_length(self) -> int:
+        return SlotLayer.get_max_length(self)
+
+
 class SlotCache(Cache):
-    """One :class:`SlotLayer` per transformer layer, and the places the next forward writes to.
+    """One layer for each of the model's, and the places the next forward writes to.
 
     :param slots: number of independent rows S
     :param positions: most tokens a row can hold, P
+    :param device: where it is
+    :param config: the model's; without, it is for a model whose layers all keep keys and values
+    :raises NotImplementedError: if the model has layers that keep something else than keys, values and states
     """
 
-    def __init__(self, slots: int, positions: int, device: torch.device) -> None:
-        # Models create their layers one by one on first use; each gets told which cache it belongs to.
-        super().__init__(layer_class_to_replicate=lambda: SlotLayer(self))
+    def __init__(
+        self, slots: int, positions: int, device: torch.device, config: PreTrainedConfig | None = None
+    ) -> None:
+        kinds = [] if config is None or not has_states(config) else DynamicCache(config=config).layers
+        if kinds:
+            super().__init__(layers=[self._layer(kind) for kind in kinds])
+        else:  # models create their layers one by one on first use
+            super().__init__(layer_class_to_replicate=partial(SlotLayer, self))
+        self.attends = not kinds or any(isinstance(layer, SlotLayer) for layer in self.layers)
         self.slots = slots
         self.positions = positions
         self.device = device
@@ -107,6 +203,17 @@ class SlotCache(Cache):
         self.used = 0
         self.seen = 0
         self.read_positions: Tensor | None = None
+
+    def _layer(self, kind: Any) -> Any:
+        """What keeps for slots what ``kind``, a layer of transformers' own cache, keeps for a batch."""
+        if isinstance(kind, DummyLayer):  # of a layer with nothing to keep
+            return kind
+        if isinstance(kind, LinearAttentionLayer):
+            both = isinstance(kind, CacheLayerMixin)
+            return (StateAndSlotLayer if both else StateLayer)(self, kind.number_of_states)
+        if type(kind) in (DynamicLayer, DynamicSlidingWindowLayer):
+            return SlotLayer(self)
+        raise NotImplementedError(f"layers that keep a {type(kind).__name__}")
 
     def announce(
         self,
@@ -128,19 +235,41 @@ class SlotCache(Cache):
         self.rows, self.write_positions, self.used = rows, write_positions, used
         self.seen, self.read_positions = seen, read_positions
 
+    def take_states(self, rows: Tensor | None, begun: bool) -> None:
+        """Give the coming forward the states of its rows, where layers keep any; see :meth:`StateLayer.take`."""
+        for layer in self.layers:
+            if isinstance(layer, StateLayer):
+                layer.take(self.all_rows if rows is None else rows, begun)
+
+    def keep_states(self, rows: Tensor | None) -> None:
+        """Put what the forward made of the states into their slots."""
+        for layer in self.layers:
+            if isinstance(layer, StateLayer):
+                layer.keep(self.all_rows if rows is None else rows)
+
     def grow(self, slots: int) -> None:
         """Enlarge to ``slots`` rows and keep what is cached."""
-        for layer in self.layers:
-            assert isinstance(layer, SlotLayer)
+        for layer in self._filled():
             layer.grow(slots)
         self.slots = slots
         self.all_rows = torch.arange(slots, device=self.device)
 
     def copy(self, source: Tensor, target: Tensor, used: int) -> None:
-        """Give the slots ``target`` the first ``used`` places of the slots ``source``, ``(B,)`` both."""
-        for layer in self.layers:
-            assert isinstance(layer, SlotLayer)
+        """Give the slots ``target`` what the slots ``source`` hold, ``(B,)`` both.
+
+        :param used: how many places of keys and values that is
+        """
+        for layer in self._filled():
             layer.copy(source, target, used)
+
+    def _filled(self) -> list[SlotLayer | StateLayer]:
+        """The layers that keep something."""
+        return [layer for layer in self.layers if isinstance(layer, SlotLayer | StateLayer)]
+
+
+def has_states(config: PreTrainedConfig) -> bool:
+    """Whether some layers keep a state of the text so far, rather than keys and values of its tokens."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 class PromptLayer(CacheLayerMixin):
@@ -211,7 +340,7 @@ class PromptCache(Cache):
     """
 
     def __init__(self, slots: int, positions: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: PromptLayer(self))
+        super().__init__(layer_class_to_replicate=partial(PromptLayer, self))
         self.slots = slots
         self.positions = positions
         self.rows: Tensor | None = None

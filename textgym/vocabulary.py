@@ -166,7 +166,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:
-    """Most tokens the slot cache serves exactly: the model's positions, or its attention window if that is smaller.
+    """Most tokens that all see each other: the model's positions, or its attention window if that is smaller.
 
     :return: the limit in tokens, None when the configuration names none
     """
