@@ -39,9 +39,9 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 
-from textgym.agents.checks import check_count
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.state_files import read_state, write_state
+from textgym.checks import check_int
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 
 MANIFEST = "manifest.json"
@@ -345,9 +345,9 @@ class TrainingCheckpoints(BaseCallback):
 
     def __init__(self, folder: str | Path, every: int, keep: int | None = 3, verbose: int = 0) -> None:
         super().__init__(verbose)
-        check_count("every", every)
+        check_int("every", every, low=1)
         if keep is not None:
-            check_count("keep", keep)
+            check_int("keep", keep, low=1)
         self.folder = Path(folder)
         self.every = every
         self.keep = keep

@@ -24,7 +24,7 @@ from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ranking import best_and_worst, rewards_without_kl
 from textgym.agents.text_environment import TextEnv, TextEnvironment
-from textgym.envs.options import check_number
+from textgym.checks import check_bool, check_int, check_number
 from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel
 
@@ -78,12 +78,11 @@ class DPO(TextEpisodeAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_number("group_size", group_size, low=2)
+        check_int("group_size", group_size, low=2)
         check_number("beta", beta, low=0.0, open_low=True)
         check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
         check_number("min_margin", min_margin, low=0.0)
-        if not isinstance(offline, bool):
-            raise ValueError(f"offline={offline!r} must be True or False")
+        check_bool("offline", offline)
         if offline and (policy_kwargs or {}).get("rollout_dtype") is not None:
             raise ValueError(
                 f"rollout_dtype={(policy_kwargs or {})['rollout_dtype']!r} is what the policy acts in, and with "

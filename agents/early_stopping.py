@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from textgym.agents.checks import check_count
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.envs.options import check_number
+from textgym.checks import check_int, check_number
 
 
 class StopOnKL(BaseCallback):
@@ -31,7 +30,7 @@ class StopOnKL(BaseCallback):
     def __init__(self, max_kl: float, patience: int = 1, verbose: int = 0) -> None:
         super().__init__(verbose)
         check_number("max_kl", max_kl, low=0.0, open_low=True)
-        check_count("patience", patience)
+        check_int("patience", patience, low=1)
         self.max_kl = float(max_kl)
         self.patience = patience
         self._above = 0  # rollouts in a row

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from textgym.agents.checks import check_count
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.checks import check_int
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EpisodeReplay:
         action_space: spaces.Space[Any],
         device: torch.device | str = "cpu",
     ) -> None:
-        check_count("capacity", capacity)
+        check_int("capacity", capacity, low=1)
         self.capacity = capacity
         self._spaces = (observation_space, action_space)
         self._device = device

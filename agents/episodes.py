@@ -14,11 +14,11 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from textgym.agents.checks import check_count
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.checks import check_int
 
 
 class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
@@ -60,9 +60,9 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_count("group_size", group_size)
+        check_int("group_size", group_size, low=1)
         if episodes is not None:
-            check_count("episodes", episodes)
+            check_int("episodes", episodes, low=1)
         vec_env = self.make_vec_env(env)
         self.group_size = group_size
         self.episodes = episodes

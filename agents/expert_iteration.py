@@ -16,14 +16,13 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.checks import check_count
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ranking import best_of_groups
 from textgym.agents.text_environment import TextEnv
-from textgym.envs.options import check_number
+from textgym.checks import check_int, check_number
 
 
 class ExpertIteration(TextEpisodeAlgorithm):
@@ -69,8 +68,8 @@ class ExpertIteration(TextEpisodeAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_count("group_size", group_size)
-        check_count("keep", keep)
+        check_int("group_size", group_size, low=1)
+        check_int("keep", keep, low=1)
         if keep > group_size:
             raise ValueError(f"keep={keep} of group_size={group_size} completions: it must be at most that many")
         if threshold is not None:

@@ -29,8 +29,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from textgym.agents.checks import check_schedule
-from textgym.envs.options import check_number
+from textgym.checks import check_number, check_schedule, check_temperature
 
 if TYPE_CHECKING:
     from textgym.agents.on_policy import TextOnPolicyAlgorithm
@@ -48,7 +47,7 @@ class Exploration:
     reference_share: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_temperature("temperature", self.temperature)
         check_number("reference_share", self.reference_share, low=0.0)
         if self.reference_share >= 1:
             raise ValueError(f"reference_share={self.reference_share} must be below 1, or nothing is the policy's own")

@@ -13,14 +13,13 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.checks import check_choice
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import CREDITS, SCALES, by_credit, group_relative_advantages
 from textgym.agents.on_policy import Loss, ratio_figures
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv, TextEnvironment
-from textgym.envs.options import check_number
+from textgym.checks import check_choice, check_int, check_number
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
 
@@ -82,7 +81,7 @@ class GRPO(TextEpisodeAlgorithm):
         check_choice("credit", credit, CREDITS)
         check_choice("loss_type", loss_type, LOSS_TYPES)
         check_choice("scale", scale, SCALES)
-        check_number("group_size", group_size, low=2)
+        check_int("group_size", group_size, low=2)
         check_number("clip_range", clip_range, low=0.0, open_low=True)
         if clip_range_high is not None:
             check_number("clip_range_high", clip_range_high, low=0.0, open_low=True)

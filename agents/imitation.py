@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from textgym.agents.checks import check_count
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
+from textgym.checks import check_int, check_number
 from textgym.continuation import continuation_ids
-from textgym.envs.options import check_number
 from textgym.language_model import LanguageModel, load_language_model, quiet_progress
 from textgym.prompts import PromptRows, as_prompt_source, split_prompts
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
@@ -421,11 +420,10 @@ def _check_options(
     }
     for name, count in counts.items():
         if count is not None or name != "patience":
-            check_count(name, count)
+            check_int(name, count, low=1)
     check_number("validation_share", validation_share, low=0.0, high=1.0)
     if max_length is not None:
-        check_number("max_length", max_length, low=2)
-        check_count("max_length", max_length)
+        check_int("max_length", max_length, low=2)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"a warm start is made by one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
 

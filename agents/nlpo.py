@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 
-from textgym.agents.checks import check_count
 from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, weights_of
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
 from textgym.agents.text_environment import TextEnv, TextEnvironment
-from textgym.envs.options import check_number
+from textgym.checks import check_int, check_number
 from textgym.generation import nucleus
 
 
@@ -79,7 +78,7 @@ class NLPO(PPO):
         _init_setup_model: bool = True,
     ) -> None:
         check_number("mask_top_p", mask_top_p, low=0.0, high=1.0, open_low=True)
-        check_count("mask_update_every", mask_update_every)
+        check_int("mask_update_every", mask_update_every, low=1)
         self.mask_top_p = mask_top_p
         self.mask_update_every = mask_update_every
         super().__init__(

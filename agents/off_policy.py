@@ -16,7 +16,6 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.checks import check_count
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episode_replay import EpisodeReplay
 from textgym.agents.episodes import TextEpisodeAlgorithm
@@ -24,7 +23,7 @@ from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, wei
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv, TextEnvironment
-from textgym.envs.options import check_number
+from textgym.checks import check_int, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,13 +77,13 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_count("replay_episodes", replay_episodes)
+        check_int("replay_episodes", replay_episodes, low=1)
         if batch_episodes is not None:
-            check_count("batch_episodes", batch_episodes)
-        check_count("gradient_steps", gradient_steps)
+            check_int("batch_episodes", batch_episodes, low=1)
+        check_int("gradient_steps", gradient_steps, low=1)
         check_number("td_lambda", td_lambda, low=0.0, high=1.0)
         check_number("tau", tau, low=0.0, high=1.0, open_low=True)
-        check_count("target_update_interval", target_update_interval)
+        check_int("target_update_interval", target_update_interval, low=1)
         self.replay_episodes = replay_episodes
         self.batch_episodes = batch_episodes
         self.gradient_steps = gradient_steps

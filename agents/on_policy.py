@@ -23,15 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from textgym.agents.blueprint import LanguageModelBlueprint
-from textgym.agents.checks import check_choice, check_count, check_schedule
 from textgym.agents.distributed import Processes
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.exploration import Exploration
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.saved_agent import SavedAgent
 from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.checks import check_bool, check_choice, check_int, check_mapping, check_number, check_schedule, check_seed
 from textgym.envs import TextGenVectorEnv
-from textgym.envs.options import check_number
 from textgym.envs.sb3 import as_vec_env, deferrable
 from textgym.freed_memory import keep_freed_memory
 from textgym.language_model import LanguageModel, load_language_model
@@ -149,10 +148,10 @@ class TextOnPolicyAlgorithm(SavedAgent):
         _init_setup_model: bool = True,
     ) -> None:
         check_schedule("learning_rate", learning_rate)
-        check_count("n_steps", n_steps)
-        check_count("n_epochs", n_epochs)
+        check_int("n_steps", n_steps, low=1)
+        check_int("n_epochs", n_epochs, low=1)
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            check_int("batch_size", batch_size, low=1)
         check_number("gamma", gamma, low=0.0, high=1.0)
         check_number("gae_lambda", gae_lambda, low=0.0, high=1.0)
         check_choice("normalize_advantage", normalize_advantage, (True, False, "rollout"))
@@ -164,6 +163,17 @@ class TextOnPolicyAlgorithm(SavedAgent):
         check_choice("scoring", scoring, SCORINGS)
         if importance_cap is not None:
             check_number("importance_cap", importance_cap, low=1.0)
+        switches = {
+            "whiten_rewards": whiten_rewards,
+            "bootstrap_truncated": bootstrap_truncated,
+            "whole_episodes": whole_episodes,
+        }
+        for name, switch in switches.items():
+            check_bool(name, switch)
+        check_int("stats_window_size", stats_window_size, low=1)
+        check_mapping("policy_kwargs", policy_kwargs)
+        check_int("verbose", verbose, low=0)
+        check_seed("seed", seed)
         vec_env = self.make_vec_env(env)
         if vec_env is not None and batch_size is not None and batch_size > n_steps * vec_env.num_envs:
             raise ValueError(

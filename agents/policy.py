@@ -32,6 +32,7 @@ from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.gradient_checkpointing import checkpointable_layers, checkpointed
 from textgym.cached_model import CachedModel
+from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.generation import complete_rows, cut_at_stop_strings, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
@@ -110,15 +111,12 @@ class LanguageModelPolicy(ActorCriticPolicy):
     ) -> None:
         if use_sde:
             raise ValueError("use_sde=True needs continuous actions; tokens are discrete, leave it False")
-        _check_temperature(temperature)
-        if value_head not in VALUE_HEADS:
-            raise ValueError(f"value_head={value_head!r} must be one of {VALUE_HEADS}")
-        if value_trunk not in VALUE_TRUNKS:
-            raise ValueError(f"value_trunk={value_trunk!r} must be one of {VALUE_TRUNKS}")
+        check_temperature("temperature", temperature)
+        check_choice("value_head", value_head, VALUE_HEADS)
+        check_choice("value_trunk", value_trunk, VALUE_TRUNKS)
         check_spaces(observation_space, action_space)
         for name, value in (("compile", compile), ("gradient_checkpointing", gradient_checkpointing)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be True or False")
+            check_bool(name, value)
         self.gradient_checkpointing = gradient_checkpointing
         self.autocast = _dtype_name(autocast)
         if self.autocast not in (None, "bfloat16", "float16"):
@@ -603,11 +601,6 @@ def _with_fused(
     if adam and not {"fused", "foreach", "capturable", "differentiable"} & set(optimizer_kwargs):
         optimizer_kwargs = {**optimizer_kwargs, "fused": True}
     return optimizer_kwargs
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature!r} must be finite and greater than 0")
 
 
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

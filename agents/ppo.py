@@ -19,11 +19,11 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch.nn import functional as F
 
-from textgym.agents.checks import check_schedule
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, ratio_figures
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
+from textgym.checks import check_schedule
 
 DEFAULT_BATCH_SIZE = 512  # tokens
 

@@ -16,13 +16,12 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from textgym.agents.bellman_targets import bellman_targets
-from textgym.agents.checks import check_choice, check_schedule
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.off_policy import TextOffPolicyAlgorithm, td_loss
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv, TextEnvironment
-from textgym.envs.options import check_number
+from textgym.checks import check_bool, check_choice, check_number, check_schedule
 from textgym.generation import sample_tokens
 from textgym.language_model import HEAD_ELEMENTS, log_distribution
 
@@ -101,7 +100,7 @@ class QLearning(TextOffPolicyAlgorithm):
         if not callable(epsilon):
             check_number("epsilon", epsilon, low=0.0, high=1.0)
         check_choice("explore_with", explore_with, EXPLORATIONS)
-        check_choice("double", double, (True, False))
+        check_bool("double", double)
         self.q_temperature = q_temperature
         self.epsilon = epsilon
         self.explore_with = explore_with

@@ -13,13 +13,13 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 from torch.nn import functional as F
 
-from textgym.agents.checks import check_choice
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import leave_one_out_advantages
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
+from textgym.checks import check_choice
 
 BASELINES = ("value", "mean", "none")
 

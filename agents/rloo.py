@@ -12,14 +12,13 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.checks import check_choice
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import CREDITS, by_credit, leave_one_out_advantages
 from textgym.agents.on_policy import Loss, ratio_figures
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
-from textgym.envs.options import check_number
+from textgym.checks import check_choice, check_int, check_number
 
 
 class RLOO(TextEpisodeAlgorithm):
@@ -70,7 +69,7 @@ class RLOO(TextEpisodeAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         check_choice("credit", credit, CREDITS)
-        check_number("group_size", group_size, low=2)
+        check_int("group_size", group_size, low=2)
         check_number("clip_range", clip_range, low=0.0, open_low=True)
         self.credit = credit
         self.clip_range = clip_range

@@ -12,14 +12,13 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.bellman_targets import bellman_targets
-from textgym.agents.checks import check_choice
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.off_policy import td_loss
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
-from textgym.envs.options import check_number
+from textgym.checks import check_bool, check_number
 
 
 class SARSA(TextEpisodeAlgorithm):
@@ -78,7 +77,7 @@ class SARSA(TextEpisodeAlgorithm):
     ) -> None:
         check_number("q_temperature", q_temperature, low=0.0, open_low=True)
         check_number("td_lambda", td_lambda, low=0.0, high=1.0)
-        check_choice("expected", expected, (True, False))
+        check_bool("expected", expected)
         self.q_temperature = q_temperature
         self.td_lambda = td_lambda
         self.expected = expected

@@ -22,12 +22,11 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from textgym.agents.checks import check_choice, check_count
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv, TextEnvironment
-from textgym.envs.options import check_number
+from textgym.checks import check_bool, check_int, check_number
 from textgym.language_model import log_distribution
 
 FORBIDDEN = -1e8  # log-probability of masked tokens; infinite ones have no KL that can be differentiated
@@ -102,14 +101,14 @@ class TRPO(TextOnPolicyAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         _stock()
-        check_count("cg_max_steps", cg_max_steps)
+        check_int("cg_max_steps", cg_max_steps, low=1)
         check_number("cg_damping", cg_damping, low=0.0)
         check_number("line_search_shrinking_factor", line_search_shrinking_factor, low=0.0, high=1.0, open_low=True)
-        check_count("line_search_max_iter", line_search_max_iter)
-        check_count("n_critic_updates", n_critic_updates)
-        check_choice("normalize_advantage", normalize_advantage, (True, False))
+        check_int("line_search_max_iter", line_search_max_iter, low=1)
+        check_int("n_critic_updates", n_critic_updates, low=1)
+        check_bool("normalize_advantage", normalize_advantage)
         check_number("target_kl", target_kl, low=0.0, open_low=True)
-        check_count("sub_sampling_factor", sub_sampling_factor)
+        check_int("sub_sampling_factor", sub_sampling_factor, low=1)
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
         self.line_search_shrinking_factor = line_search_shrinking_factor

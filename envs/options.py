@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gymnasium.vector import AutoresetMode
 
+from textgym.checks import check_bool, check_choice, check_int, check_number, check_temperature
 from textgym.kl import KL_ESTIMATORS
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
@@ -101,34 +100,33 @@ class TextGenOptions:
 
     def __post_init__(self) -> None:
         if self.reward_every != "end":
-            _check_int("reward_every", self.reward_every, 1, "or 'end'")
+            check_int("reward_every", self.reward_every, low=1, also="or 'end'")
         check_number("kl_coef", self.kl_coef, low=0.0)
-        _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _check_int("max_new_tokens", self.max_new_tokens, 1)
-        _check_int("min_new_tokens", self.min_new_tokens, 0)
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_int("max_new_tokens", self.max_new_tokens, low=1)
+        check_int("min_new_tokens", self.min_new_tokens, low=0)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
         if self.max_prompt_tokens is not None:
-            _check_int("max_prompt_tokens", self.max_prompt_tokens, 1)
-        _check_choice("prompt_overflow", self.prompt_overflow, ("truncate", "error"))
+            check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
+        check_choice("prompt_overflow", self.prompt_overflow, ("truncate", "error"))
         if not isinstance(self.stop, str | list | tuple | None):
             raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop={self.stop!r} must be a non-empty string or a list of them, found {text!r}")
         check_number("missing_eos_penalty", self.missing_eos_penalty, low=0.0)
-        check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_temperature("temperature", self.temperature)
         for name in ("action_masking", "trust_remote_code"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
-        _check_int("top_k", self.top_k, 0)
+            check_bool(name, getattr(self, name))
+        check_int("top_k", self.top_k, low=0)
         check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         if not self.action_masking and (self.top_k > 0 or self.top_p < 1.0):
             raise ValueError(
                 f"top_k={self.top_k}, top_p={self.top_p} restrict the actions by a mask: they need action_masking=True"
             )
         if self.seed is not None:
-            _check_int("seed", self.seed, 0)
+            check_int("seed", self.seed, low=0)
         try:
             object.__setattr__(self, "autoreset_mode", AutoresetMode(self.autoreset_mode))
         except ValueError as e:
@@ -137,39 +135,13 @@ class TextGenOptions:
                 f"autoreset_mode={self.autoreset_mode!r} must be an AutoresetMode or one of {modes}"
             ) from e
         if self.render_mode is not None:
-            _check_choice("render_mode", self.render_mode, RENDER_MODES)
+            check_choice("render_mode", self.render_mode, RENDER_MODES)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
-    """Raise unless ``value`` is a finite number in ``[low, high]``, or ``(low, high]`` with ``open_low``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be a number")
-    number = float(value)
-    inside = (number > low if open_low else number >= low) and number <= high
-    if not math.isfinite(number) or not inside:
-        bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
-        if high < math.inf:
-            bounds += f" and at most {high:g}"
-        raise ValueError(f"{name}={value!r} must be finite and {bounds}")
-
-
-def _check_int(name: str, value: Any, low: int, also: str = "") -> None:
-    problem = f"{name}={value!r} must be a whole number, at least {low} {also}".rstrip()
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(problem)
-    if int(value) < low:
-        raise ValueError(problem)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(c) for c in choices)}")
 
 
 def prompt_room(max_prompt_tokens: int | None, max_new_tokens: int, context_limit: int | None) -> int:

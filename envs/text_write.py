@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from textgym.checks import check_int
 from textgym.envs.env import TextGenEnv
 from textgym.envs.options import unshare
 from textgym.envs.text_actions import TextActions, TextObservations
@@ -153,8 +154,7 @@ class TextWriteVectorEnv(SyncVectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **options: Any,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs={num_envs!r} must be a whole number, at least 1")
+        check_int("num_envs", num_envs, low=1)
         options = {name: unshare(value) for name, value in options.items()}
         first = TextWriteEnv(**options)
         rows = first._rows

@@ -17,10 +17,11 @@ from gymnasium.vector.utils import batch_space
 from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
+from textgym.checks import check_int, check_number
 from textgym.envs.calibration import calibrate
 from textgym.envs.deferred import PendingSteps
 from textgym.envs.infos import VectorInfos
-from textgym.envs.options import TextGenOptions, check_number, prompt_room, share
+from textgym.envs.options import TextGenOptions, prompt_room, share
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
 from textgym.envs.schedule import EpisodeRound
 from textgym.envs.scoring import DeferredScores, Scorer
@@ -59,8 +60,7 @@ class TextGenVectorEnv(VectorEnv):
 
     def __init__(self, num_envs: int = 1, **options: Any) -> None:
         self.options = TextGenOptions.from_keywords(options)
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs={num_envs!r} must be a whole number, at least 1")
+        check_int("num_envs", num_envs, low=1)
         resolve_device(self.options.device)  # wrong values are errors now, though the model may be loaded later
         resolve_dtype(self.options.dtype)
         self.num_envs = num_envs

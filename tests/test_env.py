@@ -537,7 +537,7 @@ def test_the_coefficient_may_be_changed_at_any_time(saved):
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
 def test_a_wrong_coefficient_is_refused(wrong):
     env = make()
-    with pytest.raises(ValueError, match="kl_coef=.* must be finite and at least 0"):
+    with pytest.raises(ValueError, match="kl_coef=.* must be a finite number at least 0"):
         env.unwrapped.kl_coef = wrong
     assert env.unwrapped.kl_coef == 0.05
 

@@ -61,7 +61,7 @@ def test_gradients_flow_through_tensors():
 
 
 def test_an_unknown_estimator_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match="one of k1, k2, k3, got 'k4'"):
+    with pytest.raises(ValueError, match="kl_estimator='k4' must be one of 'k1', 'k2', 'k3'"):
         kl_estimate(np.zeros(1), np.zeros(1), "k4")
 
 
@@ -94,13 +94,13 @@ def test_the_controller_finds_the_coefficient_that_gives_the_target():
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_controller_arguments_must_be_finite_and_positive(name, value):
     arguments = {"init_kl_coef": 0.1, "target": 6.0, "horizon": 1000.0, name: value}
-    with pytest.raises(ValueError, match=f"{name} must be finite and positive, got"):
+    with pytest.raises(ValueError, match=f"{name}=.* must be a finite number greater than 0"):
         AdaptiveKLController(**arguments)
 
 
 def test_updates_that_make_no_sense_are_refused():
     controller = AdaptiveKLController(0.1, 6.0, 1000)
-    with pytest.raises(ValueError, match="kl must be finite, got nan"):
+    with pytest.raises(ValueError, match="kl=nan must be a finite number"):
         controller.update(math.nan, 1)
     for n in (-1, 5000):
         with pytest.raises(ValueError, match=rf"less than 5 \* horizon = 5000, got {n}"):

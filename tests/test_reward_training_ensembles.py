@@ -89,7 +89,7 @@ def test_a_resumed_ensemble_trains_only_what_is_missing_and_ends_the_same(untrai
 
 
 def test_misuse_of_ensembles_is_refused(untrained, tmp_path):
-    with pytest.raises(ValueError, match="members must be a whole number from 1, got 0"):
+    with pytest.raises(ValueError, match="members=0 must be a whole number, at least 1"):
         train_reward(scored(20), tmp_path / "x", members=0)
     with pytest.raises(ValueError, match="members=2: each starts from the model as it was; give a name or a directory"):
         train_reward(scored(20), tmp_path / "x", members=2, model=tiny_causal(1), tokenizer=TOKENIZER)

@@ -234,7 +234,7 @@ def test_envs_lists_the_ids_and_options() -> None:
         (["--reward", "json:nothing"], "json has nothing named 'nothing'"),
         (["--prompts", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
         (["--held-out", "1.5"], "held_out"),
-        (["--learning-rate", "-1"], "learning_rate=-1.0 must be finite and at least 0"),
+        (["--learning-rate", "-1"], "learning_rate=-1.0 must be a finite number at least 0"),
         (["--kl-target", "3", "--kl-coef", "0"], "kl_target=3.0 adapts kl_coef by factors"),
         (["--lora-alpha", "3"], "they need lora_rank"),
         (["--lora-rank", "2", "--lora-target-modules", "nowhere"], "nowhere"),
@@ -286,7 +286,7 @@ def test_resume_changes_nothing_but_the_timesteps(finished: RunFolder) -> None:
         ({"dtype": "int8"}, "dtype='int8' must be one of 'float32'"),
         ({"whiten_rewards": "yes"}, "whiten_rewards='yes' must be true or false"),
         ({"stop": [1]}, "must be a list of texts"),
-        ({"timesteps": 0}, "timesteps=0 must be at least 1"),
+        ({"timesteps": 0}, "timesteps=0 must be a whole number, at least 1"),
     ],
 )
 def test_wrong_options_of_a_file_are_named(options: dict[str, Any], message: str) -> None:

@@ -149,8 +149,8 @@ def test_an_evaluation_says_how_it_sampled():
     ("settings", "message"),
     [
         ({"top_k": 3}, "they need action_masking=True"),
-        ({"top_p": 1.5, "action_masking": True}, "top_p=1.5 must be finite and greater than 0 and at most 1"),
-        ({"temperature": 0.0}, "temperature=0.0 must be finite and greater than 0"),
+        ({"top_p": 1.5, "action_masking": True}, "top_p=1.5 must be a finite number greater than 0 and at most 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be a finite number at least 1e-06"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, at least 1"),
         ({"stop": [""]}, "stop="),
         ({"top_z": 3}, "'top_z' is no setting of sampling; they are max_new_tokens"),

@@ -286,7 +286,7 @@ def test_an_autoreset_mode_in_a_spec_survives_json(tmp_path):
 
 @pytest.mark.parametrize("num_envs", [0, -1, 1.5, True, "2"])
 def test_a_wrong_number_of_rows_is_an_error(num_envs):
-    with pytest.raises(ValueError, match="num_envs=.* must be a whole number, at least 1"):
+    with pytest.raises((ValueError, TypeError), match="num_envs=.* must be a whole number, at least 1"):
         TextGenVectorEnv(num_envs, **DEFAULTS)
 
 

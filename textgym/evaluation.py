@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from textgym.action_masks import ActionMasks, masks_of
+from textgym.checks import check_int
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import PrefixBatch, Reward
-from textgym.sampling import SamplingSettings, check_at_least
+from textgym.sampling import SamplingSettings
 
 MASK_ELEMENTS = 2**25  # most entries of a mask held at once while scoring (32 MiB); bounds memory, not results
 
@@ -252,7 +253,7 @@ def evaluate(
     """
     sampling = _with_settings(sampling, settings)
     check_reference(model, reference)
-    check_at_least("completions_per_prompt", completions_per_prompt, 1)
+    check_int("completions_per_prompt", completions_per_prompt, low=1)
     rows = [row for row in _as_rows(prompts, model) for _ in range(completions_per_prompt)]
     parts, finish_reasons = [], []
     masks = masks_of(sampling, model, restricting or reference)
@@ -448,7 +449,7 @@ def _batches(
     deterministic: bool = False,
 ) -> Iterator[tuple[PrefixBatch, list[str]]]:
     """Batches of completions, and why each of them ended."""
-    check_at_least("batch_size", batch_size, 1)
+    check_int("batch_size", batch_size, low=1)
     starts = _encoded(sampling, model, [row.prompt for row in rows])  # all of them before the first is completed
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for start in range(0, len(rows), batch_size):

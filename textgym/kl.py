@@ -6,10 +6,11 @@ http://joschu.net/blog/kl-approx.html).
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+from textgym.checks import check_choice, check_number
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
     Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-
-
-def check_kl_estimator(estimator: str) -> None:
-    """:raises ValueError: if there is no such estimator"""
-    if estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
 
 
 def kl_estimate(log_prob: Array, ref_log_prob: Array, estimator: str = "k1") -> Array:
@@ -43,7 +38,7 @@ def kl_estimate(log_prob: Array, ref_log_prob: Array, estimator: str = "k1") -> 
     >>> kl_estimate(log_prob, ref_log_prob, "k3").round(3)
     array([0.193, 0.307])
     """
-    check_kl_estimator(estimator)
+    check_choice("kl_estimator", estimator, KL_ESTIMATORS)
     difference: Any = log_prob - ref_log_prob
     if estimator == "k2":
         return 0.5 * difference**2
@@ -69,8 +64,7 @@ class AdaptiveKLController:
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         for name, value in {"init_kl_coef": init_kl_coef, "target": target, "horizon": horizon}.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be finite and positive, got {value}")
+            check_number(name, value, low=0.0, open_low=True)
         self.kl_coef = float(init_kl_coef)
         self.target = float(target)
         self.horizon = float(horizon)
@@ -84,8 +78,7 @@ class AdaptiveKLController:
         :raises ValueError: if ``kl`` is not finite, or ``n`` is negative or so large, five horizons, that the
             coefficient could become zero or negative
         """
-        if not math.isfinite(kl):
-            raise ValueError(f"kl must be finite, got {kl}")
+        check_number("kl", kl)
         if not 0 <= n < 5 * self.horizon:
             raise ValueError(f"n must be at least 0 and less than 5 * horizon = {5 * self.horizon:g}, got {n}")
         error = min(max(kl / self.target - 1, -0.2), 0.2)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_int, check_number, check_texts
+
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Distinct word n-grams of all texts together, divided by all their word n-grams.
@@ -103,8 +105,7 @@ def bootstrap_interval(
     if measured.ndim != 1 or measured.size == 0 or not np.isfinite(measured).all():
         raise ValueError(f"values must be a non-empty list of finite numbers, got {values!r}")
     _check_confidence(confidence)
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+    check_int("n_resamples", n_resamples, low=1)
     heavy = np.ones(measured.size) if weights is None else np.asarray(weights, dtype=np.float64)
     if heavy.shape != measured.shape or not (np.isfinite(heavy) & (heavy > 0)).all():
         raise ValueError(f"weights must be {measured.size} positive numbers, one for each value, got {weights!r}")
@@ -165,8 +166,7 @@ def distinct_n_interval(
 
 
 def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    check_number("confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True)
 
 
 def _group_of_each(groups: Sequence[Any] | np.ndarray | None, size: int) -> np.ndarray:
@@ -185,10 +185,5 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def _checked(texts: Sequence[str], n: int) -> Sequence[str]:
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be a list of texts, got the single text {texts!r}")
-    if len(texts) == 0:
-        raise ValueError("texts is empty; at least one text is needed")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    return texts
+    check_int("n", n, low=1)
+    return check_texts("texts", texts, least=1)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from textgym.checks import check_int
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -192,8 +194,7 @@ def split_prompts(source: Any, held_out: float | int = 0.1, seed: int = 0) -> tu
     rows = as_prompt_source(source)
     if not isinstance(rows, PromptRows):
         raise TypeError(f"a {type(rows).__name__} has no fixed prompts to divide; give two functions, or a list")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed={seed!r} must be a whole number")
+    check_int("seed", seed, low=0)
     if isinstance(held_out, bool) or not isinstance(held_out, int | float | np.integer):
         raise TypeError(f"held_out={held_out!r} must be a share between 0 and 1 or a whole number of prompts")
     texts = [row.prompt for row in rows]

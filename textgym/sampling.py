@@ -7,12 +7,11 @@ The environment's options give them (``envs.sampling``), a saved agent and a run
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from textgym.checks import check_bool, check_int, check_number, check_temperature
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,16 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("min_new_tokens", self.min_new_tokens, 0)
-        check_at_least("top_k", self.top_k, 0)
+        check_int("max_new_tokens", self.max_new_tokens, low=1)
+        check_int("min_new_tokens", self.min_new_tokens, low=0)
+        check_int("top_k", self.top_k, low=0)
         if self.max_prompt_tokens is not None:
-            check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
+            check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
-        for name, value, high in (("temperature", self.temperature, math.inf), ("top_p", self.top_p, 1.0)):
-            if isinstance(value, bool) or not (math.isfinite(value) and 0 < value <= high):
-                most = "" if high == math.inf else f" and at most {high:g}"
-                raise ValueError(f"{name}={value!r} must be finite and greater than 0{most}")
+        check_temperature("temperature", self.temperature)
+        check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
+        check_bool("action_masking", self.action_masking)
         if self.restricted and not self.action_masking:
             raise ValueError(
                 f"top_k={self.top_k}, top_p={self.top_p} restrict the actions by a mask: they need action_masking=True"
@@ -93,12 +91,6 @@ class SamplingSettings:
         if self.top_p < 1.0:
             parts.append(f"top-p {self.top_p:g} of the reference")
         return ", ".join(parts)
-
-
-def check_at_least(name: str, value: Any, low: int) -> None:
-    """:raises ValueError: unless ``value`` is a whole number of at least ``low``"""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {low}")
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from textgym.checks import check_choice, check_int, check_number, check_seed, shown
 
 
 def _option(default: Any, section: str, text: str) -> Any:
@@ -217,12 +218,12 @@ class RunConfig:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), kinds[field.name]))
         for name in ("rows", "timesteps", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.process_timeout <= 0:
-            raise ValueError(f"process_timeout={self.process_timeout} must be greater than 0 seconds")
-        if self.samples < 0:
-            raise ValueError(f"samples={self.samples} must be at least 0")
+            check_int(name, getattr(self, name), low=1)
+        if self.threads is not None:
+            check_int("threads", self.threads, low=1)
+        check_number("process_timeout", self.process_timeout, low=0.0, open_low=True, unit="seconds")
+        check_int("samples", self.samples, low=0)
+        check_seed("seed", self.seed)
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
             raise ValueError("lora_alpha and lora_target_modules say how LoRA is to be: they need lora_rank")
         if self.kl_target is not None and self.kl_coef <= 0:
@@ -297,9 +298,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     """
     options = get_args(kind)
     if get_origin(kind) is Literal:
-        if value not in options:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, options))}")
-        return value
+        return check_choice(name, value, options)
     if type(None) in options:
         if value is None:
             return None
@@ -318,10 +317,16 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
             raise ValueError(f"{name}={value!r} must be a text")
         return str(value)
     try:
-        number = kind(value)  # YAML reads 1e-4 as a text
-    except (TypeError, ValueError):
-        number = math.nan
-    whole = kind is int and isinstance(value, float) and not value.is_integer()
-    if isinstance(value, bool) or not math.isfinite(number) or whole:
-        raise ValueError(f"{name}={value!r} must be a {'whole number' if kind is int else 'finite number'}")
-    return number
+        number = float(value) if isinstance(value, str) and kind is float else value  # YAML reads 1e-4 as a text
+        number = int(value) if kind is int and _is_whole(value) else number
+        return check_int(name, number) if kind is int else check_number(name, number)
+    except (TypeError, ValueError) as error:
+        wanted = "whole number" if kind is int else "finite number"
+        raise ValueError(f"{name}={shown(value)} must be a {wanted}") from error
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a number or its text is a whole number: YAML and JSON have 8, 8.0 and "8"."""
+    if isinstance(value, str):
+        return value.strip().lstrip("+-").isdecimal()
+    return isinstance(value, float) and value.is_integer()

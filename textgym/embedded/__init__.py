@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from textgym.checks import check_choice
+
 __all__ = ["LANGUAGE_MODEL", "REWARD_MODEL", "WordSentiment", "load_prompts"]
 
 _FOLDER = Path(__file__).resolve().parent
@@ -34,8 +36,7 @@ def load_prompts(split: Literal["train", "test"]) -> list[str]:
     :param split: "train", or "test" for prompts that are kept for evaluation
     :raises ValueError: for any other ``split``
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", not {split!r}')
+    check_choice("split", split, ("train", "test"))
     return (_FOLDER / "prompts" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from textgym.checks import check_choice, check_int, check_number, check_seed
 from textgym.rewards.causal import ACTIVATIONS, Activation
 from textgym.rewards.headed_model import HeadLayers
 
@@ -99,34 +100,29 @@ class RewardTrainingOptions:
             ("activation", tuple(ACTIVATIONS)),
             ("prefixes", ("none", "random", "all")),
         ):
-            if getattr(self, name) not in (None, *allowed):
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+            check_choice(name, getattr(self, name), (None, *allowed))
+        check_choice("head", self.head, HEADS)
         if self.head_size is not None and self.head == "linear":
             raise ValueError(f"head_size={self.head_size!r} is for head='mlp' or 'cnn'; a linear head has no size")
-        if self.head_layers not in ("last", "all"):
-            raise ValueError(f"head_layers must be 'last' or 'all', got {self.head_layers!r}")
+        check_choice("head_layers", self.head_layers, ("last", "all"))
         if self.head_layers == "all" and self.head == "linear":
             raise ValueError(
                 "head_layers='all' is for head='mlp' or 'cnn'; a linear head reads what its classifier does"
             )
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience", "head_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+            if value is not None:
+                check_int(name, value, low=1)
         for name in ("centring", "learning_rate", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be 0 or a positive number, got {value!r}")
-        if not 0 < self.huber_delta < math.inf:
-            raise ValueError(f"huber_delta must be positive, got {self.huber_delta!r}")
+            if value is not None:
+                check_number(name, value, low=0.0)
+        check_number("huber_delta", self.huber_delta, low=0.0, open_low=True)
         for name in ("prefix_weight", "validation_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be more than 0 and less than 1, got {getattr(self, name)!r}")
-        for name, meaning in (("warmup", "a share of the steps"), ("head_dropout", "a probability")):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {meaning}, from 0 to below 1, got {getattr(self, name)!r}")
+            check_number(name, getattr(self, name), low=0.0, high=1.0, open_low=True, open_high=True)
+        for name in ("warmup", "head_dropout"):
+            check_number(name, getattr(self, name), low=0.0, high=1.0, open_high=True)
+        check_seed("seed", self.seed)
 
 
 def resolved(options: RewardTrainingOptions, data: RewardData) -> tuple[RewardTrainingOptions, tuple[Objective, ...]]:

@@ -29,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from textgym.checks import check_choice, check_int
 from textgym.language_model import quiet_progress
 
 from .backbone import open_backbone
@@ -111,10 +112,8 @@ def train_reward(
     known = {option.name for option in dataclasses.fields(RewardTrainingOptions)}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"there is no option {unknown[0]!r}; options are {', '.join(sorted(known))}")
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device must be 'auto' or 'cpu', got {device!r}")
-    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
-        raise ValueError(f"members must be a whole number from 1, got {members!r}")
+    check_choice("device", device, ("auto", "cpu"))
+    check_int("members", members, low=1)
     if members > 1 and isinstance(model, PreTrainedModel):
         raise ValueError(f"members={members}: each starts from the model as it was; give a name or a directory")
     if bootstrap and members == 1:
