@@ -227,6 +227,7 @@ def _load(model: str, config: RunConfig, tokenizer: str | None = None) -> Langua
         device=config.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        chat_template_kwargs=config.template_arguments(),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from textgym.action_masks import masks_of
 from textgym.generation import complete_rows
 from textgym.language_model import LanguageModel
-from textgym.prompts import PromptSource
+from textgym.prompt_fitting import FittedPrompt
+from textgym.prompts import PromptRow, PromptSource
 from textgym.rewards import Reward
 from textgym.sampling import SamplingSettings
 
@@ -23,25 +24,25 @@ def calibrate(
     model: LanguageModel,
     prompts: PromptSource,
     sampling: SamplingSettings,
-    encode: Callable[[str], list[int]],
+    fit: Callable[[PromptRow], FittedPrompt],
 ) -> None:
     """Sample complete texts from the reference model and calibrate every ``.normalized()`` part on their scores.
 
     The samples are the same in every run and touch no random state but their own.
 
     :param sampling: how an agent samples
-    :param encode: token ids of a prompt, as the environment cuts them
+    :param fit: cuts a prompt as the environment does
     """
     masks = masks_of(sampling, model, model)
     rng, generator = np.random.default_rng(0), torch.Generator(device=model.device).manual_seed(0)
     batches = []
     for _ in range(SAMPLES // BATCH):
-        rows = [prompts.sample(rng) for _ in range(BATCH)]
+        fitted = [fit(prompts.sample(rng)) for _ in range(BATCH)]
         batches.append(
             complete_rows(
                 model,
-                rows,
-                [encode(row.prompt) for row in rows],
+                [row for row, _ in fitted],
+                [ids for _, ids in fitted],
                 max_new_tokens=sampling.max_new_tokens,
                 min_new_tokens=sampling.min_new_tokens,
                 temperature=sampling.temperature,

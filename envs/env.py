@@ -84,8 +84,8 @@ class TextGenEnv(gym.Env):
     | ``kl_estimator`` | ``"k1"`` | ``"k1"``, ``"k2"`` or ``"k3"`` (Schulman 2020) |
     | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens |
     | ``min_new_tokens`` | ``0`` | a token that ends a turn, or a stop string, ends nothing before that many tokens (with masking the former can't be chosen) |
-    | ``max_prompt_tokens`` | ``64`` or what fits | longer prompts are cut on the left, with one warning |
-    | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead |
+    | ``max_prompt_tokens`` | ``64`` or what fits | longer texts are cut on the left; longer conversations lose content of their oldest turns, no headers and the system's content last. ``info["prompt"]`` and rewards have what the model sees. One warning, where prompts have an end when the environment is made |
+    | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead, when the environment is made |
     | ``stop`` | ``None`` | string or list of strings that end the text when they appear in the completion |
     | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward where the budget ran out |
     | ``temperature`` | ``1.0`` | divides the logits of reference and policy alike |
@@ -93,6 +93,7 @@ class TextGenEnv(gym.Env):
     | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
     | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the language model where it is loaded; an object stays as it is |
     | ``trust_remote_code`` | ``False`` | run Python code that comes with the model's checkpoint, where it has some |
+    | ``chat_template_kwargs`` | ``None`` | variables of the chat template and their values, such as ``{"enable_thinking": False}`` |
     | ``seed`` | ``None`` | of the first reset, where that gets none |
     | ``autoreset_mode`` | ``SAME_STEP`` | vector environments only: an ``AutoresetMode`` or its value |
     | ``render_mode`` | ``None`` | ``"ansi"`` (a string, tokens coloured by their reward), ``"human"`` (printed at each step), ``"rgb_array"`` (a picture) |

@@ -79,6 +79,7 @@ class TextGenOptions:
     device: Any = "auto"
     dtype: Any = "float32"
     trust_remote_code: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
     seed: int | None = None
     autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP
     render_mode: str | None = None
@@ -119,6 +120,8 @@ class TextGenOptions:
         check_temperature("temperature", self.temperature)
         for name in ("action_masking", "trust_remote_code"):
             check_bool(name, getattr(self, name))
+        if not isinstance(self.chat_template_kwargs, Mapping | None):
+            raise TypeError(f"chat_template_kwargs={self.chat_template_kwargs!r} must be a dict of names and values")
         check_int("top_k", self.top_k, low=0)
         check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         if not self.action_masking and (self.top_k > 0 or self.top_p < 1.0):

@@ -33,7 +33,8 @@ from textgym.language_model import (
     resolve_device,
     resolve_dtype,
 )
-from textgym.prompts import PromptRow, as_prompt_source
+from textgym.prompt_fitting import FittedPrompt, fit_prompt, judge_lengths
+from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
 
@@ -82,6 +83,7 @@ class TextGenVectorEnv(VectorEnv):
                 self.options.language_model,
                 tokenizer=self.options.tokenizer,
                 trust_remote_code=self.options.trust_remote_code,
+                chat_template_kwargs=self.options.chat_template_kwargs,
             )
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self._prompts = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
@@ -90,6 +92,11 @@ class TextGenVectorEnv(VectorEnv):
         self.max_prompt_tokens = prompt_room(
             self.options.max_prompt_tokens, self.max_new_tokens, self.vocabulary.context_limit
         )
+        self._told_long = False
+        if isinstance(self._prompts, PromptRows):
+            self._told_long = judge_lengths(
+                self._prompts, self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow
+            )
         self.context = self.max_prompt_tokens + self.max_new_tokens
         self._kl_coef = float(self.options.kl_coef)
         self._scorer = Scorer(
@@ -121,7 +128,6 @@ class TextGenVectorEnv(VectorEnv):
         self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self._seeds: tuple[int | None, ...] | None = None
         self._reported: np.ndarray | None = None
-        self._warned_truncation = False
         self._round: EpisodeRound | None = None
         self._deferred = False
         self._starts_due = np.zeros(self.num_envs, dtype=bool)
@@ -247,7 +253,7 @@ class TextGenVectorEnv(VectorEnv):
                 self._load_model(),
                 self._prompts,
                 self.sampling,
-                lambda prompt: self._fit(self.vocabulary.encode(prompt), prompt),
+                self._fit,
             )
         fixed = self._fixed_prompts(prompt, rows)
         self._scorer.forget(rows)
@@ -488,7 +494,7 @@ class TextGenVectorEnv(VectorEnv):
             "random": [rng.bit_generator.state for rng in self._rngs],
             "reward": self._reward.state_dict(),
             "allowed": None if self._masks is None else np.packbits(self._allowed, axis=1),
-            "warned_truncation": self._warned_truncation,
+            "told_long": self._told_long,
             "round": None if self._round is None else self._round.state_dict(),
         }
 
@@ -515,7 +521,7 @@ class TextGenVectorEnv(VectorEnv):
         self._reward.load_state_dict(state["reward"])
         if self._masks is not None:
             self._allowed = np.unpackbits(state["allowed"], axis=1, count=self.vocab_size).astype(bool)
-        self._warned_truncation = bool(state["warned_truncation"])
+        self._told_long = bool(state["told_long"])
         self._round = None if state["round"] is None else EpisodeRound.from_state_dict(state["round"])
         self._reported = None
         self.forget_cached()
@@ -584,32 +590,22 @@ class TextGenVectorEnv(VectorEnv):
                 prompt = self._round.take(row)
             else:
                 prompt = self._prompts.sample(self._rngs[row])
-            self._texts.begin(row, prompt, self._fit(self.vocabulary.encode(prompt.prompt), prompt.prompt))
+            self._texts.begin(row, *self._fit(prompt))
         self._pending.begin(rows)
         self._mask_actions(rows)
         if not self._deferred:
             self._starts_due[rows] = False
             self._scorer.start_rows(self._texts.batch(rows))
 
-    def _fit(self, ids: list[int], prompt: str) -> list[int]:
-        """A prompt's ids, cut on the left where they are too many."""
-        if not ids:
-            raise ValueError(
-                f"the tokenizer makes no token of the prompt {prompt[:60]!r}; give prompts that have at least one"
+    def _fit(self, prompt: PromptRow) -> FittedPrompt:
+        """A prompt as the models see it, with its ids, cut where they are too many."""
+        fitted = fit_prompt(prompt, self.vocabulary, self.max_prompt_tokens)
+        if fitted.row is not prompt and not self._told_long:
+            # Of prompts that are all known it was said when the environment was made.
+            self._told_long = judge_lengths(
+                [prompt], self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow
             )
-        if len(ids) <= self.max_prompt_tokens:
-            return ids
-        problem = f"a prompt of {len(ids)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens}"
-        if self.options.prompt_overflow == "error":
-            raise ValueError(f"{problem}: {prompt[:60]!r}...; raise max_prompt_tokens or shorten the prompt")
-        if not self._warned_truncation:
-            self._warned_truncation = True
-            warnings.warn(
-                f"{problem} and was cut on the left, as later ones will be without a word: {prompt[:60]!r}...",
-                UserWarning,
-                stacklevel=2,
-            )
-        return self.vocabulary.cut_left(ids, self.max_prompt_tokens)
+        return fitted
 
     def _add_reset_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
         infos.put("prompt", rows, [self._texts.prompts[row].prompt for row in rows], object)
@@ -648,6 +644,7 @@ class TextGenVectorEnv(VectorEnv):
             device=self.options.device,
             dtype=self.options.dtype,
             trust_remote_code=self.options.trust_remote_code,
+            chat_template_kwargs=self.options.chat_template_kwargs,
         )
 
     def _seed_rows(self, seed: Any, rows: np.ndarray) -> None:

@@ -276,9 +276,9 @@ def test_a_decoder_that_no_cache_can_serve_is_stepped_by_whole_prefixes_with_a_w
 
 def test_prompts_end_as_the_tokenizer_ends_them():
     """T5 was trained on inputs that end in EOS; completions are the decoder's and end when it says so."""
-    env = tiny_vector_env(1, language_model=opened(), prompts=["the film is"], max_prompt_tokens=2)
     with pytest.warns(UserWarning, match="a prompt of 4 tokens is longer"):
-        observation, _ = env.reset(seed=0)
+        env = tiny_vector_env(1, language_model=opened(), prompts=["the film is"], max_prompt_tokens=2)
+    observation, _ = env.reset(seed=0)
     assert observation["prompt_length"].item() == 2
     assert observation["input_ids"][0, :3].tolist() == [VOCABULARY.index("is"), EOS, PAD]
     assert env.vocabulary.encode("the film") == ending_tokenizer()("the film")["input_ids"]

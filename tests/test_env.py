@@ -251,29 +251,40 @@ def test_padding_with_end_of_sequence_changes_nothing():
 LONG = "this was a very very slow and dull film but the end is great"  # 14 tokens
 
 
-def test_long_prompts_are_cut_on_the_left_with_one_warning():
-    env = make(prompts=[LONG], max_prompt_tokens=5)
-    with pytest.warns(UserWarning, match="14 tokens is longer than max_prompt_tokens=5") as caught:
-        env.reset()
-    assert len(caught) == 1
-    observation, info = env.reset()  # another warning would fail the test
-    assert observation["prompt_length"] == [5]
-    assert observation["input_ids"][:5].tolist() == ids("but the end is great")
-    assert info["prompt"] == LONG
+def test_long_prompts_are_cut_on_the_left_with_one_warning_when_they_are_loaded():
+    with pytest.warns(UserWarning, match="14 tokens is longer than max_prompt_tokens=5, as are 1 others of 3") as told:
+        env = make(prompts=[LONG, "story", f"so {LONG}"], max_prompt_tokens=5)
+    assert len(told) == 1
+    for _ in range(4):  # another warning would fail the test
+        observation, info = env.reset()
+        if info["prompt"] != "story":
+            assert observation["prompt_length"] == [5]
+            assert observation["input_ids"][:5].tolist() == ids("but the end is great")
+            assert info["prompt"] == "but the end is great"
+
+
+def test_a_long_prompt_that_comes_later_is_cut_with_one_warning():
+    env = make(prompts=["story"], max_prompt_tokens=5)
+    with pytest.warns(UserWarning, match="14 tokens is longer than max_prompt_tokens=5"):
+        env.reset(options={"prompt": LONG})
+    assert env.reset(options={"prompt": LONG})[1]["prompt"] == "but the end is great"
 
 
 def test_long_prompts_are_an_error_on_request():
-    env = make(prompts=[LONG], max_prompt_tokens=5, prompt_overflow="error")
     with pytest.raises(ValueError, match="14 tokens is longer than max_prompt_tokens=5.*raise max_prompt_tokens"):
-        env.reset()
+        make(prompts=["story", LONG], max_prompt_tokens=5, prompt_overflow="error")
+    env = make(prompts=["story"], max_prompt_tokens=5, prompt_overflow="error")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="14 tokens is longer than max_prompt_tokens=5"):
+            env.reset(options={"prompt": LONG})
 
 
 def test_the_first_token_survives_the_cut_where_it_is_beginning_of_sequence():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    env = make(language_model=LanguageModel(LANGUAGE_MODEL.model, tokenizer), prompts=[LONG], max_prompt_tokens=4)
     with pytest.warns(UserWarning, match="15 tokens"):
-        observation, _ = env.reset()
+        env = make(language_model=LanguageModel(LANGUAGE_MODEL.model, tokenizer), prompts=[LONG], max_prompt_tokens=4)
+    observation, _ = env.reset()
     assert observation["input_ids"][:4].tolist() == [BOS, *ids("end is great")]
 
 

@@ -25,9 +25,12 @@ from tiny_models import (
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import textgym  # noqa: F401  registers the environment ids
+from textgym.agents.runs.config import RunConfig
 from textgym.evaluation import evaluate
 from textgym.generation import complete, cut_at_stop_strings
 from textgym.language_model import LanguageModel, load_language_model, load_vocabulary
+from textgym.prompt_files import load_prompt_file
+from textgym.prompt_fitting import fit_prompt
 from textgym.reward_training.encoding import encode as encode_training
 from textgym.rewards import ClassifierReward, FunctionReward, PrefixBatch, RegexMatch, XmlTags
 from textgym.turns import TurnTokens
@@ -437,3 +440,145 @@ def test_code_of_a_checkpoint_is_run_only_where_that_is_said(with_code, monkeypa
         env = make(with_code, trust_remote_code=True, **options)
         env.reset()
         assert write(env, [END])[0]
+
+
+# Long prompts.
+
+
+def conversation(path: Path, *contents: str, system: str = "be brief", name: str = "prompts.jsonl") -> str:
+    """A file with one conversation, of a system and then of user and assistant by turns."""
+    roles = itertools.cycle(["user", "assistant"])
+    messages = [{"role": "system", "content": system}]
+    messages += [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    (path / name).write_text(json.dumps({"prompt": messages, "answer": "4"}))
+    return str(path / name)
+
+
+def test_a_long_conversation_loses_content_of_its_oldest_turns_and_no_header(chat, tmp_path):
+    seen = {}
+
+    def noting(prompts: list[str], completions: list[str], messages: Any, answer: Any) -> list[float]:
+        seen.update(prompt=prompts[0], messages=messages[0], answer=answer[0])
+        return [0.0]
+
+    file = conversation(tmp_path, "a film " * 30, "a good film", "is it good?")
+    with pytest.warns(UserWarning, match="tokens is longer than max_prompt_tokens=72"):
+        env = make(chat, prompts=file, reward=noting, max_prompt_tokens=72)
+    observation, info = env.reset()
+    length = int(observation["prompt_length"][0])
+    contents = [message["content"] for message in seen["messages"]]
+    assert contents[0] == "be brief"
+    assert contents[2:] == ["a good film", "is it good?"]
+    assert ("a film " * 30).endswith(contents[1])
+    assert 0 < len(contents[1]) < 210
+    tokenizer = env.unwrapped.tokenizer
+    expected = tokenizer.apply_chat_template(seen["messages"], add_generation_prompt=True)["input_ids"]
+    assert 70 <= length <= 72
+    assert observation["input_ids"][:length].tolist() == expected
+    text = tokenizer.apply_chat_template(seen["messages"], add_generation_prompt=True, tokenize=False)
+    assert info["prompt"] == seen["prompt"] == text
+    assert seen["answer"] == "4"
+
+
+@pytest.mark.filterwarnings("ignore:a prompt of .* tokens is longer")
+def test_a_conversation_loses_the_systems_content_last_and_headers_never(chat, tmp_path):
+    file = conversation(tmp_path, "a film", "a good film", "why?", system="be brief and kind " * 5)
+    env = make(chat, prompts=file, max_prompt_tokens=80)
+    _, info = env.reset()
+    assert info["prompt"].count("<|im_start|>") == 5
+    assert "kind <|im_end|>" in info["prompt"]
+    assert "be brief and kind be brief and kind " not in info["prompt"]
+    assert not any(text in info["prompt"] for text in ("film", "why"))
+    with pytest.raises(ValueError, match="headers alone are .* tokens, more than max_prompt_tokens=10"):
+        make(chat, prompts=file, max_prompt_tokens=10).reset()
+
+
+def test_a_template_of_any_family_gives_its_tokens_when_cut(family, tmp_path):
+    tokenizer, _ = family
+    save_chat_model(tmp_path / "model", tokenizer)
+    messages = [{"role": "user", "content": "天气真好 " * 9}, {"role": "assistant", "content": "a film"}]
+    messages += [{"role": "user", "content": "is it good?"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": messages}))
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    vocabulary = load_vocabulary(tmp_path / "model")
+    (row,) = load_prompt_file(tmp_path / "prompts.jsonl", tokenizer=vocabulary.tokenizer)
+    assert fit_prompt(row, vocabulary).ids == whole
+    for limit in range(len(whole) - 20, len(whole) + 1):
+        cut, ids = fit_prompt(row, vocabulary, limit)
+        assert len(ids) <= limit
+        assert ids == tokenizer.apply_chat_template(cut.columns["messages"], add_generation_prompt=True)["input_ids"]
+
+
+def test_lengths_are_judged_when_prompts_are_loaded(chat):
+    rows = [*["天气"] * 1500, "a good film " * 40]
+    with pytest.raises(ValueError, match="a prompt of .* tokens is longer than max_prompt_tokens=64: 'a good film"):
+        make(chat, prompts=rows, prompt_overflow="error")
+    with pytest.warns(UserWarning, match="as are 1 others of 3"):
+        make(chat, prompts=["hi", "天" * 30, "天" * 40])
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_prompts_text(chat):
+    from textgym.rewards import CausalRewardModel
+
+    judge = chat_tokenizer(("<|user|>",), OPEN)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(judge), num_labels=1, pad_token_id=CHAT_PAD, **shape)
+    reward = CausalRewardModel(LlamaForSequenceClassification(config), judge)
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    env = make(chat, reward=reward, reward_every="end", prompts=[prompt])
+    env.reset()
+    ids = env.unwrapped.tokenizer("a film")["input_ids"]
+    _, info = write(env, [*ids, END])
+    assert [info["score"]] == pytest.approx(reward(prompts=[prompt], completions=["a film"]), abs=1e-6)
+
+
+# Arguments of chat templates.
+
+THINKING = "{% macro note() %}{{ 'thinks' if enable_thinking else effort }}{% endmacro %}" + CHATML.replace(
+    "assistant\n' }}", "assistant\n' }}{{ note() }}"
+)
+
+
+def test_template_arguments_are_those_of_a_direct_call(tmp_path):
+    save_chat_model(tmp_path, chat_tokenizer(template="\n" + THINKING))
+    plain = load_vocabulary(tmp_path).tokenizer
+    arguments = {"enable_thinking": False, "effort": 'it\'s 天🙂\n"low"'}
+    messages = [{"role": "user", "content": "hi"}]
+    expected = plain.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
+    for loaded in (load_vocabulary, load_language_model):
+        fixed = loaded(tmp_path, chat_template_kwargs=arguments).tokenizer
+        assert fixed.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": messages}))
+    env = make(tmp_path, prompts=str(file), chat_template_kwargs=arguments)
+    assert env.reset()[1]["prompt"] == expected
+    assert gym.make(env.spec).reset()[1]["prompt"] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "complaint"),
+    [
+        ({"thinking_budget": 3}, ValueError, "'thinking_budget', which the chat template does not read"),
+        ({"messages": []}, ValueError, "has 'messages'; give names of the template's own"),
+        ({"effort": object()}, TypeError, r"chat_template_kwargs\['effort'\] has .* give plain data"),
+        ({"effort": float("nan")}, ValueError, "must be finite"),
+        ("effort=low", TypeError, "must be a dict"),
+    ],
+)
+def test_template_arguments_that_do_nothing_are_refused(tmp_path_factory, arguments, error, complaint):
+    path = tmp_path_factory.mktemp("model")
+    save_chat_model(path, chat_tokenizer(template=THINKING))
+    with pytest.raises(error, match=complaint):
+        make(path, chat_template_kwargs=arguments)
+
+
+def test_template_arguments_of_a_run_are_texts_or_a_mapping():
+    given = RunConfig(chat_template_kwargs=["enable_thinking=false", "effort=very low", "depth=2"])
+    assert given.template_arguments() == {"enable_thinking": False, "effort": "very low", "depth": 2}
+    mapping = RunConfig.from_mapping({"chat_template_kwargs": {"enable_thinking": False, "effort": "2"}})
+    assert mapping.template_arguments() == {"enable_thinking": False, "effort": "2"}
+    assert RunConfig().template_arguments() == {}
+    for wrong in (["enable_thinking"], ["a=1", "a=2"], ["a=["]):
+        with pytest.raises(ValueError, match="chat_template_kwargs="):
+            RunConfig(chat_template_kwargs=wrong)

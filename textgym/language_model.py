@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
 from textgym.reordered_weights import ReorderedWeights, worth_reordering
+from textgym.template_arguments import with_template_arguments
 from textgym.token_scores import TokenScores, is_plain_linear, score_logits
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
@@ -286,6 +287,7 @@ def load_language_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Open a language model, decoder-only or encoder-decoder.
 
@@ -296,19 +298,23 @@ def load_language_model(
     :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
     :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
     :param trust_remote_code: run Python code that comes with the checkpoint, where the model or its tokenizer has some
+    :param chat_template_kwargs: variables of the chat template and their values, such as
+        ``{"enable_thinking": False}``; see :mod:`textgym.template_arguments`
     :raises FileNotFoundError: if ``spec`` looks like a path and nothing is there
     :raises ValueError: if it can't be opened, with what was tried
     """
+    fixed = chat_template_kwargs or {}
     if isinstance(spec, LanguageModel):
-        if tokenizer is not None and tokenizer is not spec.tokenizer:
-            return LanguageModel(spec.model, _open_tokenizer(tokenizer, trust_remote_code), spec.name)
-        return spec
+        opened = spec.tokenizer if tokenizer is None else _open_tokenizer(tokenizer, trust_remote_code)
+        opened = with_template_arguments(opened, fixed)
+        return spec if opened is spec.tokenizer else LanguageModel(spec.model, opened, spec.name)
     if isinstance(spec, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(
                 f"language_model is a {type(spec).__name__} object: pass its tokenizer too (tokenizer=...)"
             )
-        return LanguageModel(spec, _open_tokenizer(tokenizer, trust_remote_code), spec.config.name_or_path or None)
+        opened = with_template_arguments(_open_tokenizer(tokenizer, trust_remote_code), fixed)
+        return LanguageModel(spec, opened, spec.config.name_or_path or None)
     if not isinstance(spec, str | Path):
         raise TypeError(
             f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', 'gemma3', a directory, "
@@ -327,7 +333,9 @@ def load_language_model(
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random weights there.
         raise _cannot_open(spec, ValueError(f"it has no weights for {', '.join(missing[:3])}"))
-    opened = _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code)
+    opened = with_template_arguments(
+        _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code), fixed
+    )
     return LanguageModel(model.to(weights_device), opened, str(spec))
 
 
@@ -341,16 +349,20 @@ def load_vocabulary(
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Vocabulary:
     """Tokenizer and sizes of a language model, without loading its weights; arguments as `load_language_model`."""
     if not isinstance(spec, str | Path):
-        return load_language_model(spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code).vocabulary
+        return load_language_model(
+            spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code, chat_template_kwargs=chat_template_kwargs
+        ).vocabulary
     location = _locate(spec)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise _cannot_open(spec, e) from e
     opened = _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code)
+    opened = with_template_arguments(opened, chat_template_kwargs or {})
     return Vocabulary(opened, config, str(spec), _generation_config(location))
 
 

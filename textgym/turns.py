@@ -123,6 +123,12 @@ class TurnTokens:
             encoded.append([*([] if opened else before), *ids, *([] if closed else behind)])
         return encoded
 
+    def written(self, ids: Sequence[int]) -> str:
+        """The text that gives these token ids: :meth:`encode` backwards, with all special tokens of its own."""
+        before = self.opening_ids
+        kept = list(ids[len(before) :] if before and list(ids[: len(before)]) == before else ids)
+        return self._clean(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, as rewards see it: without :attr:`hidden_ids`."""
         return self.decode_all([ids])[0]
@@ -136,7 +142,7 @@ class TurnTokens:
         if not skip:
             kept = [[i for i in row if i not in self.hidden_ids] for row in kept]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        return [_SPACES_AT_HAN.sub("", text) for text in texts] if self._spaces_at_han else texts
+        return [self._clean(text) for text in texts]
 
     def showing(self, texts: Sequence[str]) -> TurnTokens:
         """The same, but that decoded texts also show the special tokens whose names stand in some texts.
@@ -174,6 +180,10 @@ class TurnTokens:
         ids = self._bare("天气")
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return " " in str(text).strip() and len(ids) == 2
+
+    def _clean(self, text: str) -> str:
+        """A decoded text without spaces that only the tokenizer put there."""
+        return _SPACES_AT_HAN.sub("", text) if self._spaces_at_han else text
 
     def _bare(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -80,6 +80,17 @@ class Vocabulary:
         """
         return self.turns.encode(text, whole=self._prompts_end)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of many texts."""
+        return self.turns.encode_all(texts, whole=self._prompts_end)
+
+    def written(self, ids: Sequence[int]) -> str:
+        """The text that gives the token ids of a prompt; see :meth:`TurnTokens.written`."""
+        closing = self.turns.closing_ids if self._prompts_end else []
+        return self.turns.written(
+            ids[: len(ids) - len(closing)] if closing and list(ids[-len(closing) :]) == closing else ids
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, as rewards see it; see :meth:`TurnTokens.decode`."""
         return self.turns.decode(ids)
@@ -94,10 +105,9 @@ class Vocabulary:
         """
         if len(ids) <= limit:
             return ids
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[0] == bos and limit > 1:
-            return [bos, *ids[-(limit - 1) :]]
-        return ids[-limit:]
+        bos, opening = self.tokenizer.bos_token_id, self.turns.opening_ids
+        kept = opening if opening and ids[: len(opening)] == opening else [bos] if ids[0] == bos else []
+        return [*kept, *ids[len(kept) - limit :]] if len(kept) < limit else ids[-limit:]
 
 
 def _ends(

@@ -40,6 +40,9 @@ class RunConfig:
     model: str = _option("embedded", MODEL, "embedded, smollm2, a directory or a hub id")
     tokenizer: str | None = _option(None, MODEL, "directory or hub id of another tokenizer than the model's own")
     trust_remote_code: bool = _option(False, MODEL, "run Python code that comes with the model, where it has some")
+    chat_template_kwargs: list[str] | None = _option(
+        None, MODEL, "name=value, for variables of the chat template, such as enable_thinking=false; several times"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", MODEL, "type of the weights")
     device: str = _option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps")
     autocast: Literal["bfloat16", "float16"] | None = _option(
@@ -90,7 +93,7 @@ class RunConfig:
     max_new_tokens: int = _option(32, EPISODE, "budget of a completion, tokens")
     min_new_tokens: int = _option(0, EPISODE, "an end before that many tokens ends nothing")
     max_prompt_tokens: int | None = _option(
-        None, EPISODE, "longer prompts are cut on the left; default 64 or what fits"
+        None, EPISODE, "longer texts are cut on the left, conversations in their oldest turns; default 64 or what fits"
     )
     prompt_overflow: Literal["truncate", "error"] = _option("truncate", EPISODE, "what to do with longer prompts")
     stop: list[str] | None = _option(
@@ -215,6 +218,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
+        given: Any = self.chat_template_kwargs  # in a file it may be a mapping; JSON is YAML
+        if isinstance(given, Mapping):
+            self.chat_template_kwargs = [f"{name}={json.dumps(value)}" for name, value in given.items()]
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), kinds[field.name]))
         for name in ("rows", "timesteps", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints"):
@@ -232,6 +238,25 @@ class RunConfig:
             )
         if self.reward_every != "end" and not (self.reward_every.isdigit() and int(self.reward_every) >= 1):
             raise ValueError(f"reward_every={self.reward_every!r} must be a whole number of at least 1, or 'end'")
+
+        self.template_arguments()  # wrong ones are errors now
+
+    def template_arguments(self) -> dict[str, Any]:
+        """The variables of the chat template that ``chat_template_kwargs`` names, with their values.
+
+        :raises ValueError: if an entry is not ``name=value``, or its value is not YAML
+        """
+        found: dict[str, Any] = {}
+        for option in self.chat_template_kwargs or []:
+            name, equals, text = option.partition("=")
+            if not equals or name in found:
+                problem = "names one twice" if equals else "must be name=value, such as enable_thinking=false"
+                raise ValueError(f"chat_template_kwargs={option!r} {problem}")
+            try:
+                found[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"chat_template_kwargs={option!r}: the value is not YAML: {error}") from error
+        return found
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "the configuration") -> RunConfig:

@@ -30,6 +30,7 @@ from textgym.agents.runs.trust import seals
 from textgym.envs import TextGenVectorEnv
 from textgym.language_model import load_vocabulary
 from textgym.prompt_files import load_prompt_file
+from textgym.prompt_fitting import judge_lengths
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_prompts
 from textgym.rewards.opening import load_reward
 
@@ -48,7 +49,10 @@ def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
             assert isinstance(embedded, PromptRows)
             return embedded
         vocabulary = load_vocabulary(
-            config.model, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code
+            config.model,
+            tokenizer=config.tokenizer,
+            trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.template_arguments(),
         )
         return load_prompt_file(source, prompt_column=config.prompt_column, tokenizer=vocabulary.tokenizer)
 
@@ -81,6 +85,7 @@ def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = Non
     processes = processes or Processes()
     options = {name: getattr(config, name) for name in _ENV_OPTIONS}
     options["device"] = device_of(config, processes)
+    options["chat_template_kwargs"] = config.template_arguments()
     every = config.reward_every
     envs = gym.make_vec(
         "TextGen-v0",
@@ -174,6 +179,9 @@ class Run:
         if self.processes.world_size > 1:
             prompts = SharedPrompts(train, config.seed, self.processes)
         self.envs = make_envs(config, prompts, self.processes)
+        unjudged = (train, held_out) if isinstance(prompts, SharedPrompts) else (held_out,)
+        for rows in unjudged:  # the environment judges those that it draws from itself
+            judge_lengths(rows, self.envs.vocabulary, self.envs.max_prompt_tokens, config.prompt_overflow)
         self.agent = make_agent(algorithm, config, self.envs, self.processes)
         if not resume:
             self.processes.on_main(self.folder.create)

@@ -176,10 +176,7 @@ class CausalRewardModel(Reward):
         if len(batch) == 0:
             return np.zeros(0)
         if not self._same_tokens.of(batch):
-            # Not the prompts' own texts: what counts is what the tokens say, and a prompt may have been cut.
-            pairs = zip(batch.texts, batch.completions, strict=True)
-            prompts = [text[: len(text) - len(completion)] for text, completion in pairs]
-            return self._score_texts(prompts, batch.completions, batch.finished, origin)
+            return self._score_texts(batch.prompts, batch.completions, batch.finished, origin)
         lengths = batch.lengths - self._unread(batch.finished)
         self._check_lengths(lengths, origin)
         read = self._read(batch)

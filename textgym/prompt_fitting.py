@@ -1,0 +1,154 @@
+"""What a model sees of a prompt: all of it, or as much as the limit of tokens leaves.
+
+A text loses its beginning. A conversation loses content and no header: the oldest turns first, the system's last, each
+from its beginning. Rewards, infos and logs get the prompt that the model saw.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from textgym.chat import MESSAGES, chat_prompt, is_conversation
+from textgym.prompts import PromptRow
+from textgym.vocabulary import Vocabulary
+
+_READ_AT_ONCE = 1000  # prompts that are tokenised together where all are judged
+
+
+class FittedPrompt(NamedTuple):
+    """A prompt as the model sees it: the row, with its text, and the token ids."""
+
+    row: PromptRow
+    ids: list[int]
+
+
+def fit_prompt(row: PromptRow, vocabulary: Vocabulary, limit: int | None = None) -> FittedPrompt:
+    """The prompt of a row as token ids, cut where they are too many.
+
+    A conversation is cut as one where the row's column ``messages`` gives its prompt through the chat template.
+
+    :param row: the prompt, with its columns
+    :param vocabulary: of the language model
+    :param limit: most tokens, None for any number
+    :raises ValueError: if the prompt has no token, or the headers of a conversation alone are more than ``limit``
+    """
+    ids = vocabulary.encode(row.prompt)
+    if not ids:
+        raise ValueError(
+            f"the tokenizer makes no token of the prompt {row.prompt[:60]!r}; give prompts that have at least one"
+        )
+    if limit is None or len(ids) <= limit:
+        return FittedPrompt(row, ids)
+    messages = _messages_of(row, vocabulary)
+    if messages is not None:
+        return _cut_conversation(row, messages, vocabulary, limit)
+    ids = vocabulary.cut_left(ids, limit)
+    return FittedPrompt(PromptRow(vocabulary.written(ids), row.columns), ids)
+
+
+@dataclass(frozen=True)
+class LongPrompts:
+    """Prompts that are longer than a limit: how many of how many, the first one and its tokens."""
+
+    count: int
+    of: int
+    first: str
+    tokens: int
+
+    def told(self, name: str, limit: int) -> str:
+        """What they are, for messages.
+
+        :param name: of the limit
+        :param limit: most tokens
+        """
+        others = f", as are {self.count - 1} others of {self.of}" if self.count > 1 else ""
+        return f"a prompt of {self.tokens} tokens is longer than {name}={limit}{others}: {self.first[:60]!r}..."
+
+
+def find_long_prompts(rows: Iterable[PromptRow], vocabulary: Vocabulary, limit: int) -> LongPrompts | None:
+    """Which prompts have more tokens than ``limit``; None where all fit."""
+    count, total, first, tokens = 0, 0, "", 0
+    sure = limit - len(vocabulary.encode_all(["a"])[0])  # characters, beside the tokens around a text
+    prompts = (row.prompt for row in rows)
+    while part := list(itertools.islice(prompts, _READ_AT_ONCE)):
+        total += len(part)
+        # A token stands for at least a byte, so short texts need no tokenizer, unless it writes characters as others.
+        doubtful = [text for text in part if len(text) > sure or not text.isascii()]
+        for text, ids in zip(doubtful, vocabulary.encode_all(doubtful), strict=True):
+            if len(ids) > limit:
+                first, tokens = (first, tokens) if count else (text, len(ids))
+                count += 1
+    return LongPrompts(count, total, first, tokens) if count else None
+
+
+def judge_lengths(rows: Iterable[PromptRow], vocabulary: Vocabulary, limit: int, overflow: str) -> bool:
+    """Say before anything is computed which prompts are too long.
+
+    :param rows: all of them
+    :param vocabulary: of the language model
+    :param limit: ``max_prompt_tokens``
+    :param overflow: ``"truncate"`` or ``"error"``
+    :return: whether some are too long
+    :raises ValueError: if some are too long and ``overflow`` is ``"error"``
+    :warns UserWarning: if some will be cut
+    """
+    found = find_long_prompts(rows, vocabulary, limit)
+    if found is None:
+        return False
+    problem = found.told("max_prompt_tokens", limit)
+    if overflow == "error":
+        raise ValueError(f"{problem}; raise max_prompt_tokens or shorten the prompt")
+    warnings.warn(
+        f"{problem}; a long text loses its beginning, a conversation content of its oldest turns", stacklevel=3
+    )
+    return True
+
+
+def _messages_of(row: PromptRow, vocabulary: Vocabulary) -> list[dict[str, Any]] | None:
+    """The messages that a prompt was made of; None where it is a text."""
+    given = row.columns.get(MESSAGES)
+    if not is_conversation(given) or not given or not all(isinstance(message, dict) for message in given):
+        return None
+    messages = [dict(message) for message in given]
+    try:
+        return messages if _rendered(messages, vocabulary) == row.prompt else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _rendered(messages: Sequence[dict[str, Any]], vocabulary: Vocabulary) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say was said when the prompt was made
+        return chat_prompt(messages, vocabulary.tokenizer)
+
+
+def _cut_conversation(
+    row: PromptRow, messages: list[dict[str, Any]], vocabulary: Vocabulary, limit: int
+) -> FittedPrompt:
+    others = [i for i, message in enumerate(messages) if message["role"] != "system"]
+    systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
+    for i in others + systems:
+        while True:
+            text = _rendered(messages, vocabulary)
+            ids = vocabulary.encode(text)
+            if len(ids) <= limit:
+                return FittedPrompt(PromptRow(text, {**row.columns, MESSAGES: messages}), ids)
+            content = messages[i]["content"]
+            if not isinstance(content, str) or not content:
+                break
+            messages[i] = {**messages[i], "content": _without_beginning(content, len(ids) - limit, vocabulary)}
+    raise ValueError(
+        f"the chat template's headers alone are {len(ids)} tokens, more than max_prompt_tokens={limit}: "
+        f"{row.prompt[:60]!r}...; raise max_prompt_tokens"
+    )
+
+
+def _without_beginning(text: str, tokens: int, vocabulary: Vocabulary) -> str:
+    """A text without its first tokens; shorter in any case."""
+    ids = vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"]
+    rest = vocabulary.written(ids[tokens:]).lstrip("\ufffd") if tokens < len(ids) else ""
+    return rest if len(rest) < len(text) else text[1:]
