@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import json
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,16 +27,12 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from textgym.agents.cli_reward import add_train_reward
+from textgym.agents.cli_texts import add_texts, unescaped
 from textgym.agents.cli_warm_start import add_warm_start
 from textgym.agents.runs.config import RunConfig, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from textgym.evaluation import Evaluation
-    from textgym.language_model import LanguageModel
-    from textgym.prompts import PromptRow
-    from textgym.rewards import Reward
 
 app = typer.Typer(
     name="textgym",
@@ -111,7 +105,7 @@ def train(
     """Train a language model on a reward; the run's folder gets everything that comes of it."""
     given = {name: value for name, value in options.items() if value is not None}
     if "stop" in given:
-        given["stop"] = [_unescaped(text) for text in given["stop"]]
+        given["stop"] = [unescaped(text) for text in given["stop"]]
     with _plain_errors():
         from textgym.agents.distributed import ProcessError, Processes
         from textgym.agents.runs.folder import next_free
@@ -158,12 +152,6 @@ def train(
         console.print(f"Stopped at {run.agent.num_timesteps:,} tokens; go on with: textgym train --resume {folder}")
 
 
-def _unescaped(text: str) -> str:
-    r"""A text as typed in a shell, where ``\n`` is a newline, ``\t`` a tab and ``\\`` one backslash."""
-    written = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return re.sub(r"\\([ntr\\])", lambda found: written[found[1]], text)
-
-
 def _show_progress(evaluations: list[dict[str, Any]]) -> None:
     """The held-out figures of the first and the newest evaluation."""
     if not evaluations:
@@ -180,202 +168,7 @@ def _show_progress(evaluations: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-# Texts of a trained model
-
-
-@dataclasses.dataclass
-class _Subject:
-    """A model to sample from, with what its texts are measured with."""
-
-    name: str
-    model: LanguageModel
-    config: RunConfig
-    run: Path  # the folder of the run it is of, if it is of one
-
-
-def _open(path: str, trusted: bool) -> _Subject:
-    """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes."""
-    from textgym.agents.runs.folder import RunFolder
-    from textgym.agents.runs.training import Run, run_config
-    from textgym.agents.runs.trust import check_code, check_model_code
-
-    folder = RunFolder(path)
-    if folder.config.is_file():
-        _, config = run_config(path)
-        check_model_code(config, path, trusted)
-        for part in (folder.model, folder.best):
-            if part.is_dir():
-                return _Subject(path, _load(str(part), config), config, folder.path)
-        check_code([config.reward], path, trusted)
-        run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
-        return _Subject(path, run.agent.policy.language_model, config, folder.path)
-    parent = RunFolder(Path(path).parent)
-    if parent.config.is_file():
-        config = run_config(parent.path)[1]
-        check_model_code(config, path, trusted)
-    else:
-        config = RunConfig(trust_remote_code=trusted)
-    return _Subject(path, _load(path, config), config, parent.path)
-
-
-def _load(model: str, config: RunConfig, tokenizer: str | None = None) -> LanguageModel:
-    from textgym.language_model import load_language_model
-
-    return load_language_model(
-        model,
-        tokenizer=tokenizer,
-        device=config.device,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        chat_template_kwargs=config.template_arguments(),
-    )
-
-
-def _measures(config: RunConfig, options: dict[str, Any]) -> tuple[RunConfig, LanguageModel, Reward]:
-    """The configuration with the options given, the reference model and the reward."""
-    from textgym.rewards.opening import load_reward
-
-    merged = RunConfig.from_mapping({**config.as_dict(), **{k: v for k, v in options.items() if v is not None}})
-    return merged, _load(merged.model, merged, merged.tokenizer), load_reward(merged.reward)
-
-
-def _held_out(config: RunConfig, number: int) -> list[PromptRow]:
-    from textgym.agents.runs.training import load_prompts
-
-    return list(load_prompts(config)[1])[:number]
-
-
-def _prompt_room(config: RunConfig, model: LanguageModel) -> int:
-    """Most tokens of a prompt, as in the run's environment."""
-    from textgym.envs.options import prompt_room
-
-    return prompt_room(config.max_prompt_tokens, config.max_new_tokens, model.vocabulary.context_limit)
-
-
-_Model = Annotated[str, typer.Argument(help="a run's folder, a directory that train wrote, any model, or embedded")]
-_Reward = Annotated[str | None, typer.Option("--reward", help="as for train; default the run's")]
-_TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code", help="run Python code that somebody else's run has as its reward, or that comes with the model"
-    ),
-]
-_Tokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
-_Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]
-_Seed = Annotated[int, typer.Option("--seed", help="of the sampling")]
-
-
-@app.command()
-def generate(
-    model: _Model,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="a prompt; may be given several times")
-    ] = None,
-    number: Annotated[int, typer.Option("--number", "-n", help="held-out prompts to complete, without --prompt")] = 8,
-    reward: _Reward = None,
-    trust_code: _TrustCode = False,
-    max_new_tokens: _Tokens = None,
-    temperature: _Temperature = None,
-    deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
-    seed: _Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead, a line a completion")] = False,
-) -> None:
-    """Complete prompts, with every token on the colour of its reward."""
-    with _plain_errors():
-        from textgym.agents.reports import coloured_completion
-        from textgym.agents.runs.trust import check_code
-        from textgym.evaluation import score_tokens
-
-        subject = _open(model, trust_code)
-        if reward is None:
-            check_code([subject.config.reward], subject.run, trust_code)
-        options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        config, reference, phi = _measures(subject.config, options)
-        prompts: Any = prompt or _held_out(config, number)
-        completions = score_tokens(
-            subject.model,
-            reference,
-            phi,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            min_new_tokens=config.min_new_tokens,
-            temperature=config.temperature,
-            stop=config.stop,
-            max_prompt_tokens=None if prompt else _prompt_room(config, subject.model),
-            deterministic=deterministic,
-            seed=seed,
-        )
-        for completion in completions:
-            if as_json:
-                print(json.dumps(completion.to_dict(), ensure_ascii=False))
-            else:
-                console.print(coloured_completion(completion))
-                console.print()
-
-
-@app.command()
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="runs, directories that train wrote, or any models")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="folder for evaluation.json, .md and .png")
-    ] = None,
-    number: Annotated[int, typer.Option("--number", "-n", help="held-out prompts")] = 256,
-    completions: Annotated[int, typer.Option(help="completions of each prompt")] = 1,
-    reward: _Reward = None,
-    trust_code: _TrustCode = False,
-    prompts: Annotated[
-        str | None, typer.Option(help="evaluate on all prompts of this file instead; default the held-out ones")
-    ] = None,
-    max_new_tokens: _Tokens = None,
-    temperature: _Temperature = None,
-    reference: Annotated[bool, typer.Option(help="also evaluate the reference model")] = True,
-    seed: _Seed = 0,
-) -> None:
-    """Measure models on held-out prompts side by side, with bootstrap 95 % intervals.
-
-    Prompts, reward, reference and token budget are those of the first model's run.
-    """
-    with _plain_errors():
-        from textgym.agents import reports
-        from textgym.agents.runs.trust import check_code
-        from textgym.evaluation import evaluate as measure
-        from textgym.prompt_files import load_prompt_file
-
-        subjects = [_open(path, trust_code) for path in models]
-        if reward is None:
-            check_code([subjects[0].config.reward], subjects[0].run, trust_code)
-        options = {"reward": reward, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        config, reference_model, phi = _measures(subjects[0].config, options)
-        rows: Any
-        if prompts is None:
-            rows = _held_out(config, number)
-        else:
-            rows = list(load_prompt_file(prompts, tokenizer=subjects[0].model.tokenizer))[:number]
-        if reference and config.model not in models:
-            subjects.insert(0, _Subject(config.model, reference_model, config, subjects[0].run))
-        evaluations: dict[str, Evaluation] = {}
-        for subject in subjects:
-            with console.status(f"{subject.name}: {len(rows)} prompts"):
-                evaluations[subject.name] = measure(
-                    subject.model,
-                    reference_model,
-                    phi,
-                    rows,
-                    completions_per_prompt=completions,
-                    max_new_tokens=config.max_new_tokens,
-                    min_new_tokens=config.min_new_tokens,
-                    temperature=config.temperature,
-                    stop=config.stop,
-                    max_prompt_tokens=_prompt_room(config, subject.model),
-                    seed=seed,
-                )
-        console.print(reports.comparison_table(evaluations))
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "evaluation.json").write_text(reports.comparison_json(evaluations), encoding="utf-8")
-            (output / "evaluation.md").write_text(reports.comparison_markdown(evaluations), encoding="utf-8")
-            reports.draw_comparison(evaluations, output / "evaluation.png")
-            console.print(f"Wrote evaluation.json, evaluation.md and evaluation.png to [bold]{output}[/bold]")
+add_texts(app, console, _plain_errors)
 
 
 @app.command()

@@ -115,6 +115,17 @@ def sampling_of(configuration: dict[str, Any]) -> SamplingSettings:
     return SamplingSettings.from_dict(configuration["sampling"])
 
 
+def read_sampling(folder: Path) -> SamplingSettings:
+    """How the agent that was saved in a folder samples, whatever its class.
+
+    :raises ValueError: if the configuration is broken or doesn't say it
+    """
+    try:
+        return sampling_of(json.loads((folder / AGENT).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / AGENT} is broken: {error}") from error
+
+
 def load_value_head(model: SavedAgent, folder: Path) -> None:
     """Put the stored value head into the policy."""
     model.policy.value_net.load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))

@@ -75,6 +75,7 @@ class RunConfig:
         "held-out prompts: a share (0.1) or number (200) taken out of the prompts, or another file; auto: the embedded "
         "test prompts beside the embedded train prompts, else 0.1",
     )
+    split_seed: int = _option(0, DATA, "another one holds out other prompts; runs with one seed hold out the same")
 
     reward: str = _option(
         "embedded",

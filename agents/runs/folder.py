@@ -24,6 +24,7 @@ class RunFolder:
     """Paths in a run's folder.
 
     - ``config.yaml``: the options as run; ``run.json``: versions, command, machine, seconds
+    - ``held_out.json``: hashes of the prompts that are held out and of those that are trained on
     - ``metrics.jsonl`` and ``metrics.csv``: a line per rollout and per evaluation; ``tensorboard/`` has the same
     - ``samples.jsonl`` and ``samples.md``: completions of held-out prompts at every evaluation
     - ``checkpoints/``: what the run can be resumed from
@@ -62,6 +63,7 @@ class RunFolder:
 _FILES = {
     "config": "config.yaml",
     "run": "run.json",
+    "held_out": "held_out.json",
     "metrics": "metrics.jsonl",
     "metrics_csv": "metrics.csv",
     "samples": "samples.jsonl",

@@ -25,6 +25,7 @@ from textgym.agents.plots import plot_runs
 from textgym.agents.runs.agents import agent_class, arguments_of, resolved
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
+from textgym.agents.runs.prompt_record import write_prompt_record
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
 from textgym.agents.runs.trust import seals
 from textgym.envs import TextGenVectorEnv
@@ -65,7 +66,7 @@ def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
     except ValueError:
         amount = None
     if amount is not None:
-        return split_prompts(train, amount, config.seed)
+        return split_prompts(train, amount, config.split_seed)
     other = rows(held_out)
     both = {row.prompt for row in train} & {row.prompt for row in other}
     if both:
@@ -199,6 +200,7 @@ class Run:
             self._note({"resumed_from": self.resumed_from.name})
         elif self.processes.is_main:
             self.folder.config.write_text(f"algorithm: {algorithm}\n\n{config.to_yaml()}", encoding="utf-8")
+            write_prompt_record(self.folder.held_out, train, held_out_rows)
             self._note({"code": seals([config.reward])})
         self._note({"status": "running", "processes": self.processes.world_size})
 

@@ -1,0 +1,40 @@
+"""Which prompts a run learns from and which it holds out, kept in its folder as hashes.
+
+Whoever evaluates a model later can then tell what it has been trained on, whatever became of the file of prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from textgym.prompts import PromptRow
+
+
+def prompt_hash(prompt: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def write_prompt_record(path: Path, trained_on: Iterable[PromptRow], held_out: Iterable[PromptRow]) -> None:
+    """Write the hashes of a run's prompts, each once and in order."""
+    parts = {"trained_on": trained_on, "held_out": held_out}
+    hashes = {name: sorted({prompt_hash(row.prompt) for row in rows}) for name, rows in parts.items()}
+    path.write_text(json.dumps({"hash": "blake2b-64 of the prompt", **hashes}) + "\n", encoding="utf-8")
+
+
+def trained_on(path: Path) -> frozenset[str] | None:
+    """Hashes of the prompts that a run learns from.
+
+    :param path: what :func:`write_prompt_record` wrote
+    :return: None if there is no such file
+    :raises ValueError: if it is broken
+    """
+    if not path.is_file():
+        return None
+    try:
+        return frozenset(json.loads(path.read_text(encoding="utf-8"))["trained_on"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is broken, so nobody knows what the run was trained on: {error}") from error

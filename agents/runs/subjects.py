@@ -1,0 +1,122 @@
+"""Models to sample from, each with what its run says about how: what ``generate`` and ``evaluate`` work on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from textgym.agents.pretrained import AGENT, read_sampling
+from textgym.agents.runs.config import RunConfig
+from textgym.agents.runs.folder import RunFolder
+from textgym.agents.runs.prompt_record import prompt_hash, trained_on
+from textgym.agents.runs.training import Run, run_config
+from textgym.agents.runs.trust import check_code, check_model_code
+from textgym.envs.options import prompt_room
+from textgym.language_model import LanguageModel, load_language_model
+from textgym.prompts import PromptRow
+from textgym.sampling import SamplingSettings
+
+
+@dataclass
+class Subject:
+    """A model to sample from.
+
+    :param name: what the user calls it
+    :param model: the model
+    :param config: options of the run that it is of, else the defaults
+    :param run: the folder of that run, if it is of one
+    :param sampling: how it was trained to be sampled from: its run's settings, its agent's, else the defaults
+    """
+
+    name: str
+    model: LanguageModel
+    config: RunConfig
+    run: Path | None
+    sampling: SamplingSettings
+
+    def learned_from(self, rows: list[PromptRow]) -> list[bool]:
+        """Which of some prompts its run trains on; none where that isn't known."""
+        known = None if self.run is None else trained_on(RunFolder(self.run).held_out)
+        return [known is not None and prompt_hash(row.prompt) in known for row in rows]
+
+    def reference(self, given: str | None = None) -> LanguageModel:
+        """What its KL is measured against: what is given, the model its run started from, or the model itself."""
+        if given is None and self.run is None:
+            return self.model
+        if given is None:
+            return load(self.config.model, self.config, self.config.tokenizer)
+        return load(given, self.config)
+
+    def sampling_with(self, settings: dict[str, Any]) -> SamplingSettings:
+        """Its settings, but for those that are given.
+
+        :raises ValueError: if they are impossible together, or too long for the model
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given.get("action_masking") is False:
+            given = {"top_k": 0, "top_p": 1.0, **given}
+        sampling = dataclasses.replace(self.sampling, **given)
+        if given.get("max_prompt_tokens") is None and "max_new_tokens" in given:
+            limit = self.model.vocabulary.context_limit
+            room = prompt_room(self.config.max_prompt_tokens, sampling.max_new_tokens, limit)
+            sampling = dataclasses.replace(sampling, max_prompt_tokens=room)
+        return sampling
+
+
+def open_subject(path: str, trusted: bool) -> Subject:
+    """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes.
+
+    :param trusted: whether the user has said that code which somebody else's run or model names may run
+    :raises UntrustedCodeError: if there is such code and they haven't
+    """
+    folder = RunFolder(path)
+    if folder.config.is_file():
+        _, config = run_config(path)
+        check_model_code(config, path, trusted)
+        for part in (folder.model, folder.best):
+            if part.is_dir():
+                return _subject(path, load(str(part), config), config, folder.path)
+        check_code([config.reward], path, trusted)
+        run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
+        return _subject(path, run.agent.policy.language_model, config, folder.path)
+    parent = RunFolder(Path(path).parent)
+    if parent.config.is_file():
+        config = run_config(parent.path)[1]
+        check_model_code(config, path, trusted)
+        return _subject(path, load(path, config), config, parent.path)
+    config = RunConfig(trust_remote_code=trusted)
+    return _subject(path, load(path, config), config, None)
+
+
+def load(model: str, config: RunConfig, tokenizer: str | None = None) -> LanguageModel:
+    """A language model on the run's device and in its type."""
+    return load_language_model(
+        model,
+        tokenizer=tokenizer,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        chat_template_kwargs=config.template_arguments(),
+    )
+
+
+def _subject(path: str, model: LanguageModel, config: RunConfig, run: Path | None) -> Subject:
+    if run is None and (Path(path) / AGENT).is_file():
+        return Subject(path, model, config, run, read_sampling(Path(path)))
+    return Subject(path, model, config, run, sampling_of_run(config, model))
+
+
+def sampling_of_run(config: RunConfig, model: LanguageModel) -> SamplingSettings:
+    """How texts are sampled in a run's environment."""
+    return SamplingSettings(
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        max_prompt_tokens=prompt_room(config.max_prompt_tokens, config.max_new_tokens, model.vocabulary.context_limit),
+        temperature=config.temperature,
+        stop=tuple(config.stop or ()),
+        action_masking=config.action_masking,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
