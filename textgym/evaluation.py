@@ -21,6 +21,7 @@ from textgym.checks import check_int
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
+from textgym.prompt_fitting import fit_prompt
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import PrefixBatch, Reward
 from textgym.sampling import SamplingSettings
@@ -268,7 +269,7 @@ def evaluate(
         if progress is not None:
             progress(len(finish_reasons), len(rows))
     return Evaluation(
-        prompts=[row.prompt for row in rows],
+        prompts=[prompt for batch, *_ in parts for prompt in batch.prompts],
         completions=[completion for batch, *_ in parts for completion in batch.completions],
         scores=np.concatenate([scores for _, scores, _, _ in parts]),
         kl=np.concatenate([kl for _, _, kl, _ in parts]),
@@ -450,7 +451,7 @@ def _batches(
 ) -> Iterator[tuple[PrefixBatch, list[str]]]:
     """Batches of completions, and why each of them ended."""
     check_int("batch_size", batch_size, low=1)
-    starts = _encoded(sampling, model, [row.prompt for row in rows])  # all of them before the first is completed
+    rows, starts = _fitted(sampling, model, rows)  # all of them before the first is completed
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for start in range(0, len(rows), batch_size):
         batch = complete_rows(
@@ -469,33 +470,26 @@ def _batches(
         yield batch, ["eos" if at_eos else "stop" if at_stop else "length" for at_eos, at_stop in ends]
 
 
-def _encoded(sampling: SamplingSettings, model: LanguageModel, prompts: list[str]) -> list[list[int]]:
-    """Token ids of the prompts, cut where that was asked for."""
-    encoded = []
-    cut: list[str] = []
-    for prompt in prompts:
-        ids = model.encode(prompt)
-        if not ids:
-            raise ValueError(
-                f"the tokenizer makes no token of the prompt {prompt[:60]!r}; give prompts that have at least one"
-            )
-        if sampling.max_prompt_tokens is not None and len(ids) > sampling.max_prompt_tokens:
-            ids = model.vocabulary.cut_left(ids, sampling.max_prompt_tokens)
-            cut.append(prompt)
-        limit = model.vocabulary.context_limit
+def _fitted(
+    sampling: SamplingSettings, model: LanguageModel, rows: Sequence[PromptRow]
+) -> tuple[list[PromptRow], list[list[int]]]:
+    """The prompts as the model sees them, and their token ids."""
+    fitted = [fit_prompt(row, model.vocabulary, sampling.max_prompt_tokens) for row in rows]
+    limit = model.vocabulary.context_limit
+    for row, ids in fitted:
         if limit is not None and len(ids) + sampling.max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are together more than "
-                f"the context of {limit} tokens that {model.name} has: {prompt[:60]!r}..."
+                f"the context of {limit} tokens that {model.name} has: {row.prompt[:60]!r}..."
             )
-        encoded.append(ids)
+    cut = [row.prompt for row, (kept, _) in zip(rows, fitted, strict=True) if kept is not row]
     if cut:
         warnings.warn(
-            f"{len(cut)} of {len(prompts)} prompts are longer than max_prompt_tokens={sampling.max_prompt_tokens} and "
+            f"{len(cut)} of {len(rows)} prompts are longer than max_prompt_tokens={sampling.max_prompt_tokens} and "
             f"were cut on the left, such as {cut[0][:60]!r}...",
             stacklevel=4,
         )
-    return encoded
+    return [row for row, _ in fitted], [ids for _, ids in fitted]
 
 
 def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:
