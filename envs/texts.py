@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
 
 from textgym.envs.options import TextGenOptions
+from textgym.generation import token_texts
 from textgym.prompts import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
 from textgym.vocabulary import Vocabulary
@@ -114,8 +114,7 @@ class Texts:
             return [False] * len(rows)
         texts = dataclasses.replace(self.batch(rows), turns=self._stop_turns).completions
         searched = self._searched[rows]
-        # U+FFFD at the end stands for a character that isn't complete yet and may be part of a stop string.
-        self._searched[rows] = [len(text.rstrip("\ufffd")) for text in texts]
+        self._searched[rows] = [len(text) for text in texts]
         return [
             count >= self.options.min_new_tokens
             and any(stop in text[max(0, start - len(stop) + 1) :] for stop in self.options.stop_strings)
@@ -153,10 +152,4 @@ class Texts:
 
     def token_texts(self, row: int) -> list[str]:
         """What each token of a completion adds to the text."""
-        start, end = int(self.prompt_lengths[row]), int(self.lengths[row])
-        texts = self.vocabulary.turns.decode_all(self.ids[row, :stop].tolist() for stop in range(start, end + 1))
-        # A token that changes what stood there, because it completes a character, adds from that character on.
-        return [
-            after[len(before) :] if after.startswith(before) else after[len(before) - 1 :]
-            for before, after in itertools.pairwise(texts)
-        ]
+        return token_texts(self.batch(np.array([row])), 0)

@@ -150,8 +150,7 @@ def cut_at_stop_strings(
             if found and tokens >= min_new_tokens:
                 lengths[row], stopped[row] = tokens, True
                 break
-            # U+FFFD at the end stands for a character that isn't complete yet and may be part of a stop string.
-            searched = len(text.rstrip("\ufffd"))
+            searched = len(text)
     return (whole.at(range(len(batch)), lengths), stopped) if stopped.any() else (whole, stopped)
 
 

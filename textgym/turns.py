@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from textgym.decoding import PrefixDecoder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -127,21 +129,19 @@ class TurnTokens:
         """The text that gives these token ids: :meth:`encode` backwards, with all special tokens of its own."""
         before = self.opening_ids
         kept = list(ids[len(before) :] if before and list(ids[: len(before)]) == before else ids)
-        return self._clean(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._clean(self._prefixes.texts([kept])[0])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, as rewards see it: without :attr:`hidden_ids`."""
+        """The text of token ids, as rewards see it: without :attr:`hidden_ids`.
+
+        A character whose bytes are not all there at the end is left out (:class:`~textgym.decoding.PrefixDecoder`), so
+        that the texts of a row's prefixes are prefixes of its text.
+        """
         return self.decode_all([ids])[0]
 
     def decode_all(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """:meth:`decode` of many rows."""
-        kept = [list(row) for row in rows]
-        if not kept:
-            return []  # transformers takes an empty batch for one empty text
-        skip = self.special_ids <= self.hidden_ids
-        if not skip:
-            kept = [[i for i in row if i not in self.hidden_ids] for row in kept]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        texts = self._prefixes.texts([[i for i in row if i not in self.hidden_ids] for row in rows])
         return [self._clean(text) for text in texts]
 
     def showing(self, texts: Sequence[str]) -> TurnTokens:
@@ -173,6 +173,10 @@ class TurnTokens:
             if whole[start : start + len(bare)] == bare:
                 return whole[:start], whole[start + len(bare) :]
         return [], []
+
+    @cached_property
+    def _prefixes(self) -> PrefixDecoder:
+        return PrefixDecoder(self.tokenizer)
 
     @cached_property
     def _spaces_at_han(self) -> bool:

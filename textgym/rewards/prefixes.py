@@ -65,9 +65,8 @@ class PrefixBatch:
     def completions(self) -> list[str]:
         """B decoded completions: what has to be appended to the decoded prompt to get :attr:`texts`.
 
-        A completion decoded alone would lose its leading space with SentencePiece tokenizers. Where the
-        tokens end in the middle of a character's UTF-8 bytes, it ends in U+FFFD; a SentencePiece tokenizer
-        then shows all bytes of that stretch so.
+        A completion decoded alone would lose its leading space with SentencePiece tokenizers. A character whose
+        bytes are not all there yet is left out, so that each prefix of a completion is one as text, too.
         """
         lengths = self.prompt_lengths.tolist()
         prompt_ids = [tuple(ids[:n].tolist()) for ids, n in zip(self.input_ids, lengths, strict=True)]
