@@ -1,14 +1,20 @@
 """Nested state as two files that hold data and no code: ``state.json``, and ``state.safetensors`` for its arrays.
 
 A state is what ``state_dict`` methods give: dictionaries, lists and tuples of numbers, texts, booleans and None, with
-NumPy arrays and tensors among them. It comes back equal, with arrays as arrays and tensors (on the CPU) as tensors.
+NumPy arrays and tensors among them, and the dates, times, decimals and bytes that columns of prompts may have. It comes
+back equal, with arrays as arrays and tensors (on the CPU) as tensors.
 """
 
 from __future__ import annotations
 
+import base64
+import datetime
 import json
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import safetensors.torch
@@ -16,6 +22,21 @@ import torch
 from torch import Tensor
 
 STATE, ARRAYS = "state.json", "state.safetensors"
+# Of each other type that a column may have: its mark, how it is written, and how it is read.
+_WRITTEN: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    datetime.datetime: ("datetime", lambda value: value.isoformat(), datetime.datetime.fromisoformat),
+    datetime.date: ("date", lambda value: value.isoformat(), datetime.date.fromisoformat),
+    datetime.time: ("time", lambda value: value.isoformat(), datetime.time.fromisoformat),
+    datetime.timedelta: (
+        "timedelta",
+        lambda value: [value.days, value.seconds, value.microseconds],
+        lambda parts: datetime.timedelta(*parts),
+    ),
+    Decimal: ("decimal", str, Decimal),
+    UUID: ("uuid", str, UUID),
+    bytes: ("bytes", lambda value: base64.b64encode(value).decode("ascii"), base64.b64decode),
+}
+_READ = {mark: read for mark, _, read in _WRITTEN.values()}
 
 
 def write_state(folder: Path, state: Any) -> None:
@@ -59,6 +80,9 @@ def _plain(value: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple[
         _check_keys(value, path)
         # As pairs, because keys may be numbers, and so that no key is mistaken for one of the marks above.
         return {"dict": [[key, _plain(item, f"{path}/{key}", tensors, names)] for key, item in value.items()]}
+    if type(value) in _WRITTEN:
+        mark, write, _ = _WRITTEN[type(value)]
+        return {mark: write(value)}
     raise TypeError(
         f"state{path} is a {type(value).__name__}, which a checkpoint can't hold: use numbers, texts, lists, "
         "dictionaries and arrays"
@@ -81,6 +105,8 @@ def _restored(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "array":
         return tensors[content].numpy()
+    if kind in _READ:
+        return _READ[kind](content)
     if kind == "tuple":
         return tuple(_restored(item, tensors) for item in content)
     return {key: _restored(item, tensors) for key, item in content}

@@ -41,7 +41,7 @@ def test_a_dataset_gives_the_same_rows_as_the_list_it_was_made_from():
     assert list(as_prompt_source(dataset)) == list(as_prompt_source(ROWS))
     with pytest.raises(TypeError, match=r"set of splits \(train\); pass one, e.g. dataset\['train'\]"):
         as_prompt_source(datasets.DatasetDict(train=dataset))
-    with pytest.raises(ValueError, match="no column 'prompt'; its columns are text, answer"):
+    with pytest.raises(ValueError, match="no column 'prompt'; its columns are 'text', 'answer'"):
         as_prompt_source(datasets.Dataset.from_dict({"text": ["a"], "answer": [1]}))
     with pytest.raises(ValueError, match=r"prompts\[1\]\['prompt'\] is an empty text"):
         as_prompt_source(datasets.Dataset.from_dict({"prompt": ["a", ""]}))

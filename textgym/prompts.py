@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from textgym.chat import has_template
+from textgym.layouts import COMPLETION, read_row
+from textgym.messages import is_conversation, stored_messages
+from textgym.row_files import LocatedRows, names_rows, plain_dataset
+from textgym.tables import TableRows
 from textgym.checks import check_int
 
 if TYPE_CHECKING:
@@ -68,7 +73,7 @@ class PromptRows(PromptSource):
         return _as_row(self._rows[index], self._where.format(index))
 
     def __iter__(self) -> Iterator[PromptRow]:
-        return (self[index] for index in range(len(self)))
+        return (_as_row(row, self._where.format(index)) for index, row in enumerate(self._rows))
 
     def sample(self, rng: np.random.Generator) -> PromptRow:
         return self[int(rng.integers(len(self)))]
@@ -87,26 +92,36 @@ class PromptRows(PromptSource):
 class PromptFunction(PromptSource):
     """Prompts made by a function, without end.
 
-    :param fn: given a random generator, returns a prompt or a row with a ``"prompt"``; all rows with the same
-        columns
+    :param fn: given a random generator, returns a prompt, a text or messages, or a row with a ``"prompt"``; all rows
+        with the same columns
+    :param tokenizer: whose chat template makes texts of messages
     """
 
-    def __init__(self, fn: Callable[[np.random.Generator], str | PromptRow | Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        fn: Callable[[np.random.Generator], str | Sequence[Any] | PromptRow | Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.fn = fn
+        self._tokenizer = tokenizer
         self._columns: frozenset[str] | None = None
 
     def sample(self, rng: np.random.Generator) -> PromptRow:
         """Call the function.
 
-        :raises TypeError: if it returns neither text nor a row, or its prompt is not text
+        :raises TypeError: if it returns neither a prompt nor a row, or its prompt is of a wrong type
         :raises ValueError: if the prompt is empty, or the columns are not those of its first row
         """
         made = self.fn(rng)
         where = f"what the prompt function {getattr(self.fn, '__name__', type(self.fn).__name__)!r} returned"
-        row = _as_row({"prompt": made} if isinstance(made, str) else made, where)
+        row = read_prompt(PromptRow(made) if isinstance(made, str) else made, where, self._tokenizer)
         if self._columns is None:
             self._columns = frozenset(row.columns)
-        check_columns(row.columns, self._columns, where)
+        if row.columns.keys() != self._columns:
+            raise ValueError(
+                f"{where} has the columns {sorted(row.columns)}, the first row has {sorted(self._columns)}; "
+                "all rows need the same columns"
+            )
         return row
 
 
@@ -133,14 +148,15 @@ class _Chosen(Sequence[Mapping[str, Any]]):
 def as_prompt_source(obj: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptSource:
     """Turn what a user may pass as ``prompts=`` into a :class:`PromptSource`.
 
-    :param obj: a list or tuple of texts; a list of rows, dicts with a ``"prompt"`` (or :class:`PromptRow`) and all with
-        the same further columns; a ``datasets.Dataset`` with a ``prompt`` column; a function ``f(rng)`` that makes one;
-        the path of a file or folder that :func:`~textgym.prompt_files.load_prompt_file` reads, as a ``Path`` or a
-        string; ``"train"`` or ``"test"`` for the embedded prompts; or None for the embedded training prompts
-    :param tokenizer: of the language model; its chat template turns conversations in files into prompts
-    :raises TypeError: for anything else, or a prompt that is not text
-    :raises ValueError: if there are no prompts, one is empty, rows differ in their columns, or a column has a
-        name that rewards are called with anyway
+    :param obj: a list or tuple of prompts, each a text or a conversation; a list of rows, dicts with a ``"prompt"`` or
+        in another layout of :mod:`textgym.layouts` (or :class:`PromptRow`); a ``datasets.Dataset`` of such rows, or a
+        stream of at most 100,000; a function ``f(rng)`` that makes one; the path of a file or folder that
+        :func:`~textgym.prompt_files.load_prompt_file` reads, as a ``Path`` or a string; ``"train"`` or ``"test"`` for
+        the embedded prompts; or None for the embedded training prompts
+    :param tokenizer: of the language model; its chat template turns conversations into prompts
+    :raises TypeError: for anything else, or a prompt that is neither text nor messages
+    :raises ValueError: if there are no prompts, one is empty or has no tokens, or a column has a name that rewards are
+        called with anyway
     :raises FileNotFoundError: if there is no such file
     """
     if isinstance(obj, PromptSource):
@@ -151,28 +167,32 @@ def as_prompt_source(obj: Any, tokenizer: PreTrainedTokenizerBase | None = None)
         texts = embedded.load_prompts("test" if obj == "test" else "train")
         return PromptRows([{"prompt": text} for text in texts])
     if isinstance(obj, (str, os.PathLike)):
-        from textgym.prompt_files import load_prompt_file, names_prompt_file
+        from textgym.prompt_files import load_prompt_file
 
-        if isinstance(obj, os.PathLike) or names_prompt_file(obj):
+        if isinstance(obj, os.PathLike) or names_rows(obj):
             return load_prompt_file(obj, tokenizer=tokenizer)
         raise TypeError(
             f"prompts={obj!r} is a single text; pass a list, [{obj!r}], the path of a file, 'train' or 'test' for the "
             "embedded prompts, or textgym.prompt_files.load_prompt_file(...) for a data set on the hub"
         )
-    if hasattr(obj, "column_names") and hasattr(obj, "__getitem__"):
-        return _from_dataset(obj)
+    if hasattr(obj, "column_names") and hasattr(obj, "__iter__"):
+        return rows_of_prompts(
+            LocatedRows(plain_dataset(obj, "prompts"), "prompts[{}]", "prompts"), "prompt", tokenizer
+        )
     if isinstance(obj, Sequence) and not isinstance(obj, (bytes, bytearray)):
-        return _from_sequence(obj)
+        return _from_sequence(obj, tokenizer)
     if callable(obj) and not isinstance(obj, type):
-        return PromptFunction(obj)
+        return PromptFunction(obj, tokenizer)
     raise TypeError(
-        "prompts must be a list of texts, a list of dicts with a 'prompt', a datasets.Dataset with a column "
-        "'prompt', a function f(rng) -> str | dict, the path of a file, 'train', 'test' or None; "
+        "prompts must be a list of texts, a list of conversations, a list of dicts with a 'prompt', a datasets.Dataset "
+        "with a column 'prompt', a function f(rng) -> str | dict, the path of a file, 'train', 'test' or None; "
         f"got {type(obj).__name__}"
     )
 
 
-def split_prompts(source: Any, held_out: float | int = 0.1, seed: int = 0) -> tuple[PromptRows, PromptRows]:
+def split_prompts(
+    source: Any, held_out: float | int = 0.1, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PromptRows, PromptRows]:
     """Divide prompts into those to train on and those to evaluate on, so that no prompt is in both.
 
     What counts is the prompt's text: rows with the same text stay together, whatever their other columns. Texts are
@@ -183,6 +203,7 @@ def split_prompts(source: Any, held_out: float | int = 0.1, seed: int = 0) -> tu
     :param held_out: the share of the different texts to hold out, rounded to a whole number of texts; or, as a whole
         number, how many
     :param seed: another one holds out other texts
+    :param tokenizer: of the language model; needed for conversations that aren't texts yet
     :return: training rows and held-out rows, each in the order of the source
     :raises TypeError: if the source is a function, whose prompts can't be counted, or an argument is no number
     :raises ValueError: if either part would be empty
@@ -191,7 +212,7 @@ def split_prompts(source: Any, held_out: float | int = 0.1, seed: int = 0) -> tu
     >>> sorted(row.prompt for row in train), sorted(row.prompt for row in held_out)
     (['b', 'c'], ['a', 'a'])
     """
-    rows = as_prompt_source(source)
+    rows = as_prompt_source(source, tokenizer)
     if not isinstance(rows, PromptRows):
         raise TypeError(f"a {type(rows).__name__} has no fixed prompts to divide; give two functions, or a list")
     check_int("seed", seed, low=0)
@@ -224,33 +245,132 @@ def split_prompts(source: Any, held_out: float | int = 0.1, seed: int = 0) -> tu
     return rows.chosen(train), rows.chosen(kept)
 
 
-def _from_sequence(obj: Sequence[Any]) -> PromptSource:
+def rows_of_prompts(
+    rows: LocatedRows, prompt_column: str = "prompt", tokenizer: PreTrainedTokenizerBase | None = None
+) -> PromptRows:
+    """Rows in any layout as prompts; what is wrong with one is said now.
+
+    Rows of a table whose prompts are texts stay in it, and are read when they are drawn.
+
+    :param rows: and where they stand, for errors
+    :param prompt_column: the column with the prompts
+    :param tokenizer: whose chat template makes texts of conversations
+    :raises ValueError: if there are none, or one can't be read
+    :raises TypeError: if a row or a prompt is of the wrong type
+    """
+    if len(rows) == 0:
+        raise ValueError(f"prompts: {rows.name!r} has no prompts; at least one is needed")
+    table: Any = rows.rows
+    if not isinstance(table, list) and isinstance(rows.where, str):
+        names = list(table.column_names)
+        if prompt_column in names and not {"prompt"} & (set(names) - {prompt_column}):
+            prompts = table.column(prompt_column) if isinstance(table, TableRows) else list(table[prompt_column])
+            answers = {COMPLETION, "chosen", "rejected"} & set(names)
+            if not answers and all(isinstance(p, str) and stored_messages(p, "") is p for p in prompts):
+                check_names((name for name in names if name != prompt_column), repr(rows.name))
+                for i, prompt in enumerate(prompts):
+                    check_prompt(prompt, f"{rows.place(i)}: {prompt_column!r}", tokenizer)
+                return PromptRows(_Called(table, prompt_column), rows.where)
+    read = []
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{where} must be an object with {prompt_column!r}, got {type(row).__name__}")
+        read.append(read_prompt(row, where, tokenizer, prompt_column))
+    return PromptRows(_filled(read), rows.where if isinstance(rows.where, str) else "prompts[{}]")
+
+
+class _Called(Sequence[Mapping[str, Any]]):
+    """Rows of a table, one column of which is called ``"prompt"``."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows, column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._named(self._rows[int(index)])
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return map(self._named, self._rows)
+
+    def _named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"prompt" if name == self._column else name: value for name, value in row.items()}
+
+
+def _filled(rows: Sequence[PromptRow]) -> list[Mapping[str, Any]]:
+    """Rows with the same columns; None where one lacks it."""
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    return [{"prompt": row.prompt, **{name: row.columns.get(name) for name in names}} for row in rows]
+
+
+def read_prompt(
+    row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None = None, prompt_column: str | None = None
+) -> PromptRow:
+    """A prompt out of a conversation or of a row in one of the layouts of :mod:`textgym.layouts`.
+
+    :param where: what errors call it
+    :param prompt_column: the column with the prompts, by default ``"prompt"``
+    :raises TypeError: if it is something else
+    :raises ValueError: if it has no prompt, or an empty one
+    """
+    if isinstance(row, PromptRow):
+        check_names(row.columns, where)
+        check_prompt(row.prompt, where, tokenizer)
+        return row
+    column = prompt_column or "prompt"
+    if is_conversation(row):
+        row = {column: row}
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{where} must be a text or a dict with a {column!r}, got {type(row).__name__}")
+    if column != "prompt" and column in row and "prompt" in row:
+        raise ValueError(f"{where} has a column 'prompt' beside prompt_column={column!r}; rename or remove it")
+    read = read_row(row, where, {"prompt": column})
+    given = row.get(column)
+    if read.prompt is None and column not in row:
+        if {"role", "content"} <= set(row):
+            raise ValueError(
+                f"{where} is a message; conversations are given as a list of them, each a list of messages: "
+                "prompts=[[message, ...], ...]"
+            )
+        if prompt_column is None:
+            raise ValueError(f"{where} has no 'prompt'; its columns are {', '.join(map(str, row))}")
+        raise ValueError(
+            f"{where} has no column {column!r}; its columns are {', '.join(map(repr, row)) or 'none'}. prompt_column "
+            "says which one has the prompts"
+        )
+    place = where if prompt_column is None else f"{where}: {read.source!r}"
+    columns = dict(read.columns)
+    prompt = given if read.prompt is None else read.prompt
+    if isinstance(read.prompt, list):
+        if isinstance(given, str) and stored_messages(given, place) is given:
+            read = replace(read, written=given)
+        prompt = read.prompt_text(tokenizer, place)
+        if has_template(tokenizer):
+            columns.setdefault("messages", read.prompt)
+    check_prompt(prompt, place, tokenizer)
+    for name, answer in ((COMPLETION, read.completion), ("chosen", read.chosen), ("rejected", read.rejected)):
+        if answer is not None:
+            columns[name] = read.answer_text(answer, tokenizer, f"{where}: {name!r}")
+    check_names(columns, where)
+    return PromptRow(prompt, columns)
+
+
+def _from_sequence(obj: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None) -> PromptSource:
     texts = len(obj) > 0 and isinstance(obj[0], str)
-    rows: list[Mapping[str, Any]] = []
+    rows = []
     for i, item in enumerate(obj):
         where = f"prompts[{i}]"
         if texts and not isinstance(item, str):
             raise TypeError(f"{where} must be a text, as prompts[0] is, got {type(item).__name__}")
-        row = _as_row({"prompt": item} if texts else item, where)
-        if rows:
-            check_columns(row.columns, rows[0].keys() - {"prompt"}, where)
-        rows.append({"prompt": row.prompt, **row.columns})
-    return PromptRows(rows)
-
-
-def _from_dataset(dataset: Any) -> PromptSource:
-    """Rows of a ``datasets.Dataset`` stay where they are; only the prompts are looked at now."""
-    names = dataset.column_names
-    if isinstance(names, Mapping):
-        raise TypeError(
-            f"prompts is a set of splits ({', '.join(names)}); pass one, e.g. dataset[{next(iter(names))!r}]"
-        )
-    check_names(names, "prompts")
-    if "prompt" not in names:
-        raise ValueError(f"prompts has no column 'prompt'; its columns are {', '.join(names)}")
-    for i, prompt in enumerate(dataset["prompt"]):
-        check_prompt(prompt, f"prompts[{i}]['prompt']")
-    return PromptRows(dataset)
+        rows.append(read_prompt(PromptRow(item) if texts else item, where, tokenizer))
+    return PromptRows(_filled(rows))
 
 
 def _as_row(row: Any, where: str) -> PromptRow:
@@ -266,11 +386,24 @@ def _as_row(row: Any, where: str) -> PromptRow:
     return PromptRow(row["prompt"], columns)
 
 
-def check_prompt(prompt: Any, where: str) -> None:
+def check_prompt(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """:raises TypeError: if it is not a text
+    :raises ValueError: if it is empty, can't be encoded, or the tokenizer makes no token of it
+    """
     if not isinstance(prompt, str):
         raise TypeError(f"{where} must be a text, got {type(prompt).__name__}")
     if not prompt:
         raise ValueError(f"{where} is an empty text; a prompt needs at least one character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has half of a surrogate pair at character {error.start + 1}, which no tokenizer can read"
+        ) from None
+    # Tokenizers leave out spaces and control characters, and nothing else.
+    letters = any(character.isalnum() for character in prompt)
+    if tokenizer is not None and not letters and not tokenizer(prompt)["input_ids"]:
+        raise ValueError(f"{where} is {prompt[:60]!r}, of which the tokenizer makes no token")
 
 
 def check_names(names: Any, where: str) -> None:
@@ -280,16 +413,9 @@ def check_names(names: Any, where: str) -> None:
         if name in RESERVED_COLUMNS:
             raise ValueError(
                 f"{where} has a column {name!r}, but rewards are called with {', '.join(RESERVED_COLUMNS)} "
-                "anyway; rename it"
+                f"anyway; rename it (rename_columns={{{name!r}: ...}}, --rename-column {name}=...) or drop it "
+                f"(drop_columns=[{name!r}], --drop-column {name})"
             )
-
-
-def check_columns(columns: Iterable[str], expected: Iterable[str], where: str) -> None:
-    if set(columns) != set(expected):
-        raise ValueError(
-            f"{where} has the columns {sorted(columns)}, the first row has {sorted(expected)}; "
-            "all rows need the same columns"
-        )
 
 
 def as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
