@@ -33,8 +33,9 @@ from textgym.language_model import (
     resolve_device,
     resolve_dtype,
 )
+from textgym.messages import is_one_conversation
 from textgym.prompt_fitting import FittedPrompt, fit_prompt, judge_lengths
-from textgym.prompts import PromptRow, PromptRows, as_prompt_source
+from textgym.prompts import PromptRow, PromptRows, as_prompt_source, read_prompt
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
 
@@ -229,8 +230,8 @@ class TextGenVectorEnv(VectorEnv):
         Beginning anew in every row also drops the steps that wait to be scored.
 
         :param seed: of row 0, the following rows get the following numbers; or a list with one seed per row
-        :param options: ``reset_mask``: ``(N,)`` bool; ``prompt``: a text for all rows or a list of N texts, instead
-            of drawn prompts
+        :param options: ``reset_mask``: ``(N,)`` bool; ``prompt``: a text or a conversation for all rows, or a
+            list of N of them, instead of drawn prompts
         """
         self._check_open("reset")
         options = dict(options or {})
@@ -677,14 +678,23 @@ class TextGenVectorEnv(VectorEnv):
     def _fixed_prompts(self, prompt: Any, rows: np.ndarray) -> list[PromptRow] | None:
         if prompt is None:
             return None
-        texts = [prompt] * self.num_envs if isinstance(prompt, str) else prompt
+        alone = isinstance(prompt, str) or is_one_conversation(prompt)
+        given = [prompt] * self.num_envs if alone else prompt
         if (
-            not isinstance(texts, list | tuple)
-            or len(texts) != self.num_envs
-            or not all(isinstance(text, str) and text for text in texts)
+            not isinstance(given, list | tuple)
+            or len(given) != self.num_envs
+            or not all(one and (isinstance(one, str) or is_one_conversation(one)) for one in given)
         ):
-            raise ValueError(f"options['prompt'] must be a non-empty text or {self.num_envs} of them, got {prompt!r}")
-        return [PromptRow(texts[row], {}) for row in rows]
+            raise ValueError(
+                f"options['prompt'] must be a non-empty text or {self.num_envs} of them, or conversations, got "
+                f"{prompt!r}"
+            )
+        made: dict[int, PromptRow] = {}  # of each object once: the same conversation may stand for all rows
+        for one in given:
+            if id(one) not in made:
+                row = PromptRow(one) if isinstance(one, str) else one
+                made[id(one)] = read_prompt(row, "options['prompt']", self.tokenizer)
+        return [made[id(given[row])] for row in rows]
 
     def _checked_mask(self, mask: Any) -> np.ndarray:
         if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_:

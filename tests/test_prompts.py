@@ -41,11 +41,11 @@ def test_a_dataset_gives_the_same_rows_as_the_list_it_was_made_from():
     assert list(as_prompt_source(dataset)) == list(as_prompt_source(ROWS))
     with pytest.raises(TypeError, match=r"set of splits \(train\); pass one, e.g. dataset\['train'\]"):
         as_prompt_source(datasets.DatasetDict(train=dataset))
-    with pytest.raises(ValueError, match="no column 'prompt'; its columns are 'text', 'answer'"):
+    with pytest.raises(ValueError, match="has no 'prompt'; its columns are text, answer"):
         as_prompt_source(datasets.Dataset.from_dict({"text": ["a"], "answer": [1]}))
     with pytest.raises(ValueError, match=r"prompts\[1\]\['prompt'\] is an empty text"):
         as_prompt_source(datasets.Dataset.from_dict({"prompt": ["a", ""]}))
-    with pytest.raises(TypeError, match=r"prompts\[0\]\['prompt'\] must be a text, got list"):
+    with pytest.raises(ValueError, match=r"prompts\[0\] is a conversation; pass tokenizer="):
         as_prompt_source(datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "hi"}]]}))
     with pytest.raises(ValueError, match="column 'completions'"):
         as_prompt_source(datasets.Dataset.from_dict({"prompt": ["a"], "completions": ["b"]}))
@@ -131,11 +131,6 @@ def test_none_and_split_names_mean_the_embedded_prompts(monkeypatch, split):
         ),
         ([{"prompt": "a"}, {"prompt": None}], TypeError, r"prompts\[1\] must be a text, got NoneType"),
         ([{"text": "a"}], ValueError, r"prompts\[0\] has no 'prompt'; its columns are text"),
-        (
-            [{"prompt": "a", "x": 1}, {"prompt": "b"}],
-            ValueError,
-            r"prompts\[1\] has the columns \[\].*\['x'\]",
-        ),
         ([{"prompt": "a", 3: 1}], TypeError, r"prompts\[0\] has the column 3; column names must be texts"),
         ("the film", TypeError, r"'the film' is a single text; pass a list, \['the film'\]"),
         (b"the film", TypeError, "prompts must be a list of texts, .* got bytes"),

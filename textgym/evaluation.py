@@ -493,8 +493,6 @@ def _fitted(
 
 
 def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:
-    if isinstance(prompts, list | tuple):
-        prompts = [{"prompt": row.prompt, **row.columns} if isinstance(row, PromptRow) else row for row in prompts]
     source = as_prompt_source(prompts, model.tokenizer)
     if not isinstance(source, PromptRows):
         raise TypeError(f"prompts is a {type(source).__name__}, which has no end; give a list of prompts")

@@ -112,8 +112,15 @@ def read_row(row: Mapping[str, Any], where: str, names: Mapping[str, str] | None
         value = rest.pop(column, None)
         return stored_messages(value, f"{where}: {column!r}")
 
-    given_prompt, completion = take("prompt"), take(COMPLETION)
-    chosen, rejected = take("chosen"), take("rejected")
+    def take_answer(name: str) -> Any:
+        value = take(name)
+        if value is None or isinstance(value, (str, Mapping)) or is_conversation(value):
+            return value
+        rest[names.get(name, name)] = value  # something else of that name
+        return None
+
+    given_prompt, completion = take("prompt"), take_answer(COMPLETION)
+    chosen, rejected = take_answer("chosen"), take_answer("rejected")
     tools = _tools(rest.get("tools"))
     origin = names.get("prompt", "prompt")
     written: str | None = None
@@ -213,11 +220,6 @@ def _answers(prompt: Part, answers: Sequence[Any], where: str) -> tuple[Part, tu
             raise TypeError(f"{where}: 'chosen' and 'rejected' must both be texts or both be messages")
         conversations = [as_messages(answer, f"{where}: the answer") for answer in answers]
         return _conversational(prompt, conversations, where)
-    for answer in answers:
-        if not isinstance(answer, str):
-            raise TypeError(
-                f"{where}: an answer must be a text or messages, got {type(answer).__name__} {answer!r:.60}"
-            )
     if prompt is None and len(answers) == 2:
         start = _turn_boundary(*answers)
         return answers[0][:start] or None, tuple(answer[start:] for answer in answers)

@@ -39,6 +39,11 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
+def is_one_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, rather than a list of conversations or of texts."""
+    return is_conversation(value) and bool(value) and all(isinstance(message, Mapping) for message in value)
+
+
 def as_messages(value: Any, where: str) -> list[Message]:
     """A conversation as messages with ``"role"`` and ``"content"``, both texts.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from textgym.chat import has_template
+from textgym.chat import MESSAGES, has_template
 from textgym.layouts import COMPLETION, read_row
 from textgym.messages import is_conversation, stored_messages
 from textgym.row_files import LocatedRows, names_rows, plain_dataset
@@ -177,7 +177,7 @@ def as_prompt_source(obj: Any, tokenizer: PreTrainedTokenizerBase | None = None)
         )
     if hasattr(obj, "column_names") and hasattr(obj, "__iter__"):
         return rows_of_prompts(
-            LocatedRows(plain_dataset(obj, "prompts"), "prompts[{}]", "prompts"), "prompt", tokenizer
+            LocatedRows(plain_dataset(obj, "prompts"), "prompts[{}]", "prompts"), tokenizer=tokenizer
         )
     if isinstance(obj, Sequence) and not isinstance(obj, (bytes, bytearray)):
         return _from_sequence(obj, tokenizer)
@@ -246,37 +246,54 @@ def split_prompts(
 
 
 def rows_of_prompts(
-    rows: LocatedRows, prompt_column: str = "prompt", tokenizer: PreTrainedTokenizerBase | None = None
+    rows: LocatedRows, prompt_column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PromptRows:
     """Rows in any layout as prompts; what is wrong with one is said now.
 
     Rows of a table whose prompts are texts stay in it, and are read when they are drawn.
 
     :param rows: and where they stand, for errors
-    :param prompt_column: the column with the prompts
+    :param prompt_column: the column with the prompts, by default ``"prompt"``
     :param tokenizer: whose chat template makes texts of conversations
     :raises ValueError: if there are none, or one can't be read
     :raises TypeError: if a row or a prompt is of the wrong type
     """
     if len(rows) == 0:
-        raise ValueError(f"prompts: {rows.name!r} has no prompts; at least one is needed")
+        name = "prompts is empty" if prompt_column is None else f"prompts: {rows.name!r} has no prompts"
+        raise ValueError(f"{name}; at least one is needed")
+    prompts = _plain_prompts(rows, prompt_column or "prompt")
+    if prompts is None:
+        read = [_read_located(row, where, tokenizer, prompt_column) for where, row in rows]
+        return PromptRows(_filled(read), rows.where if isinstance(rows.where, str) else "prompts[{}]")
     table: Any = rows.rows
-    if not isinstance(table, list) and isinstance(rows.where, str):
-        names = list(table.column_names)
-        if prompt_column in names and not {"prompt"} & (set(names) - {prompt_column}):
-            prompts = table.column(prompt_column) if isinstance(table, TableRows) else list(table[prompt_column])
-            answers = {COMPLETION, "chosen", "rejected"} & set(names)
-            if not answers and all(isinstance(p, str) and stored_messages(p, "") is p for p in prompts):
-                check_names((name for name in names if name != prompt_column), repr(rows.name))
-                for i, prompt in enumerate(prompts):
-                    check_prompt(prompt, f"{rows.place(i)}: {prompt_column!r}", tokenizer)
-                return PromptRows(_Called(table, prompt_column), rows.where)
-    read = []
-    for where, row in rows:
-        if not isinstance(row, Mapping):
-            raise TypeError(f"{where} must be an object with {prompt_column!r}, got {type(row).__name__}")
-        read.append(read_prompt(row, where, tokenizer, prompt_column))
-    return PromptRows(_filled(read), rows.where if isinstance(rows.where, str) else "prompts[{}]")
+    column = prompt_column or "prompt"
+    check_names((name for name in table.column_names if name != column), repr(rows.name))
+    of_column = f"[{column!r}]" if prompt_column is None else f": {column!r}"
+    for i, prompt in enumerate(prompts):
+        check_prompt(prompt, rows.place(i) + of_column, tokenizer)
+    return PromptRows(_Called(table, column), str(rows.where))
+
+
+def _plain_prompts(rows: LocatedRows, column: str) -> list[str] | None:
+    """The prompts of a table, where all are texts and nothing else in it has to be read; otherwise None."""
+    table: Any = rows.rows
+    if isinstance(table, list) or column not in table.column_names:
+        return None
+    others = set(table.column_names) - {column}
+    if others & {"prompt", COMPLETION, "chosen", "rejected"}:
+        return None
+    prompts = table.column(column) if isinstance(table, TableRows) else list(table[column])
+    if all(isinstance(prompt, str) and stored_messages(prompt, rows.name) is prompt for prompt in prompts):
+        return prompts
+    return None
+
+
+def _read_located(
+    row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None, prompt_column: str | None
+) -> PromptRow:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{where} must be an object with {prompt_column or 'prompt'!r}, got {type(row).__name__}")
+    return read_prompt(row, where, tokenizer, prompt_column)
 
 
 class _Called(Sequence[Mapping[str, Any]]):
@@ -347,13 +364,13 @@ def read_prompt(
         )
     place = where if prompt_column is None else f"{where}: {read.source!r}"
     columns = dict(read.columns)
-    prompt = given if read.prompt is None else read.prompt
+    prompt: Any = given if read.prompt is None else read.prompt
     if isinstance(read.prompt, list):
         if isinstance(given, str) and stored_messages(given, place) is given:
             read = replace(read, written=given)
         prompt = read.prompt_text(tokenizer, place)
         if has_template(tokenizer):
-            columns.setdefault("messages", read.prompt)
+            columns.setdefault(MESSAGES, read.prompt)
     check_prompt(prompt, place, tokenizer)
     for name, answer in ((COMPLETION, read.completion), ("chosen", read.chosen), ("rejected", read.rejected)):
         if answer is not None:

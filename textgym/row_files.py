@@ -418,7 +418,7 @@ def _split_of(file: Path) -> str:
 
 
 def _chosen_split(splits: Sequence[str], split: str | None, name: str) -> str:
-    if split not in splits:
+    if split is None or split not in splits:
         raise ValueError(f"split={split!r}: {name!r} has the splits {', '.join(map(repr, splits))}; give one of them")
     return split
 

@@ -2,24 +2,34 @@
 
 | kind | columns | a row says |
 |---|---|---|
-| ``"preferences"`` | ``prompt``, ``chosen``, ``rejected``, optional ``margin`` | one completion beats another |
+| ``"preferences"`` | ``chosen``, ``rejected``, optional ``prompt``, ``margin`` | one completion beats another |
 | ``"scores"`` | ``text``, or ``prompt`` and ``completion``; ``score`` | how good a text is, a number |
 | ``"labels"`` | ``text``, or ``prompt`` and ``completion``; ``label`` | which class a text belongs to |
 | ``"tasks"`` | as for scores or labels, and ``task`` | one of several things about a text |
+
+Prompts and completions may be messages, and are found in the layouts of :mod:`textgym.layouts`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from textgym import prompt_files
+import numpy as np
+
+from textgym.layouts import ReadRow, read_row
+from textgym.messages import is_conversation
+from textgym.row_files import LocatedRows, kind_of, plain_dataset, read_rows, streamed
 
 from .data import KINDS, Kind, RewardData, RewardRow, Task, TaskKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _NAMES = ("prompt", "completion", "text", "chosen", "rejected", "margin", "score", "label", "task")
@@ -33,17 +43,26 @@ def load_reward_data(
     columns: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
     tasks: Sequence[Task] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    split: str | None = None,
     name: str = "data",
 ) -> RewardData:
     """Read preference pairs, scores, labels or several tasks.
 
-    :param source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a folder that ``datasets`` saved, a
-        ``datasets.Dataset``, or any iterable of rows that are mappings; :class:`RewardData` is returned as it is
+    A conversation becomes a text through the chat template of ``tokenizer``; without one it is written as
+    ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``. Pairs of equal texts say nothing: they are left out, with a warning that
+    counts them.
+
+    :param source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, a folder of them or one that
+        ``datasets`` saved, a ``datasets.Dataset``, or any iterable of rows that are mappings; :class:`RewardData` is
+        returned as it is
     :param kind: by default what the columns say; ``"tasks"`` has to be said
     :param columns: what the data calls a column, such as ``{"score": "rating"}``; others keep their name
     :param classes: the names of the classes in their order; by default those there are, sorted (numbers by size). Of
         two classes the second is the positive one
     :param tasks: of ``"tasks"`` which there are, in their order; by default those there are, sorted
+    :param tokenizer: of the reward model, for conversations
+    :param split: which part of a data set that has several
     :param name: what errors call rows that come from no file
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if a file is broken, a column is missing, a number isn't finite, or there are no rows
@@ -62,11 +81,28 @@ def load_reward_data(
     if classes is not None and kind not in (None, "labels"):
         raise ValueError(f"classes={list(classes)!r} is for labels; the data has {kind}")
     judged: list[_Judged] = []
-    for where, row in _located_rows(source, name):
+    ties, tied = 0, ""
+    for where, row in _located_rows(source, name, split):
         if not isinstance(row, Mapping):
             raise TypeError(f"{where} must be an object with named columns, got {type(row).__name__}")
         kind = kind or _kind_of(row, columns, where)
-        judged.append(_read_row(_Reader(row, columns, where), kind))
+        row_read = _read_row(_Reader(row, columns, where, tokenizer), kind)
+        if kind == "preferences" and row_read.row.completion == row_read.row.rejected:
+            ties += 1
+            tied = row_read.row.completion
+        else:
+            judged.append(row_read)
+    if ties and not judged:
+        raise ValueError(
+            f"{_described(source, name)}: 'chosen' and 'rejected' are the same text {tied!r:.60}, and so in every pair"
+        )
+    if ties:
+        warnings.warn(
+            f"{_described(source, name)}: in {ties} of {ties + len(judged)} pairs 'chosen' and 'rejected' are the same "
+            "text; they are left out",
+            UserWarning,
+            stacklevel=2,
+        )
     if not judged or kind is None:
         raise ValueError(f"{_described(source, name)} has no rows; at least one is needed")
     if classes is not None and kind != "labels":
@@ -164,8 +200,29 @@ def _numbered(judged: Sequence[_Judged], tasks: Sequence[Task]) -> tuple[RewardR
 class _Reader:
     """The values of one row, checked as they are read."""
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> None:
-        self.row, self.columns, self.where = row, columns, where
+    def __init__(
+        self,
+        row: Mapping[str, Any],
+        columns: Mapping[str, str],
+        where: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.row, self.columns, self.where, self.tokenizer = row, columns, where, tokenizer
+
+    def layout(self) -> ReadRow:
+        """Prompt and answers, in whichever layout they are."""
+        return read_row(self.row, self.where, self.columns)
+
+    def checked(self, text: str, name: str) -> str:
+        """:raises ValueError: if no tokenizer can read a text"""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{self.where}: {self.columns.get(name, name)!r} has half of a surrogate pair at character "
+                f"{error.start + 1}, which no tokenizer can read"
+            ) from None
+        return text
 
     def has(self, name: str) -> bool:
         return self.columns.get(name, name) in self.row
@@ -188,13 +245,7 @@ class _Reader:
         place = f"{self.where}: {self.columns.get(name, name)!r}"
         if not isinstance(value, str):
             raise TypeError(f"{place} must be a text, got {type(value).__name__} {value!r:.60}")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{place} has half of a surrogate pair at character {error.start + 1}, which no tokenizer can read"
-            ) from None
-        return value
+        return self.checked(value, name)
 
     def number(self, name: str) -> float:
         value = self.value(name)
@@ -211,6 +262,9 @@ class _Reader:
 
     def label(self, name: str) -> str:
         value = self.value(name)
+        value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a table with gaps has no whole numbers
         if isinstance(value, (str, int)) and str(value).strip():
             return str(value)
         place = f"{self.where}: {self.columns.get(name, name)!r}"
@@ -218,17 +272,36 @@ class _Reader:
 
 
 def _pair(read: _Reader) -> RewardRow:
-    prompt, chosen, rejected = read.text("prompt"), read.text("chosen"), read.text("rejected")
+    for name in ("chosen", "rejected"):
+        read.value(name)  # an error that names the columns
+    found = read.layout()
+    for name, value in (("chosen", found.chosen), ("rejected", found.rejected)):
+        if value is None:
+            read.text(name)
+    _check_prompt(read)
+    prompt, (chosen, rejected) = _texts(read, found, ("chosen", "rejected"))
     margin = 0.0
     if read.filled("margin"):
         margin = read.number("margin")
     if margin < 0:
         raise ValueError(f"{read.where}: the margin is {margin}; a margin by which chosen is better can't be negative")
-    if chosen == rejected:
-        raise ValueError(f"{read.where}: 'chosen' and 'rejected' are the same text {chosen!r:.60}")
     _check_readable(prompt + chosen, read.where)
     _check_readable(prompt + rejected, read.where)
     return RewardRow(prompt, chosen, rejected, margin)
+
+
+def _check_prompt(read: _Reader) -> None:
+    """:raises TypeError: if there is a prompt that is neither a text nor messages"""
+    if read.filled("prompt") and not is_conversation(read.value("prompt")):
+        read.text("prompt")
+
+
+def _texts(read: _Reader, found: ReadRow, names: Sequence[str]) -> tuple[str, list[str]]:
+    """The prompt and the answers with these names as texts, of which the second goes on where the first ends."""
+    place = f"{read.where}: {found.source!r}"
+    prompt = read.checked(found.prompt_text(read.tokenizer, place, plain=True), found.source)
+    answers = [(name, found.answer_text(getattr(found, name), read.tokenizer, read.where)) for name in names]
+    return prompt, [read.checked(text, name) for name, text in answers]
 
 
 def _judged_text(read: _Reader) -> tuple[str, str]:
@@ -239,11 +312,14 @@ def _judged_text(read: _Reader) -> tuple[str, str]:
                 'columns={"completion": "text"}, otherwise remove the prompt'
             )
         prompt, completion = "", read.text("text")
-    elif read.has("completion"):
-        prompt, completion = read.text("prompt"), read.text("completion")
     else:
-        completion = read.text("text")  # the error that names the columns
-        prompt = ""
+        found = read.layout()
+        if found.completion is None:
+            read.text("completion" if read.has("completion") else "text")  # an error that names the columns
+        if found.prompt is None:
+            read.text("prompt")
+        _check_prompt(read)
+        prompt, [completion] = _texts(read, found, ("completion",))
     _check_readable(prompt + completion, read.where)
     return prompt, completion
 
@@ -273,27 +349,24 @@ def _class_order(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def _located_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _located_rows(source: Any, name: str, split: str | None) -> Iterable[tuple[str, Any]]:
     """Where each row stands, for errors, and the row."""
     if not isinstance(source, (str, os.PathLike)):
-        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        if split is not None:
+            raise ValueError(f"split={split!r} is for files and folders; give that part of {name} itself")
+        rows: Any = source
+        if hasattr(source, "column_names"):
+            rows = plain_dataset(source, name)
+        elif isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise TypeError(f"{name} must be a file, a datasets.Dataset or rows, got {type(source).__name__}")
-        for i, row in enumerate(source):
-            yield f"{name}, row {i}", row
-        return
+        return LocatedRows(rows if hasattr(rows, "__len__") else streamed(rows, name), f"{name}, row {{}}", name)
     path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: there is no file or folder {str(path)!r}")
-    kind = path.suffix.lower()
-    if path.is_dir() or kind == ".parquet":
-        dataset = prompt_files._saved(path, None) if path.is_dir() else prompt_files._parquet(path)
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(dataset))
-    elif kind in FILE_KINDS:
-        yield from prompt_files._KINDS[kind](path, "text")
-    else:
+    kind = kind_of(path)
+    if path.is_file() and kind not in FILE_KINDS:
         raise ValueError(
             f"{name}: {str(path)!r} ends in {path.suffix!r}; it must end in one of {', '.join(FILE_KINDS)}"
         )
+    return read_rows(path, split=split, column="text", name=name)
 
 
 def _described(source: Any, name: str) -> str:

@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from textgym.chat import MESSAGES, is_conversation
+from textgym.chat import MESSAGES
 from textgym.exactness import SteppedModel, Stepping
+from textgym.messages import is_conversation
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.causal import ACTIVATIONS
 from textgym.rewards.errors import RewardError
