@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from textgym.chat import MESSAGES, chat_prompt, is_conversation
+from textgym.chat import MESSAGES, chat_prompt
+from textgym.messages import is_conversation
 from textgym.prompts import PromptRow
 from textgym.vocabulary import Vocabulary
 

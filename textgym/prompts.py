@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from textgym.chat import MESSAGES, has_template
+from textgym.checks import check_int
 from textgym.layouts import COMPLETION, read_row
 from textgym.messages import is_conversation, stored_messages
 from textgym.row_files import LocatedRows, names_rows, plain_dataset
 from textgym.tables import TableRows
-from textgym.checks import check_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
