@@ -382,6 +382,10 @@ class SharedPrompts(PromptSource):
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def rows(self) -> PromptRows:
+        return self.prompts
+
     def sample(self, rng: np.random.Generator) -> PromptRow:
         """This process's next prompt; ``rng`` is not used."""
         turn = self._taken * self.processes.world_size + self.processes.rank

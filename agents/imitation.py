@@ -32,6 +32,7 @@ from textgym.agents.policy import LanguageModelPolicy
 from textgym.checks import check_int, check_number
 from textgym.continuation import continuation_ids
 from textgym.language_model import LanguageModel, load_language_model, quiet_progress
+from textgym.prompt_fitting import fit_prompt
 from textgym.prompts import PromptRows, as_prompt_source, split_prompts
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
@@ -133,8 +134,8 @@ def warm_start(
     :param warmup: share of the steps
     :param weight_decay: of AdamW
     :param max_grad_norm: gradients are scaled down to this norm
-    :param max_length: most tokens of a row, default what the model can read; prompts lose their beginning, and a
-        completion that is longer by itself its end
+    :param max_length: most tokens of a row, default what the model can read; prompts are cut as those of an
+        environment, and a completion that is longer by itself loses its end
     :param tokenizer: another one than the model's own; needed with a transformers model
     :param device: where a model that is opened by name learns
     :param seed: of the split and the order
@@ -377,9 +378,10 @@ def _encode(lm: LanguageModel, rows: PromptRows, column: str, max_length: int | 
         if not isinstance(text, str):
             given = f"it is {text!r}" if column in row.columns else f"the columns are {sorted(row.columns)}"
             raise ValueError(f"{where}[{i}] has no text in the column {column!r}: {given}")
-        prompt = vocabulary.encode(row.prompt)
-        if not prompt:
-            raise ValueError(f"{where}[{i}]: the prompt {row.prompt!r} has no tokens")
+        try:
+            prompt = fit_prompt(row, vocabulary).ids
+        except ValueError as error:
+            raise ValueError(f"{where}[{i}]: {error}") from error
         try:
             end = vocabulary.end_after(prompt)  # of the turn, where the prompt is a conversation
             completion = [*continuation_ids(vocabulary, prompt, text), end]
@@ -388,7 +390,7 @@ def _encode(lm: LanguageModel, rows: PromptRows, column: str, max_length: int | 
         if limit is not None and len(prompt) + len(completion) > limit:
             cut += 1
             completion = completion[: limit - 1]
-            prompt = vocabulary.cut_left(prompt, limit - len(completion))
+            prompt = fit_prompt(row, vocabulary, limit - len(completion)).ids
         examples.append(_Example(prompt, completion))
     if cut:
         warnings.warn(f"{cut} of {len(examples)} rows are longer than {limit} tokens and were cut", stacklevel=3)

@@ -32,10 +32,12 @@ from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.gradient_checkpointing import checkpointable_layers, checkpointed
 from textgym.cached_model import CachedModel
+from textgym.chat import MESSAGES, chat_prompt, is_conversation
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.generation import complete_rows, cut_at_stop_strings, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
+from textgym.prompt_fitting import as_chat, fit_prompt
 from textgym.prompts import PromptRow
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder
@@ -321,7 +323,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
         max_new_tokens: int | None = None,
         deterministic: bool = False,
         temperature: float | None = None,
@@ -334,7 +336,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
         What isn't given is as in :attr:`sampling`: masks, stop strings and limits of the environment trained in.
 
-        :param prompts: B texts
+        :param prompts: B texts or conversations. Where the environment's prompts were conversations, a plain text is
+            what a user says (``chat=False`` leaves it as it is)
         :param max_new_tokens: most tokens written for each
         :param deterministic: whether to take the most likely token every time
         :param temperature: divides the logits
@@ -342,22 +345,22 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param min_new_tokens: no text ends before so many tokens
         :param reference: whose likeliest tokens top-k and top-p are; default the environment's reference model
         :param settings: further ones of :class:`~textgym.sampling.SamplingSettings`, such as ``stop`` or ``top_k``
-        :return: B completions, such that ``prompt + completion`` is the whole text
+        :return: B completions: texts that go on where the prompts end
         :raises ValueError: if a prompt is empty or does not fit the model's context with its completion, a setting is
             impossible, or top-k or top-p is set and there is no reference
         """
         lm = self.language_model
-        ids = _encode_prompts(lm, prompts)
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "min_new_tokens": min_new_tokens}
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         sampling = dataclasses.replace(self.sampling, **given, **settings)
         masks = masks_of(sampling, lm, self.reference if reference is None else reference)
-        if not ids:
+        fitted = [fit_prompt(row, lm.vocabulary) for row in _as_rows(lm, prompts, sampling.chat)]
+        if not fitted:
             return []
         batch = complete_rows(
             lm,
-            [PromptRow(prompt) for prompt in prompts],
-            ids,
+            [row for row, _ in fitted],
+            [ids for _, ids in fitted],
             max_new_tokens=sampling.max_new_tokens,
             min_new_tokens=sampling.min_new_tokens,
             temperature=sampling.temperature,
@@ -626,17 +629,22 @@ def _check_keys(obs: Any, names: tuple[str, ...]) -> None:
         raise ValueError(f"the observation must be a dict with {needed}, got {got}")
 
 
-def _encode_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
+def _as_rows(lm: LanguageModel, prompts: Sequence[Any], chat: bool) -> list[PromptRow]:
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts; for one text pass [{prompts!r}]")
-    ids = []
+    rows = []
     for i, prompt in enumerate(prompts):
+        if is_conversation(prompt):
+            text = chat_prompt(prompt, lm.tokenizer, f"prompts[{i}]")
+            rows.append(PromptRow(text, {MESSAGES: prompt}))
+            continue
         if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{i}] is a {type(prompt).__name__}, expected a text")
-        ids.append(lm.encode(prompt))
-        if not ids[-1]:
+            raise TypeError(f"prompts[{i}] is a {type(prompt).__name__}, expected a text or a list of messages")
+        if not prompt:
             raise ValueError(f"prompts[{i}]={prompt!r} has no tokens: a prompt needs at least one")
-    return ids
+        row = PromptRow(prompt)
+        rows.append(as_chat(row, lm.vocabulary) if chat else row)
+    return rows
 
 
 def _as_numpy(array: Any) -> np.ndarray:

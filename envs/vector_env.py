@@ -34,8 +34,8 @@ from textgym.language_model import (
     resolve_dtype,
 )
 from textgym.messages import is_one_conversation
-from textgym.prompt_fitting import FittedPrompt, fit_prompt, judge_lengths
-from textgym.prompts import PromptRow, PromptRows, as_prompt_source, read_prompt
+from textgym.prompt_fitting import FittedPrompt, all_chat, fit_prompt, judge_lengths
+from textgym.prompts import PromptRow, as_prompt_source, read_prompt
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
 
@@ -93,11 +93,10 @@ class TextGenVectorEnv(VectorEnv):
         self.max_prompt_tokens = prompt_room(
             self.options.max_prompt_tokens, self.max_new_tokens, self.vocabulary.context_limit
         )
-        self._told_long = False
-        if isinstance(self._prompts, PromptRows):
-            self._told_long = judge_lengths(
-                self._prompts, self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow
-            )
+        self._told_long, self._chat = False, False  # whether long prompts were told of, and all are conversations
+        if (rows := self._prompts.rows) is not None:
+            self._chat = all_chat(rows, self.vocabulary)
+            self._told_long = judge_lengths(rows, self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow)
         self.context = self.max_prompt_tokens + self.max_new_tokens
         self._kl_coef = float(self.options.kl_coef)
         self._scorer = Scorer(
@@ -153,6 +152,7 @@ class TextGenVectorEnv(VectorEnv):
             action_masking=self.options.action_masking,
             top_k=self.options.top_k,
             top_p=float(self.options.top_p),
+            chat=self._chat,
         )
 
     @property

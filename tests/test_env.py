@@ -202,8 +202,8 @@ def test_stop_strings_whose_characters_take_several_tokens(stop):
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=257, bos_token_id=None, eos_token_id=0, max_position_embeddings=64, **shape)
     )
-    env = make(language_model=LanguageModel(model, tokenizer), stop=stop, max_new_tokens=20)
-    env.reset(options={"prompt": "一"})
+    env = make(language_model=LanguageModel(model, tokenizer), stop=stop, max_new_tokens=20, prompts=["一"])
+    env.reset()
     tokens = tokenizer("好好" + stop)["input_ids"]
     steps = play(env, [*tokens, *tokens])
     assert len(steps) == len(tokens)

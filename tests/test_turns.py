@@ -25,6 +25,7 @@ from tiny_models import (
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import textgym  # noqa: F401  registers the environment ids
+from textgym.agents import PPO
 from textgym.agents.runs.config import RunConfig
 from textgym.evaluation import evaluate
 from textgym.generation import complete, cut_at_stop_strings
@@ -351,12 +352,12 @@ def test_sampled_texts_stop_at_special_tokens_as_the_environment_does(chat):
 
 
 def test_a_stop_string_typed_in_a_shell_may_have_escapes():
-    from textgym.agents.cli import _unescaped
+    from textgym.agents.cli_texts import unescaped
 
-    assert _unescaped(r"\n\nUser:") == "\n\nUser:"
-    assert _unescaped(r"a\tb") == "a\tb"
-    assert _unescaped(r"\\n") == r"\n"
-    assert _unescaped(r"\d") == r"\d"
+    assert unescaped(r"\n\nUser:") == "\n\nUser:"
+    assert unescaped(r"a\tb") == "a\tb"
+    assert unescaped(r"\\n") == r"\n"
+    assert unescaped(r"\d") == r"\d"
 
 
 # Rewards.
@@ -582,3 +583,66 @@ def test_template_arguments_of_a_run_are_texts_or_a_mapping():
     for wrong in (["enable_thinking"], ["a=1", "a=2"], ["a=["]):
         with pytest.raises(ValueError, match="chat_template_kwargs="):
             RunConfig(chat_template_kwargs=wrong)
+
+
+# What samples from a policy says it in the template that the policy was trained in.
+
+
+def test_a_policy_trained_on_conversations_takes_texts_as_what_a_user_says(chat, tmp_path):
+    file = conversation(tmp_path, "a good film")
+    envs = gym.make_vec("TextGen-v0", 2, language_model=str(chat), prompts=file, reward=one, max_new_tokens=6)
+    assert envs.unwrapped.sampling.chat
+    agent = PPO("LanguageModelPolicy", envs, n_steps=4, batch_size=8, n_epochs=1, seed=0)
+    messages = [{"role": "user", "content": "is it good?"}]
+    templated = "<|im_start|>user\nis it good?<|im_end|>\n<|im_start|>assistant\n"
+    texts = [agent.policy.generate([prompt], seed=0) for prompt in ("is it good?", messages, templated)]
+    assert texts[0] == texts[1] == texts[2]
+    assert agent.policy.generate([templated], seed=0, chat=False) == texts[0]
+    lm = agent.policy.language_model
+    raw = complete(lm, [lm.encode("is it good?")], 6, generator=torch.Generator().manual_seed(0))
+    assert agent.policy.generate(["is it good?"], seed=0, chat=False) == [lm.vocabulary.decode(raw[0])]
+    agent.save_pretrained(tmp_path / "saved")
+    assert PPO.from_pretrained(tmp_path / "saved").policy.generate(["is it good?"], seed=0) == texts[0]
+    measured = evaluate(lm, lm, FunctionReward(one), ["is it good?"], envs.unwrapped.sampling)
+    assert measured.prompts == [templated]
+    envs.close()
+
+
+def test_a_policy_trained_on_texts_takes_texts_as_they_are(chat):
+    envs = gym.make_vec("TextGen-v0", 2, language_model=str(chat), prompts=["hi", "a film"], reward=one)
+    assert not envs.unwrapped.sampling.chat
+    envs.close()
+
+
+def test_evaluation_shortens_conversations_as_the_environment_does(chat, tmp_path):
+    lm = load_language_model(chat)
+    rows = load_prompt_file(
+        conversation(tmp_path, "a film " * 30, "a good film", "is it good?"), tokenizer=lm.tokenizer
+    )
+    with pytest.warns(UserWarning, match="1 of 1 prompts are longer than max_prompt_tokens=80"):
+        measured = evaluate(lm, lm, FunctionReward(one), rows, max_prompt_tokens=80, max_new_tokens=4)
+    assert measured.prompts == [fit_prompt(rows[0], lm.vocabulary, 80).row.prompt]
+
+
+@pytest.mark.parametrize("as_conversation", [True, False])
+def test_supervised_training_teaches_the_end_of_turn_behind_a_conversation(chat, as_conversation, tmp_path):
+    from textgym.agents.imitation import _encode
+
+    prompt = [{"role": "user", "content": "4?"}] if as_conversation else "4? is"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "completion": " four"}))
+    lm = load_language_model(chat)
+    rows = load_prompt_file(tmp_path / "rows.jsonl", tokenizer=lm.tokenizer)
+    (example,) = _encode(lm, rows, "completion", None, "prompts")
+    if as_conversation:
+        messages = [*prompt, {"role": "assistant", "content": " four"}]
+        whole = lm.tokenizer.apply_chat_template(messages)["input_ids"]
+        assert [*example.prompt, *example.completion] == whole[: len(example.prompt) + len(example.completion)]
+    assert example.completion[-1] == (END if as_conversation else CHAT_EOS)
+
+
+def test_an_action_that_ends_a_turn_ends_it_as_the_template_does(chat):
+    env = gym.make("TextWrite-v0", language_model=str(chat), prompts=["hi"], reward=one, kl_coef=0.0)
+    env.reset(options={"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"})
+    assert env.unwrapped.encode("") == [END]
+    env.reset(options={"prompt": "the film"})
+    assert env.unwrapped.encode("") == [CHAT_EOS]

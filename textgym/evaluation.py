@@ -21,7 +21,7 @@ from textgym.checks import check_int
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
-from textgym.prompt_fitting import fit_prompt
+from textgym.prompt_fitting import as_chat, fit_prompt
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import PrefixBatch, Reward
 from textgym.sampling import SamplingSettings
@@ -474,6 +474,8 @@ def _fitted(
     sampling: SamplingSettings, model: LanguageModel, rows: Sequence[PromptRow]
 ) -> tuple[list[PromptRow], list[list[int]]]:
     """The prompts as the model sees them, and their token ids."""
+    if sampling.chat:
+        rows = [as_chat(row, model.vocabulary) for row in rows]
     fitted = [fit_prompt(row, model.vocabulary, sampling.max_prompt_tokens) for row in rows]
     limit = model.vocabulary.context_limit
     for row, ids in fitted:
@@ -486,7 +488,7 @@ def _fitted(
     if cut:
         warnings.warn(
             f"{len(cut)} of {len(rows)} prompts are longer than max_prompt_tokens={sampling.max_prompt_tokens} and "
-            f"were cut on the left, such as {cut[0][:60]!r}...",
+            f"were cut on the left, or in their oldest turns, such as {cut[0][:60]!r}...",
             stacklevel=4,
         )
     return [row for row, _ in fitted], [ids for _, ids in fitted]

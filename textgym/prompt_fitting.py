@@ -51,6 +51,32 @@ def fit_prompt(row: PromptRow, vocabulary: Vocabulary, limit: int | None = None)
     return FittedPrompt(PromptRow(vocabulary.written(ids), row.columns), ids)
 
 
+def is_chat(row: PromptRow, vocabulary: Vocabulary) -> bool:
+    """Whether a prompt is a conversation in the model's chat template, and not a plain text."""
+    opening = vocabulary.turns.answer_opening
+    return bool(opening.strip() and row.prompt.endswith(opening)) or _messages_of(row, vocabulary) is not None
+
+
+def all_chat(rows: Iterable[PromptRow], vocabulary: Vocabulary) -> bool:
+    """Whether all prompts are conversations; the first that is a plain text decides."""
+    return bool(vocabulary.tokenizer.chat_template) and all(is_chat(row, vocabulary) for row in rows)
+
+
+def as_chat(row: PromptRow, vocabulary: Vocabulary, system: str | None = None) -> PromptRow:
+    """A plain text as what a user says, in the model's chat template; prompts that are in it stay as they are.
+
+    :param row: the prompt, with its columns
+    :param vocabulary: of the language model
+    :param system: what the system says before
+    :raises ValueError: if the tokenizer has no chat template, or it refuses the messages
+    """
+    if is_chat(row, vocabulary):
+        return row
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": row.prompt})
+    return PromptRow(chat_prompt(messages, vocabulary.tokenizer, "the prompt"), {**row.columns, MESSAGES: messages})
+
+
 @dataclass(frozen=True)
 class LongPrompts:
     """Prompts that are longer than a limit: how many of how many, the first one and its tokens."""

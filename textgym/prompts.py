@@ -47,6 +47,11 @@ class PromptSource(ABC):
     def sample(self, rng: np.random.Generator) -> PromptRow:
         """A prompt drawn at random, with replacement."""
 
+    @property
+    def rows(self) -> PromptRows | None:
+        """All prompts, where they have a fixed number."""
+        return None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptSource:
         return self  # Gymnasium deep-copies the kwargs of a spec; a data set must be shared
 
@@ -74,6 +79,10 @@ class PromptRows(PromptSource):
 
     def __iter__(self) -> Iterator[PromptRow]:
         return (_as_row(row, self._where.format(index)) for index, row in enumerate(self._rows))
+
+    @property
+    def rows(self) -> PromptRows:
+        return self
 
     def sample(self, rng: np.random.Generator) -> PromptRow:
         return self[int(rng.integers(len(self)))]

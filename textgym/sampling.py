@@ -26,6 +26,8 @@ class SamplingSettings:
     :param action_masking: no special tokens, and no end before ``min_new_tokens``
     :param top_k: with masking: only the reference model's k most likely tokens; 0 for all
     :param top_p: with masking: only the reference model's likeliest tokens up to this probability
+    :param chat: prompts that are plain texts are what a user says, in the model's chat template; so it is where an
+        environment's prompts are conversations
     :raises ValueError: naming a setting with an impossible value, and what would be right
     """
 
@@ -37,6 +39,7 @@ class SamplingSettings:
     action_masking: bool = False
     top_k: int = 0
     top_p: float = 1.0
+    chat: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -50,6 +53,7 @@ class SamplingSettings:
         check_temperature("temperature", self.temperature)
         check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         check_bool("action_masking", self.action_masking)
+        check_bool("chat", self.chat)
         if self.restricted and not self.action_masking:
             raise ValueError(
                 f"top_k={self.top_k}, top_p={self.top_p} restrict the actions by a mask: they need action_masking=True"
@@ -84,6 +88,8 @@ class SamplingSettings:
         parts.append(f"temperature {self.temperature:g}")
         if self.stop:
             parts.append(f"stop at {' or '.join(map(repr, self.stop))}")
+        if self.chat:
+            parts.append("in the chat template")
         if self.action_masking:
             parts.append("special tokens masked")
         if self.top_k:

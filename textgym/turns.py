@@ -94,6 +94,12 @@ class TurnTokens:
         return self.eos_token_id if marks.isdisjoint(prompt) else self.end_of_turn_id
 
     @cached_property
+    def answer_opening(self) -> str:
+        """What the chat template writes between what a user says and the answer; empty without a template."""
+        rendered = self._rendered("user", add_generation_prompt=True)
+        return "" if rendered is None else rendered.rpartition(_USER)[2]
+
+    @cached_property
     def opening_ids(self) -> list[int]:
         """What the tokenizer puts before a text of its own accord: often a beginning-of-sequence token."""
         return self._around[0]
@@ -223,7 +229,7 @@ class TurnTokens:
                 return None
         return None
 
-    def _rendered(self, *roles: str) -> str | None:
+    def _rendered(self, *roles: str, add_generation_prompt: bool = False) -> str | None:
         """A conversation through the chat template; None where there is none or it takes no such conversation."""
         if not getattr(self.tokenizer, "chat_template", None):
             return None
@@ -233,7 +239,9 @@ class TurnTokens:
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except (TemplateError, ValueError, TypeError):
             return None
         return text if isinstance(text, str) and text.count(_ASSISTANT) == roles.count("assistant") else None

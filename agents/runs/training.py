@@ -180,9 +180,7 @@ class Run:
         if self.processes.world_size > 1:
             prompts = SharedPrompts(train, config.seed, self.processes)
         self.envs = make_envs(config, prompts, self.processes)
-        unjudged = (train, held_out) if isinstance(prompts, SharedPrompts) else (held_out,)
-        for rows in unjudged:  # the environment judges those that it draws from itself
-            judge_lengths(rows, self.envs.vocabulary, self.envs.max_prompt_tokens, config.prompt_overflow)
+        judge_lengths(held_out, self.envs.vocabulary, self.envs.max_prompt_tokens, config.prompt_overflow)
         self.agent = make_agent(algorithm, config, self.envs, self.processes)
         if not resume:
             self.processes.on_main(self.folder.create)
