@@ -55,6 +55,18 @@ _Masking = Annotated[
 ]
 _TopK = Annotated[int | None, typer.Option("--top-k", help="with masking, default the run's")]
 _TopP = Annotated[float | None, typer.Option("--top-p", help="with masking, default the run's")]
+_Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--template/--raw",
+        help="prompts that are texts are what a user says, in the model's chat template; default where the run's "
+        "prompts were conversations",
+    ),
+]
+_TemplateArguments = Annotated[
+    list[str] | None,
+    typer.Option("--chat-template-kwargs", help="name=value, for variables of the chat template; default the run's"),
+]
 _Seed = Annotated[int, typer.Option("--seed", help="of the sampling")]
 
 
@@ -93,23 +105,31 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         action_masking: _Masking = None,
         top_k: _TopK = None,
         top_p: _TopP = None,
+        chat: _Chat = None,
+        system: Annotated[str | None, typer.Option(help="what the system says before each --prompt")] = None,
+        chat_template_kwargs: _TemplateArguments = None,
         deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
         seed: _Seed = 0,
         as_json: Annotated[bool, typer.Option("--json", help="print JSON instead, a line a completion")] = False,
     ) -> None:
         """Complete prompts as the run does, with every token on the colour of its reward."""
-        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
+        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p, chat)
         with plain_errors():
             from textgym.agents.reports import coloured_completion
+            from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.subjects import open_subject
             from textgym.evaluation import score_tokens
 
-            subject = open_subject(model, trust_code)
+            subject = open_subject(model, trust_code, template_arguments(chat_template_kwargs))
             phi = _reward(subject, reward, trust_code)
             columns = _columns(column)
             sampling = subject.sampling_with(settings)
+            if system is not None and (chat is False or not prompt):
+                raise ValueError(f"--system {system!r} is said before each --prompt, in the chat template (not --raw)")
             if prompt:
                 rows = _prompt_rows(prompt, columns)
+                if system is not None:
+                    rows = [_behind_system(row, subject.model, system) for row in rows]
                 sampling = dataclasses.replace(sampling, max_prompt_tokens=None)  # whoever types it wants all of it
             else:
                 rows = _with_columns(_held_out(subject.config), columns)
@@ -169,6 +189,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         action_masking: _Masking = None,
         top_k: _TopK = None,
         top_p: _TopP = None,
+        chat: _Chat = None,
+        chat_template_kwargs: _TemplateArguments = None,
         seed: _Seed = 0,
     ) -> None:
         """Measure models on prompts that none of them was trained on, side by side, with bootstrap 95 % intervals.
@@ -176,16 +198,18 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         Prompts, reward, reference, token budget and stop strings are those of the first model's run; temperature and
         masks are each model's own.
         """
-        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
+        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p, chat)
         with plain_errors():
             from textgym.agents import reports
+            from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.subjects import Subject, open_subject
             from textgym.evaluation import check_reference
             from textgym.evaluation import evaluate as measure
 
             if prompt_column is not None and prompts is None:
                 raise ValueError(f"prompt_column={prompt_column!r} is of --prompts, which isn't given")
-            subjects = [open_subject(path, trust_code) for path in dict.fromkeys(models)]
+            template = template_arguments(chat_template_kwargs)
+            subjects = [open_subject(path, trust_code, template) for path in dict.fromkeys(models)]
             first = subjects[0]
             phi = _reward(first, reward, trust_code)
             base = first.reference(reference)
@@ -200,7 +224,11 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             if number is not None:
                 _say_how_many(console, len(rows), number)
             rows = rows[: (EVALUATED if prompts is None else None) if number is None else number]
-            task = {"max_new_tokens": first.sampling.max_new_tokens, "stop": first.sampling.stop}
+            task = {
+                "max_new_tokens": first.sampling.max_new_tokens,
+                "stop": first.sampling.stop,
+                "chat": first.sampling.chat,
+            }
             given = {**task, **{name: value for name, value in settings.items() if value is not None}}
             if not no_reference and base is not first.model and base.name not in models:
                 subjects.insert(0, Subject(base.name, base, first.config, first.run, first.sampling))
@@ -230,6 +258,7 @@ def _settings(
     action_masking: bool | None,
     top_k: int | None,
     top_p: float | None,
+    chat: bool | None,
 ) -> dict[str, Any]:
     """What flags say about sampling; None where they say nothing."""
     return {
@@ -240,6 +269,7 @@ def _settings(
         "action_masking": action_masking,
         "top_k": top_k,
         "top_p": top_p,
+        "chat": chat,
     }
 
 
@@ -283,6 +313,14 @@ def _prompt_rows(prompts: list[str], columns: dict[str, Any]) -> list[PromptRow]
     from textgym.prompts import PromptRow
 
     return [PromptRow(prompt, dict(columns)) for prompt in prompts]
+
+
+def _behind_system(row: PromptRow, model: LanguageModel, system: str) -> PromptRow:
+    from textgym.prompt_fitting import as_chat, is_chat
+
+    if is_chat(row, model.vocabulary):
+        raise ValueError(f"the prompt {row.prompt[:60]!r} is in the chat template already: --system has no place in it")
+    return as_chat(row, model.vocabulary, system)
 
 
 def _with_columns(rows: list[PromptRow], columns: dict[str, Any]) -> list[PromptRow]:

@@ -23,10 +23,12 @@ from tiny_models import (
     tiny_tokenizer,
 )
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from typer.testing import CliRunner
 
 import textgym  # noqa: F401  registers the environment ids
 from textgym.agents import PPO
-from textgym.agents.runs.config import RunConfig
+from textgym.agents.cli import app
+from textgym.agents.runs import Run, RunConfig
 from textgym.evaluation import evaluate
 from textgym.generation import complete, cut_at_stop_strings
 from textgym.language_model import LanguageModel, load_language_model, load_vocabulary
@@ -646,3 +648,70 @@ def test_an_action_that_ends_a_turn_ends_it_as_the_template_does(chat):
     assert env.unwrapped.encode("") == [END]
     env.reset(options={"prompt": "the film"})
     assert env.unwrapped.encode("") == [CHAT_EOS]
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory) -> Path:
+    """A run on conversations, of a model whose template has a variable."""
+    path = tmp_path_factory.mktemp("run")
+    save_chat_model(path / "model", chat_tokenizer(template=THINKING))
+    rows = [{"prompt": [{"role": "user", "content": f"film {i}?"}]} for i in range(6)]
+    (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options: dict[str, Any] = {
+        "rows": 2, "max_new_tokens": 3, "timesteps": 6, "eval_prompts": 1, "samples": 1, "device": "cpu", "threads": 1,
+        "tensorboard": False, "n_epochs": 1,
+    }  # fmt: skip
+    (path / "one.py").write_text("def one(completions, **columns):\n    return [1.0] * len(completions)\n")
+    config = RunConfig(
+        model=str(path / "model"), prompts=str(path / "prompts.jsonl"), reward=f"{path / 'one.py'}:one",
+        chat_template_kwargs=["effort=low"], **options,
+    )  # fmt: skip
+    assert Run("ppo", config, path / "run").train()
+    return path / "run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        ([], "<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\nlow"),
+        (["--raw"], "so?"),
+        (
+            ["--system", "be brief"],
+            "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\nlow",
+        ),
+        (
+            ["--chat-template-kwargs", "effort=high"],
+            "<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\nhigh",
+        ),
+    ],
+)
+def test_generate_says_a_prompt_in_the_template_of_the_run(chat_run, arguments, prompt):
+    for model in (chat_run, chat_run / "model"):
+        result = CliRunner().invoke(app, ["generate", str(model), "-p", "so?", "--json", *arguments])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["prompt"] == prompt
+
+
+def test_generate_takes_a_plain_models_prompts_as_they_are_unless_asked(chat):
+    told = {}
+    for flags in ((), ("--template",), ("--system", "be brief")):
+        command = ["generate", str(chat), "-p", "so?", "--json", "--max-new-tokens", "2", *flags]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        told[flags] = json.loads(result.stdout)["prompt"]
+    user = "<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n"
+    assert list(told.values()) == ["so?", user, f"<|im_start|>system\nbe brief<|im_end|>\n{user}"]
+
+
+@pytest.mark.parametrize("arguments", [["--raw", "-p", "so?"], []])
+def test_a_system_that_nobody_would_hear_is_refused(chat_run, arguments):
+    result = CliRunner().invoke(app, ["generate", str(chat_run), "--system", "be brief", *arguments])
+    assert result.exit_code == 2
+    assert "--system 'be brief' is said before each --prompt" in " ".join(result.output.split())
+
+
+def test_held_out_conversations_get_the_template_arguments_that_are_given(chat_run):
+    flags = ["--json", "-n", "1", "--chat-template-kwargs", "effort=high"]
+    result = CliRunner().invoke(app, ["generate", str(chat_run), *flags])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["prompt"].endswith("<|im_start|>assistant\nhigh")

@@ -56,7 +56,11 @@ def _preceded(template: str, lines: list[str], arguments: Mapping[str, Any]) -> 
     for name in arguments:
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise ValueError(f"chat_template_kwargs has {name!r}, which the chat template does not read")
-    return "".join(lines) + template
+    fixed = re.match(
+        r"(?:\{% set \w+ = (?:(?!\+%\}).)*\+%\})*", template, re.DOTALL
+    )  # by an earlier call, which yields
+    start = fixed.end() if fixed else 0
+    return template[:start] + "".join(lines) + template[start:]
 
 
 def _check_value(value: Any, where: str) -> None:

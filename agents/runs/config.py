@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -247,17 +247,7 @@ class RunConfig:
 
         :raises ValueError: if an entry is not ``name=value``, or its value is not YAML
         """
-        found: dict[str, Any] = {}
-        for option in self.chat_template_kwargs or []:
-            name, equals, text = option.partition("=")
-            if not equals or name in found:
-                problem = "names one twice" if equals else "must be name=value, such as enable_thinking=false"
-                raise ValueError(f"chat_template_kwargs={option!r} {problem}")
-            try:
-                found[name] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"chat_template_kwargs={option!r}: the value is not YAML: {error}") from error
-        return found
+        return template_arguments(self.chat_template_kwargs)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
@@ -286,6 +276,27 @@ class RunConfig:
             values = {field.name: getattr(self, field.name) for field in fields}
             lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
         return "\n".join(lines)
+
+
+def template_arguments(options: Sequence[str] | None) -> dict[str, Any]:
+    """Variables of a chat template from ``name=value`` texts, whose values are YAML.
+
+    >>> template_arguments(["enable_thinking=false", "effort=low"])
+    {'enable_thinking': False, 'effort': 'low'}
+
+    :raises ValueError: if an entry is not ``name=value``, its value is not YAML, or a name comes twice
+    """
+    found: dict[str, Any] = {}
+    for option in options or []:
+        name, equals, text = option.partition("=")
+        if not equals or name in found:
+            problem = "names one twice" if equals else "must be name=value, such as enable_thinking=false"
+            raise ValueError(f"chat_template_kwargs={option!r} {problem}")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"chat_template_kwargs={option!r}: the value is not YAML: {error}") from error
+    return found
 
 
 def sections() -> dict[str, list[dataclasses.Field[Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,29 +66,39 @@ class Subject:
         return sampling
 
 
-def open_subject(path: str, trusted: bool) -> Subject:
+def open_subject(path: str, trusted: bool, template: Mapping[str, Any] | None = None) -> Subject:
     """A run's folder, an agent's or a model's directory, or a name that ``language_model=`` takes.
 
     :param trusted: whether the user has said that code which somebody else's run or model names may run
+    :param template: variables of the chat template, instead of those of the run
     :raises UntrustedCodeError: if there is such code and they haven't
     """
     folder = RunFolder(path)
     if folder.config.is_file():
-        _, config = run_config(path)
+        config = _with_template(run_config(path)[1], template)
         check_model_code(config, path, trusted)
         for part in (folder.model, folder.best):
             if part.is_dir():
-                return _subject(path, load(str(part), config), config, folder.path)
+                return _subject(path, load(str(part), config), config, folder.path, part)
         check_code([config.reward], path, trusted)
         run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
-        return _subject(path, run.agent.policy.language_model, config, folder.path)
+        model = load_language_model(run.agent.policy.language_model, chat_template_kwargs=config.template_arguments())
+        subject = _subject(path, model, config, folder.path, None)
+        subject.sampling = dataclasses.replace(subject.sampling, chat=run.agent.policy.sampling.chat)
+        return subject
     parent = RunFolder(Path(path).parent)
     if parent.config.is_file():
-        config = run_config(parent.path)[1]
+        config = _with_template(run_config(parent.path)[1], template)
         check_model_code(config, path, trusted)
-        return _subject(path, load(path, config), config, parent.path)
-    config = RunConfig(trust_remote_code=trusted)
-    return _subject(path, load(path, config), config, None)
+        return _subject(path, load(path, config), config, parent.path, Path(path))
+    config = _with_template(RunConfig(trust_remote_code=trusted), template)
+    return _subject(path, load(path, config), config, None, Path(path))
+
+
+def _with_template(config: RunConfig, given: Mapping[str, Any] | None) -> RunConfig:
+    """A run's options with some variables of the chat template instead of its own."""
+    merged: Any = {**config.template_arguments(), **(given or {})}
+    return dataclasses.replace(config, chat_template_kwargs=merged) if given else config
 
 
 def load(model: str, config: RunConfig, tokenizer: str | None = None) -> LanguageModel:
@@ -102,10 +113,13 @@ def load(model: str, config: RunConfig, tokenizer: str | None = None) -> Languag
     )
 
 
-def _subject(path: str, model: LanguageModel, config: RunConfig, run: Path | None) -> Subject:
-    if run is None and (Path(path) / AGENT).is_file():
-        return Subject(path, model, config, run, read_sampling(Path(path)))
-    return Subject(path, model, config, run, sampling_of_run(config, model))
+def _subject(path: str, model: LanguageModel, config: RunConfig, run: Path | None, agent: Path | None) -> Subject:
+    """:param agent: where the model is, perhaps with the agent that was saved with it"""
+    saved = read_sampling(agent) if agent is not None and (agent / AGENT).is_file() else SamplingSettings()
+    if run is None:
+        return Subject(path, model, config, run, saved)
+    # Only the agent knows whether the run's prompts were conversations.
+    return Subject(path, model, config, run, dataclasses.replace(sampling_of_run(config, model), chat=saved.chat))
 
 
 def sampling_of_run(config: RunConfig, model: LanguageModel) -> SamplingSettings:
