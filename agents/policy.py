@@ -32,11 +32,12 @@ from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.gradient_checkpointing import checkpointable_layers, checkpointed
 from textgym.cached_model import CachedModel
-from textgym.chat import MESSAGES, chat_prompt, is_conversation
+from textgym.chat import MESSAGES, chat_prompt
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.generation import complete_rows, cut_at_stop_strings, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
+from textgym.messages import as_messages, is_conversation
 from textgym.prompt_fitting import as_chat, fit_prompt
 from textgym.prompts import PromptRow
 from textgym.sampling import SamplingSettings
@@ -635,8 +636,8 @@ def _as_rows(lm: LanguageModel, prompts: Sequence[Any], chat: bool) -> list[Prom
     rows = []
     for i, prompt in enumerate(prompts):
         if is_conversation(prompt):
-            text = chat_prompt(prompt, lm.tokenizer, f"prompts[{i}]")
-            rows.append(PromptRow(text, {MESSAGES: prompt}))
+            messages = as_messages(prompt, f"prompts[{i}]")
+            rows.append(PromptRow(chat_prompt(messages, lm.tokenizer, f"prompts[{i}]"), {MESSAGES: messages}))
             continue
         if not isinstance(prompt, str):
             raise TypeError(f"prompts[{i}] is a {type(prompt).__name__}, expected a text or a list of messages")

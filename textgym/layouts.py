@@ -121,7 +121,7 @@ def read_row(row: Mapping[str, Any], where: str, names: Mapping[str, str] | None
 
     given_prompt, completion = take("prompt"), take_answer(COMPLETION)
     chosen, rejected = take_answer("chosen"), take_answer("rejected")
-    tools = _tools(rest.get("tools"))
+    tools = stored_tools(rest.get("tools"))
     origin = names.get("prompt", "prompt")
     written: str | None = None
     prompt: Part = given_prompt
@@ -157,7 +157,8 @@ def read_row(row: Mapping[str, Any], where: str, names: Mapping[str, str] | None
     )
 
 
-def _tools(value: Any) -> Any:
+def stored_tools(value: Any) -> Any:
+    """Descriptions of tools, which may be stored as JSON in a text; None for anything else."""
     if isinstance(value, str) and value.strip().startswith("["):
         import json
 

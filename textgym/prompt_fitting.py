@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from textgym.chat import MESSAGES, chat_prompt
+from textgym.layouts import stored_tools
 from textgym.messages import is_conversation
 from textgym.prompts import PromptRow
 from textgym.vocabulary import Vocabulary
@@ -142,15 +143,15 @@ def _messages_of(row: PromptRow, vocabulary: Vocabulary) -> list[dict[str, Any]]
         return None
     messages = [dict(message) for message in given]
     try:
-        return messages if _rendered(messages, vocabulary) == row.prompt else None
+        return messages if _rendered(messages, row, vocabulary) == row.prompt else None
     except (TypeError, ValueError):
         return None
 
 
-def _rendered(messages: Sequence[dict[str, Any]], vocabulary: Vocabulary) -> str:
+def _rendered(messages: Sequence[dict[str, Any]], row: PromptRow, vocabulary: Vocabulary) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say was said when the prompt was made
-        return chat_prompt(messages, vocabulary.tokenizer)
+        return chat_prompt(messages, vocabulary.tokenizer, tools=stored_tools(row.columns.get("tools")))
 
 
 def _cut_conversation(
@@ -160,7 +161,7 @@ def _cut_conversation(
     systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
     for i in others + systems:
         while True:
-            text = _rendered(messages, vocabulary)
+            text = _rendered(messages, row, vocabulary)
             ids = vocabulary.encode(text)
             if len(ids) <= limit:
                 return FittedPrompt(PromptRow(text, {**row.columns, MESSAGES: messages}), ids)
