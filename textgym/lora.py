@@ -11,16 +11,20 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safetensors.torch
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from textgym.encoder_decoder import model_inputs
 from textgym.language_model import LanguageModel
+from textgym.merging import adapted_weight, merge_layers
 from textgym.shared_weights import copy_sharing_weights, sharing_memo
 from textgym.vocabulary import is_encoder_decoder
 
@@ -45,6 +49,7 @@ OPTIONS = (
     "init_lora_weights",
 )
 STARTS_AT_BASE = (True, "gaussian", "orthogonal")
+TOKENS = 8  # that go through a model to see which layers text reaches
 ADAPTER = "default"  # what peft calls the one adapter of a model
 FOLDER = "adapter"
 
@@ -74,7 +79,8 @@ class AdaptedLanguageModel(LanguageModel):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
-        named = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in weights.items()}
+        # Cloned, because layers that share a matrix share their adapter, and a file has each tensor once.
+        named = {f"base_model.model.{name}": tensor.cpu().clone().contiguous() for name, tensor in weights.items()}
         safetensors.torch.save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(self.model.peft_config[ADAPTER])
         config.inference_mode = True  # as peft saves it: whoever opens the adapter gets it frozen
@@ -83,11 +89,7 @@ class AdaptedLanguageModel(LanguageModel):
     def merged(self) -> PreTrainedModel:
         """A plain model in which the adapter is part of the weights. What no adapter is on shares its memory."""
         model = copy_sharing_weights(self.model)
-        for name, layer in list(_adapted_layers(model)):
-            layer.merge(safe_merge=True, adapter_names=[ADAPTER])  # into a copy of the weight
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
-        del model.peft_config
+        merge_layers(model, [ADAPTER])
         model.requires_grad_(False)
         return model
 
@@ -108,32 +110,141 @@ def add_lora(lm: LanguageModel, lora: Lora) -> AdaptedLanguageModel:
 
     :param lm: the base; its modules and whether its weights are trainable stay as they are
     :param lora: True for the defaults, or ``peft.LoraConfig`` or its arguments as a dictionary; without
-        ``target_modules`` all linear layers but the output layer get an adapter
+        ``target_modules`` all linear layers get an adapter but the output layer and those on which none can act.
+        Layers that text never reaches, such as those of a vision tower, get none in any case. Layers that share a
+        matrix share an adapter
     :raises ModuleNotFoundError: without ``peft``
     :raises ValueError: if an option is unknown or has no place here, or no layer fits ``target_modules``
     """
     options = lora_options(lora)
-    from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     if isinstance(lm, AdaptedLanguageModel):
         raise ValueError(f"language_model={lm.name} has an adapter already; give its merged() model, or no lora")
+    reached = reached_layers(lm.model)
+    left_out = [name for name, module in lm.model.named_modules() if _is_linear(module) and name not in reached]
+    by_default = not wants_layers(lora)
+    if by_default:
+        left_out += [name for name, returns_tensor in reached.items() if not returns_tensor]
+    try:
+        model = _inject(lm, options, left_out)
+    except (ValueError, TypeError, NotImplementedError) as e:
+        refused = _refused_layers(lm, options, left_out) if by_default else []
+        if not refused:
+            raise _misfit(lm, options, e) from e
+        model = _inject(lm, options, left_out + refused)
+    _check_targets(lm, model, options, reached)
+    cast_adapter_dtype(model, ADAPTER)
+    _share_adapters(model)
+    return AdaptedLanguageModel(model.eval(), lm.tokenizer, lm.name, like=lm)
+
+
+def wants_layers(lora: Lora) -> bool:
+    """Whether an argument says which layers get an adapter."""
+    return lora_options(lora)["target_modules"] != DEFAULTS["target_modules"]
+
+
+def _inject(lm: LanguageModel, options: Mapping[str, Any], left_out: list[str]) -> PreTrainedModel:
+    """A copy over the same weights with adapters on its layers, but those left out."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = [name for name, module in lm.model.named_modules() if _is_linear(module)]
+    options = {**options, "exclude_modules": _excluding(options.get("exclude_modules"), left_out, layers)}
     config = LoraConfig(**options, task_type=_task_type(lm), base_model_name_or_path=lm.name)
     model = copy_sharing_weights(lm.model)
+    with warnings.catch_warnings():
+        # GPT-2's layers have their matrices transposed; peft notices and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True`")  # refused elsewhere
+        if "rank_pattern" not in options:  # peft makes one for fused experts, and then doesn't find them
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        inject_adapter_in_model(config, model, ADAPTER)
+    return model
+
+
+def _excluding(given: str | list[str] | None, left_out: list[str], layers: list[str]) -> str | list[str] | None:
+    """``exclude_modules`` for ``peft``, which takes names or a regular expression, with more of the layers in it."""
+    if not left_out:
+        return given
+    patterns = [given] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given or ()]
+    for name in left_out:
+        # Most often the same is left out in each of a list of blocks, which are called by numbers.
+        blocks = re.sub(r"(?<=\.)\d+(?=\.)", "NUMBER", name)
+        everywhere = re.escape(blocks).replace("NUMBER", r"\d+")
+        alike = [layer for layer in layers if re.fullmatch(everywhere, layer)]
+        patterns.append(everywhere if set(alike) <= set(left_out) else re.escape(name))
+    return "|".join(f"(?:{pattern})" for pattern in dict.fromkeys(patterns))
+
+
+def _refused_layers(lm: LanguageModel, options: Mapping[str, Any], left_out: list[str]) -> list[str]:
+    """Linear layers that ``peft`` takes no adapter for, such as the last one of a Mamba layer; found by trying.
+
+    Fused kernels read the weights of such layers without calling them, and the adapter would not act.
+    """
+    names = [name for name, module in lm.model.named_modules() if _is_linear(module) and name not in left_out]
+    refused = []
+    for kind in sorted({name.rpartition(".")[2] for name in names}):
+        alike = [name for name in names if name.rpartition(".")[2] == kind]
+        try:
+            _inject(lm, {**options, "target_modules": [kind]}, left_out)
+        except (ValueError, TypeError, NotImplementedError):
+            refused += alike
+    return refused if len(refused) < len(names) else []
+
+
+def _misfit(lm: LanguageModel, options: Mapping[str, Any], error: Exception) -> ValueError:
+    message = (
+        f"lora: target_modules={options['target_modules']!r} does not fit language_model={lm.name} "
+        f"({type(lm.model).__name__}): {error}. Its linear layers are called {', '.join(_linear_layers(lm.model))}"
+    )
+    return ValueError(message)
+
+
+@torch.no_grad()
+def reached_layers(model: PreTrainedModel) -> dict[str, bool]:
+    """The linear layers that text may go through, and whether each returns one tensor, as an adapter on it would.
+
+    A few tokens go through the model. What they don't reach, such as the towers of a model that sees and hears, is left
+    out, but for parts of which each text takes a few: the experts of a list of which others are reached.
+    """
+    called: dict[str, bool] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, output: called.update({name: isinstance(output, torch.Tensor)})
+
+    parts = dict(model.named_modules())
+    hooks = [module.register_forward_hook(note(name)) for name, module in parts.items() if name]
     try:
-        with warnings.catch_warnings():
-            # GPT-2's layers have their matrices transposed; peft notices and says so.
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-            warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True`")  # refused below
-            inject_adapter_in_model(config, model, ADAPTER)
-    except (ValueError, TypeError, NotImplementedError) as e:
-        raise ValueError(
-            f"lora: target_modules={options['target_modules']!r} does not fit language_model={lm.name} "
-            f"({type(lm.model).__name__}): {e}. Its linear layers are called {', '.join(_linear_layers(lm.model))}"
-        ) from e
-    _check_targets(lm, model, options)
-    cast_adapter_dtype(model, ADAPTER)
-    return AdaptedLanguageModel(model.eval(), lm.tokenizer, lm.name, like=lm)
+        size = model.config.get_text_config().vocab_size
+        ids = torch.arange(TOKENS, device=model.device)[None] % size
+        model(**model_inputs(model.config, ids, TOKENS // 2), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    live = {name[:at] for name in called for at in _dots(name)}  # with all they stand in
+    reached = {}
+    for name, module in parts.items():
+        if _is_linear(module):
+            steps = [name[:at] for at in _dots(name)]
+            dead = next((step for step in steps if step not in live), None)
+            if dead is None or isinstance(parts[dead.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict):
+                reached[name] = called.get(name, True)
+    return reached
+
+
+def _dots(name: str) -> list[int]:
+    """Where the names end of what a module stands in, from the outside in, and its own."""
+    return [at for at, letter in enumerate(name) if letter == "."] + [len(name)]
+
+
+def _share_adapters(model: nn.Module) -> None:
+    """Let layers that share a matrix share an adapter: so it can be merged, and a layer repeated is still repeated."""
+    first: dict[int, Any] = {}
+    for _, layer in _adapted_layers(model):
+        same = first.setdefault(id(adapted_weight(layer)), layer)
+        if same is not layer:
+            for part in layer.adapter_layer_names:
+                setattr(layer, part, getattr(same, part))
 
 
 def _task_type(lm: LanguageModel) -> str:
@@ -217,14 +328,29 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _check_targets(lm: LanguageModel, model: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Two names for one matrix can't be merged each with an adapter of its own."""
-    ends = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
-    if ends[0] is None or getattr(ends[0], "weight", None) is not ends[1].weight:
-        return
-    tied = {name for name, module in lm.model.named_modules() if any(module is end for end in ends)}
-    for name in tied.intersection(name for name, _ in _adapted_layers(model)):
-        raise ValueError(
-            f"lora: target_modules={options['target_modules']!r} includes {name}, whose weights language_model="
-            f"{lm.name} uses both for reading and for predicting tokens; leave it out"
-        )
+def _check_targets(
+    lm: LanguageModel, model: PreTrainedModel, options: Mapping[str, Any], reached: Mapping[str, bool]
+) -> None:
+    """An adapter acts where a layer is called, and is merged into a weight that may be used elsewhere, too.
+
+    :raises ValueError: if that is not the same
+    """
+    adapted = dict(_adapted_layers(model))
+    targets = f"lora: target_modules={options['target_modules']!r} includes"
+    for name in adapted:
+        if not reached.get(name, True):
+            raise ValueError(
+                f"{targets} {name}, which returns more than one tensor in language_model={lm.name}, and peft's layers "
+                f"return one; leave it out (exclude_modules=[{name.rpartition('.')[2]!r}])"
+            )
+    users: dict[int, list[str]] = {}
+    for name, parameter in lm.model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for names in users.values():
+        with_adapter = [name for name in names if name in adapted]
+        if with_adapter and len(with_adapter) < len(names):
+            other = next(name for name in names if name not in adapted)
+            raise ValueError(
+                f"{targets} {with_adapter[0]}, whose weights language_model={lm.name} uses in {other}, too, which gets "
+                "no adapter; leave it out"
+            )
