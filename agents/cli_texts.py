@@ -55,14 +55,15 @@ _Masking = Annotated[
 ]
 _TopK = Annotated[int | None, typer.Option("--top-k", help="with masking, default the run's")]
 _TopP = Annotated[float | None, typer.Option("--top-p", help="with masking, default the run's")]
-_Chat = Annotated[
-    bool | None,
+_Template = Annotated[
+    bool,
     typer.Option(
-        "--template/--raw",
-        help="prompts that are texts are what a user says, in the model's chat template; default where the run's "
-        "prompts were conversations",
+        "--template",
+        help="texts are what a user says, in the model's chat template; default where the run's prompts were "
+        "conversations",
     ),
 ]
+_Raw = Annotated[bool, typer.Option("--raw", help="texts are no conversations, whatever the run's prompts were")]
 _TemplateArguments = Annotated[
     list[str] | None,
     typer.Option("--chat-template-kwargs", help="name=value, for variables of the chat template; default the run's"),
@@ -105,7 +106,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         action_masking: _Masking = None,
         top_k: _TopK = None,
         top_p: _TopP = None,
-        chat: _Chat = None,
+        template: _Template = False,
+        raw: _Raw = False,
         system: Annotated[str | None, typer.Option(help="what the system says before each --prompt")] = None,
         chat_template_kwargs: _TemplateArguments = None,
         deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
@@ -113,8 +115,9 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         as_json: Annotated[bool, typer.Option("--json", help="print JSON instead, a line a completion")] = False,
     ) -> None:
         """Complete prompts as the run does, with every token on the colour of its reward."""
-        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p, chat)
+        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
         with plain_errors():
+            settings["chat"] = _chat(template, raw)
             from textgym.agents.reports import coloured_completion
             from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.subjects import open_subject
@@ -124,7 +127,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             phi = _reward(subject, reward, trust_code)
             columns = _columns(column)
             sampling = subject.sampling_with(settings)
-            if system is not None and (chat is False or not prompt):
+            if system is not None and (raw or not prompt):
                 raise ValueError(f"--system {system!r} is said before each --prompt, in the chat template (not --raw)")
             if prompt:
                 rows = _prompt_rows(prompt, columns)
@@ -189,7 +192,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         action_masking: _Masking = None,
         top_k: _TopK = None,
         top_p: _TopP = None,
-        chat: _Chat = None,
+        template: _Template = False,
+        raw: _Raw = False,
         chat_template_kwargs: _TemplateArguments = None,
         seed: _Seed = 0,
     ) -> None:
@@ -198,8 +202,9 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         Prompts, reward, reference, token budget and stop strings are those of the first model's run; temperature and
         masks are each model's own.
         """
-        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p, chat)
+        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
         with plain_errors():
+            settings["chat"] = _chat(template, raw)
             from textgym.agents import reports
             from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.subjects import Subject, open_subject
@@ -208,8 +213,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
 
             if prompt_column is not None and prompts is None:
                 raise ValueError(f"prompt_column={prompt_column!r} is of --prompts, which isn't given")
-            template = template_arguments(chat_template_kwargs)
-            subjects = [open_subject(path, trust_code, template) for path in dict.fromkeys(models)]
+            arguments = template_arguments(chat_template_kwargs)
+            subjects = [open_subject(path, trust_code, arguments) for path in dict.fromkeys(models)]
             first = subjects[0]
             phi = _reward(first, reward, trust_code)
             base = first.reference(reference)
@@ -258,7 +263,6 @@ def _settings(
     action_masking: bool | None,
     top_k: int | None,
     top_p: float | None,
-    chat: bool | None,
 ) -> dict[str, Any]:
     """What flags say about sampling; None where they say nothing."""
     return {
@@ -269,8 +273,14 @@ def _settings(
         "action_masking": action_masking,
         "top_k": top_k,
         "top_p": top_p,
-        "chat": chat,
     }
+
+
+def _chat(template: bool, raw: bool) -> bool | None:
+    """Whether texts are said in the chat template; None where no flag says it."""
+    if template and raw:
+        raise ValueError("--template and --raw say opposite things; give one of them")
+    return True if template else False if raw else None
 
 
 def _reward(subject: Subject, given: str | None, trusted: bool) -> Reward:

@@ -27,7 +27,7 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
 
     The text is appended as it stands: ``" good"`` starts a word and ``"good"`` goes on with the one before, whatever
     the tokenizer makes of a text's beginning. Nothing in it is read as a special token. The empty text ends the
-    completion with the end-of-sequence token::
+    completion with a token that ends a turn::
 
         >>> import gymnasium as gym, textgym
         >>> from textgym.envs import TextActions

@@ -37,7 +37,7 @@ class TextWriteEnv(TextGenEnv):
 
     ## Action Space
     ``UnicodeText``, a ``spaces.Text`` of any characters: what to append, exactly as it stands. ``" good"`` starts a new
-    word, ``"good"`` goes on with the last one. ``""`` ends the text with the end-of-sequence token; with
+    word, ``"good"`` goes on with the last one. ``""`` ends the text with a token that ends a turn; with
     ``end_of_turn=True`` every action does. No special token is read from a text. Longer texts than the space has are
     tolerated, as the budget of tokens ends them.
 
@@ -57,7 +57,7 @@ class TextWriteEnv(TextGenEnv):
     of ``env.unwrapped.encode(text)``. Without a report it counts as deterministic, log π = 0.
 
     ## Episode End
-    - terminated: the end-of-sequence token (after ``min_new_tokens``), or a stop string
+    - terminated: a token that ends a turn (after ``min_new_tokens``), or a stop string
     - truncated: ``max_new_tokens`` are used up
 
     Either may happen within a piece; the rest of it is not used.
@@ -72,7 +72,7 @@ class TextWriteEnv(TextGenEnv):
     ## Arguments
     | option | default | meaning |
     |---|---|---|
-    | ``end_of_turn`` | ``False`` | append the end-of-sequence token after every action: an action is a whole turn |
+    | ``end_of_turn`` | ``False`` | append the token that ends a turn after every action: an action is a whole turn |
 
     and those of ``TextGen-v0``, see :class:`~textgym.envs.env.TextGenEnv`.
 
