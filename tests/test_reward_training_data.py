@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 
+import numpy as np
 import pytest
 from datasets import Dataset
-from tiny_reward_training import pairs, scored
+from tiny_models import tiny_tokenizer
+from tiny_reward_training import TOKENIZER, pairs, scored, tiny_causal
 
 from textgym.reward_training import RewardData, RewardRow, load_reward_data, split_by_prompt, train_reward
+from textgym.reward_training.encoding import encode_pairs
+from textgym.reward_training.measuring import Predictions, report_of
+from textgym.reward_training.options import RewardTrainingOptions, resolved
+from textgym.reward_training.scorer import TextScorer
+from textgym.reward_training.trainer import EncodedRows
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
@@ -123,3 +131,126 @@ def test_validation_data_with_a_prompt_of_the_training_data_is_refused(tmp_path)
         train_reward(
             [*scored(20), {"text": "the film", "score": 1}], tmp_path, validation=[{"text": "the film", "score": 1}]
         )
+
+
+# ---------------------------------------------------------------------------------------------- layouts
+
+USER = {"role": "user", "content": "is it good ?"}
+BETTER, WORSE = {"role": "assistant", "content": "very good"}, {"role": "assistant", "content": "bad"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER, BETTER], "rejected": [USER, WORSE]},
+        {"prompt": "is it good ?", "chosen": [USER, BETTER], "rejected": [USER, WORSE], "score_chosen": 8.0},
+        {"prompt": [USER], "chosen": [BETTER], "rejected": [WORSE]},
+        {"prompt": json.dumps([USER]), "chosen": json.dumps([BETTER]), "rejected": json.dumps([WORSE])},
+        {
+            "chosen": "\n\nHuman: is it good ?\n\nAssistant: very good",
+            "rejected": "\n\nHuman: is it good ?\n\nAssistant: bad",
+        },
+    ],
+)
+def test_every_layout_of_a_pair_gives_the_same_row(row):
+    prompt = "\n\nHuman: is it good ?\n\nAssistant:"
+    assert load_reward_data([row]).rows == (RewardRow(prompt, " very good", " bad", 0.0),)
+
+
+def test_conversations_go_through_the_template_of_the_reward_model():
+    tokenizer = tiny_tokenizer()
+    rows = [{"messages": [USER, BETTER], "score": 1}, {"prompt": [USER], "completion": [WORSE], "score": 0}]
+    with pytest.warns(UserWarning, match="data has 2 conversations, and the tokenizer .* has no chat template"):
+        assert load_reward_data(rows, tokenizer=tokenizer).rows[0].completion == " very good"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}@"
+    expected = (RewardRow("<is it good ?>@", "very good", None, 1.0), RewardRow("<is it good ?>@", "bad", None, 0.0))
+    assert load_reward_data(rows, tokenizer=tokenizer).rows == expected
+
+
+def test_pairs_of_equal_texts_are_left_out_and_counted():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "a"}]
+    with pytest.warns(UserWarning, match="in 1 of 2 pairs 'chosen' and 'rejected' are the same text; they"):
+        assert len(load_reward_data(rows)) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [((0.0, 1.0), ("0", "1")), ((False, True), ("False", "True")), (("no", "yes"), ("no", "yes"))],
+)
+def test_labels_may_be_numbers_truth_values_and_words(labels, classes):
+    data = load_reward_data([{"text": "a", "label": labels[1]}, {"text": "b", "label": labels[0]}])
+    assert (data.classes, [row.target for row in data.rows]) == (classes, [1.0, 0.0])
+
+
+def test_splits_and_shards_are_read_as_those_of_prompts(tmp_path):
+    for split in ("train", "test"):
+        Dataset.from_list([{"text": split, "score": 1}]).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="split=None: .* has the splits 'test', 'train'"):
+        load_reward_data(tmp_path)
+    assert load_reward_data(tmp_path, split="test").rows[0].completion == "test"
+    with pytest.raises(ValueError, match="split='test' is for files and folders"):
+        load_reward_data([], split="test")
+
+
+# ---------------------------------------------------------------------------------------------- cutting pairs
+
+
+def encoded(prompt: str, chosen: str, rejected: str, limit: int, ends_in_eos: bool = True) -> tuple[str, str, int]:
+    tokenizer = tiny_tokenizer()
+    [pair], cut = encode_pairs(tokenizer, [prompt], [chosen], [rejected], limit, ends_in_eos)
+    assert max(len(side.ids) for side in pair) <= limit
+    return tokenizer.decode(pair[0].ids), tokenizer.decode(pair[1].ids), cut
+
+
+def test_both_sides_of_a_long_pair_keep_the_prompt_and_their_beginnings():
+    better, worse, cut = encoded("the film is", " good" * 60, " bad very bad", 16)
+    assert (better, worse, cut) == ("the film is" + " good" * 13, "the film is bad very bad <eos>", 1)
+    assert encoded("the film is", " good", " bad", 16) == ("the film is good <eos>", "the film is bad <eos>", 0)
+
+
+def test_a_long_prompt_loses_the_same_beginning_on_both_sides():
+    better, worse, _ = encoded("film " * 30 + "is", " good" * 3, " bad", 16)
+    assert better == "film " * 11 + "is" + " good" * 3 + " <eos>"
+    assert worse == "film " * 11 + "is" + " bad <eos>"
+
+
+def test_pairs_that_are_equal_after_cutting_are_left_out_and_counted(tmp_path):
+    same = " fine" * 60
+    rows = [{"prompt": f"film {i}", "chosen": same + " good", "rejected": same + " bad"} for i in range(6)]
+    scorer = TextScorer(tiny_causal(1), TOKENIZER, 32)
+    with pytest.raises(ValueError, match="6 of 6 pairs are the same tokens on both sides; .* max_length=32"):
+        EncodedRows(load_reward_data(rows), scorer)
+    rows += [{"prompt": "film", "chosen": " good", "rejected": " bad"}]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        encoded_rows = EncodedRows(load_reward_data(rows), scorer)
+    assert len(encoded_rows) == len(encoded_rows.data) == len(encoded_rows.targets) == 1
+    assert [str(w.message)[:35] for w in told] == [
+        "6 of 7 pairs are the same tokens on",
+        "6 pairs are longer than 32 tokens a",
+    ]
+
+
+def test_a_tie_is_half_right():
+    objective = resolved(RewardTrainingOptions(), load_reward_data(pairs(2)))[1]
+    scores = np.zeros((2, 1))
+    predictions = {1.0: Predictions((scores,), (np.array([[0.0], [-1.0]]),))}
+    assert report_of(predictions, objective, load_reward_data(pairs(2))).metrics["accuracy"] == 0.75
+
+
+# ---------------------------------------------------------------------------------------------- few rows
+
+
+def test_of_few_rows_none_are_held_out_unsaid(tmp_path):
+    with pytest.warns(UserWarning, match="validation_share=0.1 of 2 different prompts is none: all 2 rows"):
+        report = train_reward(
+            [{"text": "good film", "score": 0.9}, {"text": "bad film", "score": 0.8}],
+            tmp_path / "a",
+            model=tiny_causal(1),
+            tokenizer=TOKENIZER,
+            epochs=1,
+            device="cpu",
+        )
+    assert report.rows == {"training": 2, "validation": 0}
+    assert "On its 2 training rows" in (tmp_path / "a" / "README.md").read_text()
+    assert not (tmp_path / "a" / "checkpoints").exists()

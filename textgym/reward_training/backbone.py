@@ -41,7 +41,8 @@ def open_backbone(
 
     A linear head that the checkpoint has is kept; one that it lacks, and any other, is drawn at random.
 
-    :param model: ``"embedded"`` (textgym's language model), ``"minilm"``, a directory, a hub id, or an object, which is
+    :param model: ``"embedded"`` (textgym's language model), ``"smollm2"``, ``"gemma3"``, ``"minilm"``, a
+        directory, a hub id, or an object, which is
         trained in place: a sequence classifier, or with ``head="mlp"`` or ``"cnn"`` any transformer
     :param tokenizer: by default the one saved with the model; needed with an object
     :param num_labels: outputs of the head
@@ -83,6 +84,15 @@ def open_backbone(
     return opened, AutoTokenizer.from_pretrained(path, trust_remote_code=False) if tokenizer is None else tokenizer
 
 
+def open_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is opened by name.
+
+    :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_location(model), trust_remote_code=False)
+    return tokenizer
+
+
 def _with_head(
     backbone: PreTrainedModel,
     num_labels: int,
@@ -110,6 +120,14 @@ def _location(model: str | os.PathLike[str]) -> str:
         from textgym.minilm import minilm_directory
 
         return str(minilm_directory())
+    if path == "smollm2":
+        from textgym.smollm2 import smollm2_directory
+
+        return str(smollm2_directory())
+    if path == "gemma3":
+        from textgym.gemma3 import gemma3_directory
+
+        return str(gemma3_directory())
     if isinstance(model, os.PathLike) or path.startswith((".", "~", os.sep)):
         path = str(Path(path).expanduser())
         if not os.path.isdir(path):

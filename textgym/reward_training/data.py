@@ -105,6 +105,11 @@ def split_by_prompt(data: RewardData, validation_share: float, seed: int = 0) ->
     return parts[0], parts[1]
 
 
+def number_of_prompts(data: RewardData) -> int:
+    """How many parts there are that a split leaves whole: prompts, or, where there are none, texts."""
+    return len(set(_groups(data.rows)))
+
+
 def check_disjoint(training: RewardData, validation: RewardData) -> None:
     """Check that two data sets are of one kind and share no prompt, nor, where there are no prompts, a text.
 

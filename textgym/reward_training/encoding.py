@@ -8,7 +8,7 @@ special tokens that its tokenizer puts around a text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,12 +23,34 @@ class EncodedText:
     :param completion: tokens of the completion
     :param tail: special tokens behind a complete text
     :param prefix_tail: special tokens behind a text that goes on
+    :param opening: how many special tokens ``head`` begins with, which stay where a text is cut
     """
 
     head: list[int]
     completion: list[int]
     tail: list[int]
     prefix_tail: list[int]
+    opening: int = 0
+
+    def cut_left(self, limit: int) -> EncodedText:
+        """The text with its last tokens, at most ``limit`` with those around it."""
+        ids, begin = self.head + self.completion, self.opening
+        first = max(begin, len(ids) - (limit - begin - len(self.tail)))
+        start = max(first, len(self.head))
+        return replace(self, head=ids[:begin] + ids[first:start], completion=ids[start:])
+
+    def cut_to(self, head: int, limit: int) -> EncodedText:
+        """The text with the last tokens of its prompt, at most ``head``, and then the first of its completion.
+
+        :param limit: most tokens in all
+        """
+        kept = self.head
+        if len(kept) > head:
+            kept = kept[: self.opening] + kept[len(kept) - max(0, head - self.opening) :]
+        if len(kept) + len(self.completion) + len(self.tail) <= limit:
+            return replace(self, head=kept)
+        completion = self.completion[: max(0, limit - len(kept) - len(self.prefix_tail))]
+        return replace(self, head=kept, completion=completion, tail=self.prefix_tail)
 
     @property
     def ids(self) -> list[int]:
@@ -58,11 +80,49 @@ def encode(
         one; otherwise behind both stands what the tokenizer puts there
     :return: the tokens, and how many texts were longer than ``max_length`` and lost their beginning
     """
+    texts = _whole(tokenizer, prompts, completions, ends_in_eos)
+    return [text.cut_left(max_length) for text in texts], sum(len(text.ids) > max_length for text in texts)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    max_length: int,
+    ends_in_eos: bool,
+) -> tuple[list[tuple[EncodedText, EncodedText]], int]:
+    """Tokens of pairs. Both sides of a pair that is too long are cut alike, so that what differs can be compared.
+
+    They keep the same end of the prompt: all of it, or what its completions leave of ``max_length``, at least half.
+    Completions that are longer than the rest lose their end, and are unfinished texts then.
+
+    :return: the tokens of both sides, and how many pairs were cut; see :func:`encode`
+    """
+    better = _whole(tokenizer, prompts, chosen, ends_in_eos)
+    worse = _whole(tokenizer, prompts, rejected, ends_in_eos)
+    pairs, cut = [], 0
+    for pair in zip(better, worse, strict=True):
+        if max(len(text.ids) for text in pair) <= max_length:
+            pairs.append(pair)
+            continue
+        cut += 1
+        longest = max(len(text.completion) + len(text.tail) for text in pair)
+        head = max(max_length - longest, max_length // 2)
+        one, other = (text.cut_to(head, max_length) for text in pair)
+        pairs.append((one, other))
+    return pairs, cut
+
+
+def _whole(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str], ends_in_eos: bool
+) -> list[EncodedText]:
+    """Tokens of texts of any length."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     turns = TurnTokens(tokenizer)
     whole, alone = turns.encode_all(texts, whole=True), turns.encode_all(prompts, whole=True)
     special, eos = set(tokenizer.all_special_ids), tokenizer.eos_token_id
-    encoded, cut = [], 0
+    encoded = []
     for ids, prompt_ids, prompt in zip(whole, alone, prompts, strict=True):
         stop = len(ids)
         if ends_in_eos:
@@ -80,18 +140,8 @@ def encode(
             begin += 1
         if not prompt:
             start = begin
-        room = max_length - begin - len(tail)
-        first = max(begin, stop - room)
-        cut += first > begin
-        encoded.append(
-            EncodedText(
-                ids[:begin] + ids[first : max(first, start)],
-                ids[max(first, start) : stop],
-                tail,
-                [] if ends_in_eos else tail,
-            )
-        )
-    return encoded, cut
+        encoded.append(EncodedText(ids[:start], ids[start:stop], tail, [] if ends_in_eos else tail, begin))
+    return encoded
 
 
 def token_positions(text: EncodedText, lengths: Iterable[int]) -> list[int]:

@@ -105,7 +105,7 @@ def _of_pairs(
 ) -> tuple[dict[str, float], list[tuple[float, float, int]]]:
     """Metrics and calibration bins of scores ``(N,)``."""
     difference = chosen - rejected
-    right = difference > 0
+    right = (difference > 0) + 0.5 * (difference == 0)  # a tie is a coin's throw
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     metrics = {
         "accuracy": float(right.mean()),
@@ -115,7 +115,7 @@ def _of_pairs(
     if margins.std() > 0:
         correlations = regression_metrics(difference, margins)
         metrics |= {name: correlations[name] for name in ("pearson", "spearman") if name in correlations}
-    return metrics, calibration_bins(confidence, right.astype(float))
+    return metrics, calibration_bins(confidence, right)
 
 
 def _of_texts(

@@ -61,7 +61,8 @@ class RewardTrainingOptions:
     :param warmup: share of the steps in which the learning rate rises
     :param weight_decay: of AdamW
     :param patience: epochs without a smaller validation loss after which training ends; None for never
-    :param validation_share: of the prompts, where no validation data is given
+    :param validation_share: of the prompts, where no validation data is given; 0 for none, and the training rows are
+        what the report is of
     :param max_length: most tokens of a text, see :class:`TextScorer`
     :param threshold: score above which a text counts as positive in the report; by default 0 where scores have both
         signs, otherwise the mean of the training scores
@@ -118,9 +119,8 @@ class RewardTrainingOptions:
             if value is not None:
                 check_number(name, value, low=0.0)
         check_number("huber_delta", self.huber_delta, low=0.0, open_low=True)
-        for name in ("prefix_weight", "validation_share"):
-            check_number(name, getattr(self, name), low=0.0, high=1.0, open_low=True, open_high=True)
-        for name in ("warmup", "head_dropout"):
+        check_number("prefix_weight", self.prefix_weight, low=0.0, high=1.0, open_low=True, open_high=True)
+        for name in ("warmup", "head_dropout", "validation_share"):
             check_number(name, getattr(self, name), low=0.0, high=1.0, open_high=True)
         check_seed("seed", self.seed)
 
@@ -200,7 +200,9 @@ def _objective(options: RewardTrainingOptions, task: Task, targets: np.ndarray, 
                 f"{targets.min():g} to {targets.max():g}; scale them, or use another activation"
             )
         if targets.min() == targets.max():
-            raise ValueError(f"all scores{of_task} of the training rows are {targets[0]:g}; there is nothing to learn")
+            raise ValueError(
+                f"all scores{of_task} of the {len(targets)} training rows are {targets[0]:g}; there is nothing to learn"
+            )
         if threshold is None:
             threshold = 0.0 if targets.min() < 0 < targets.max() else float(targets.mean())
     weights = None

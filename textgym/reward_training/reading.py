@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.chat import has_template
 from textgym.layouts import ReadRow, read_row
 from textgym.messages import is_conversation
 from textgym.row_files import LocatedRows, kind_of, plain_dataset, read_rows, streamed
@@ -92,6 +93,15 @@ def load_reward_data(
             tied = row_read.row.completion
         else:
             judged.append(row_read)
+    conversations = sum(row.conversation for row in judged)
+    if conversations and tokenizer is not None and not has_template(tokenizer):
+        warnings.warn(
+            f"{_described(source, name)} has {conversations} conversations, and the tokenizer "
+            f"{tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template: they are read as texts, "
+            "'Human: ...', 'Assistant: ...'",
+            UserWarning,
+            stacklevel=2,
+        )
     if ties and not judged:
         raise ValueError(
             f"{_described(source, name)}: 'chosen' and 'rejected' are the same text {tied!r:.60}, and so in every pair"
@@ -122,11 +132,12 @@ class _Judged:
     where: str
     task: str
     label: str | None  # of rows with a score or a margin None
+    conversation: bool = False
 
 
 def _read_row(read: _Reader, kind: Kind) -> _Judged:
     if kind == "preferences":
-        return _Judged(_pair(read), read.where, "", None)
+        return _Judged(_pair(read), read.where, "", None, read.conversation)
     prompt, completion = _judged_text(read)
     task = ""
     if kind == "tasks":
@@ -139,8 +150,10 @@ def _read_row(read: _Reader, kind: Kind) -> _Judged:
             )
         kind = given[0]
     if kind == "scores":
-        return _Judged(RewardRow(prompt, completion, None, read.number("score")), read.where, task, None)
-    return _Judged(RewardRow(prompt, completion, None, math.nan), read.where, task, read.label("label"))
+        row = RewardRow(prompt, completion, None, read.number("score"))
+        return _Judged(row, read.where, task, None, read.conversation)
+    row = RewardRow(prompt, completion, None, math.nan)
+    return _Judged(row, read.where, task, read.label("label"), read.conversation)
 
 
 def _tasks_of(judged: Sequence[_Judged]) -> tuple[Task, ...]:
@@ -208,10 +221,13 @@ class _Reader:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.row, self.columns, self.where, self.tokenizer = row, columns, where, tokenizer
+        self.conversation = False  # whether the prompt is one, once it is read
 
     def layout(self) -> ReadRow:
         """Prompt and answers, in whichever layout they are."""
-        return read_row(self.row, self.where, self.columns)
+        found = read_row(self.row, self.where, self.columns)
+        self.conversation = isinstance(found.prompt, list) and found.written is None
+        return found
 
     def checked(self, text: str, name: str) -> str:
         """:raises ValueError: if no tokenizer can read a text"""

@@ -163,7 +163,9 @@ def report_table(report: RewardReport, title: str = "Reward model") -> Table:
     """The report as a rich table."""
     from rich.table import Table
 
-    table = Table(title=f"{title}: {report.rows.get('validation', '?')} validation {report.kind}", show_edge=False)
+    held_out = report.rows.get("validation", "?")
+    measured = f"{held_out} validation" if held_out else f"the {report.rows['training']} training"
+    table = Table(title=f"{title}: {measured} {report.kind}", show_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report.metrics.items():

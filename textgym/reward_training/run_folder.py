@@ -123,4 +123,6 @@ def model_card(model: PreTrainedModel, report: RewardReport) -> str:
 
 def _figures(report: RewardReport) -> str:
     rows = "".join(f"| {name.replace('_', ' ')} | {value:.4f} |\n" for name, value in report.metrics.items())
-    return f"\nOn {report.rows.get('validation', '?')} validation rows:\n\n| | |\n|---|---|\n{rows}"
+    held_out = report.rows.get("validation", "?")
+    where = f"{held_out} validation rows" if held_out else f"its {report.rows['training']} training rows"
+    return f"\nOn {where}:\n\n| | |\n|---|---|\n{rows}"

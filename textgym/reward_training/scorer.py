@@ -15,7 +15,7 @@ from textgym.rewards.causality import is_causal
 from textgym.rewards.headed_model import HeadedRewardModel
 from textgym.rewards.text_forward import readable_tokens
 
-from .encoding import EncodedText, encode
+from .encoding import EncodedText, encode, encode_pairs
 
 BATCH = 64  # rows that are forwarded at once where no gradient is wanted
 
@@ -77,6 +77,12 @@ class TextScorer:
     def encode(self, prompts: Sequence[str], completions: Sequence[str]) -> tuple[list[EncodedText], int]:
         """Tokens of texts, and how many were too long; see :func:`~textgym.reward_training.encoding.encode`."""
         return encode(self.tokenizer, prompts, completions, self.max_length, self.ends_in_eos)
+
+    def encode_pairs(
+        self, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]
+    ) -> tuple[list[tuple[EncodedText, EncodedText]], int]:
+        """Tokens of pairs, and how many were cut; see :func:`~textgym.reward_training.encoding.encode_pairs`."""
+        return encode_pairs(self.tokenizer, prompts, chosen, rejected, self.max_length, self.ends_in_eos)
 
     def tensors(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, each ``(B, L)``, padded on the right."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,36 @@ MOST_REMEMBERED = 4 * 2**30  # bytes of a frozen backbone's states; of more data
 
 
 class EncodedRows:
-    """Rows as tokens and targets."""
+    """Rows as tokens and targets.
+
+    - ``data``: the rows that there are; pairs whose two sides are the same tokens, also after they were cut, say
+      nothing and are left out
+
+    :raises ValueError: if a row has no tokens, or no row is left
+    :warns UserWarning: if texts are cut or pairs left out, with their numbers
+    """
 
     def __init__(self, data: RewardData, scorer: TextScorer) -> None:
         prompts = [row.prompt for row in data.rows]
-        self.texts, cut = scorer.encode(prompts, [row.completion for row in data.rows])
+        completions = [row.completion for row in data.rows]
         self.rejected: list[EncodedText] | None = None
         if data.kind == "preferences":
-            self.rejected, also = scorer.encode(prompts, [row.rejected or "" for row in data.rows])
-            cut += also
+            pairs, cut = scorer.encode_pairs(prompts, completions, [row.rejected or "" for row in data.rows])
+            kept = [i for i, (chosen, rejected) in enumerate(pairs) if chosen.ids != rejected.ids]
+            self.texts, self.rejected = [pairs[i][0] for i in kept], [pairs[i][1] for i in kept]
+            told = f"{cut} pairs are longer than {scorer.max_length} tokens and were cut, both sides alike"
+            if len(kept) < len(pairs):
+                equal = f"{len(pairs) - len(kept)} of {len(pairs)} pairs are the same tokens on both sides"
+                if not kept:
+                    raise ValueError(f"{equal}; there is nothing to learn. max_length={scorer.max_length} may be small")
+                warnings.warn(f"{equal} and are left out", stacklevel=4)
+                data = replace(data, rows=tuple(data.rows[i] for i in kept))
+        else:
+            self.texts, cut = scorer.encode(prompts, completions)
+            told = f"{cut} texts are longer than {scorer.max_length} tokens and lose their beginning"
         if cut:
-            warnings.warn(
-                f"{cut} texts are longer than {scorer.max_length} tokens and lose their beginning", stacklevel=4
-            )
+            warnings.warn(told, stacklevel=4)
+        self.data = data
         self.targets = torch.tensor([row.target for row in data.rows])  # (N,)
         self.tasks = torch.tensor([row.task for row in data.rows])  # (N,)
         for row, texts in enumerate(zip(self.texts, self.rejected or self.texts, strict=True)):

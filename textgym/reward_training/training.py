@@ -14,8 +14,10 @@ import contextlib
 import dataclasses
 import os
 import random
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +34,8 @@ from transformers import (
 from textgym.checks import check_choice, check_int
 from textgym.language_model import quiet_progress
 
-from .backbone import open_backbone
-from .data import Kind, RewardData, check_disjoint, split_by_prompt
+from .backbone import open_backbone, open_tokenizer
+from .data import Kind, RewardData, check_disjoint, number_of_prompts, split_by_prompt
 from .measuring import Predictions, mean_predictions, predictions_of, report_of
 from .objectives import describe_outputs
 from .options import RewardTrainingOptions, fitting, resolved
@@ -63,7 +65,8 @@ class _Run:
     model: str | os.PathLike[str] | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     training: RewardData
-    validation: RewardData
+    validation: RewardData  # the rows of ``training``, where none are held out
+    held_out: bool
     progress_bar: bool
     device: Literal["auto", "cpu"]
 
@@ -78,6 +81,7 @@ def train_reward(
     kind: Kind | None = None,
     columns: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
+    split: str | None = None,
     members: int = 1,
     bootstrap: bool = False,
     resume: bool = False,
@@ -88,13 +92,15 @@ def train_reward(
     """Train a reward model, and measure it on rows whose prompts it did not see.
 
     :param data: what to learn from, see :func:`~textgym.reward_training.load_reward_data`
-    :param output: the directory that gets the model and its tokenizer, ``README.md``, ``report.json``, ``report.png``,
-        ``training.json`` and ``checkpoints/``; new or empty, except with ``resume``
-    :param model: ``"embedded"`` (textgym's language model with a new head), ``"minilm"``, a directory, a hub id, or an
-        object, which is trained in place: a sequence classifier, or with a head of its own any transformer
+    :param output: the directory that gets the model, its tokenizer, ``README.md``, ``report.json``, ``report.png`` and
+        ``training.json``, and while it trains ``checkpoints/``; new or empty, except with ``resume``
+    :param model: ``"embedded"`` (textgym's language model with a new head), ``"smollm2"``, ``"gemma3"``, ``"minilm"``,
+        a directory, a hub id, or an object, which is trained in place: a sequence classifier, or with a head of its own
+        any transformer
     :param tokenizer: by default the one saved with the model
-    :param validation: data of the same kind; by default a part of ``data``, split by prompt
-    :param kind: see :func:`~textgym.reward_training.load_reward_data`, as for ``columns`` and ``classes``
+    :param validation: data of the same kind; by default a part of ``data``, split by prompt. Where the
+        share of the prompts is none, nothing is held out, with a warning, and the report is of the training rows
+    :param kind: see :func:`~textgym.reward_training.load_reward_data`, as for ``columns``, ``classes`` and ``split``
     :param members: train so many, each in a directory ``member_0``, ``member_1``, ... of ``output``. They have the same
         split and differ in their seed: the head, the order of the rows and dropout
     :param bootstrap: draw the training rows of each member with replacement
@@ -122,9 +128,10 @@ def train_reward(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"reward models are trained by one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     given = RewardTrainingOptions(**options)
-    training = load_reward_data(data, kind=kind, columns=columns, classes=classes)
+    template = tokenizer if tokenizer is not None else _tokenizer_of(model)
+    training = load_reward_data(data, kind=kind, columns=columns, classes=classes, tokenizer=template, split=split)
     if validation is None:
-        training, held_out = split_by_prompt(training, given.validation_share, given.seed)
+        training, held_out = _held_out(training, given.validation_share, given.seed)
     else:
         held_out = load_reward_data(
             validation,
@@ -132,20 +139,41 @@ def train_reward(
             columns=columns,
             classes=training.classes or None,
             tasks=training.several or None,
+            tokenizer=template,
             name="validation",
         )
         check_disjoint(training, held_out)
     folder = Path(output).expanduser()
-    run = _Run(model, tokenizer, training, held_out, progress_bar, device)
+    run = _Run(model, tokenizer, training, held_out, held_out is not training, progress_bar, device)
     if members == 1:
         return _train(run, given, folder, resume)[0]
     return _train_ensemble(run, given, folder, resume, members, bootstrap)
 
 
+def _held_out(data: RewardData, share: float, seed: int) -> tuple[RewardData, RewardData]:
+    """Rows to train on and to measure on: the same ones where the share of the prompts is none."""
+    prompts = number_of_prompts(data)
+    if share > 0 and round(share * prompts) > 0:
+        return split_by_prompt(data, share, seed)
+    if share > 0:
+        warnings.warn(
+            f"validation_share={share} of {prompts} different prompts is none: all {len(data)} rows are trained on, "
+            "and the report is of them. validation= measures on other rows",
+            UserWarning,
+            stacklevel=3,
+        )
+    return data, data
+
+
+def _tokenizer_of(model: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that is opened by name, for the conversations of the data."""
+    return None if isinstance(model, PreTrainedModel) else open_tokenizer(model)
+
+
 def _train(
     run: _Run, given: RewardTrainingOptions, folder: Path, resume: bool
-) -> tuple[RewardReport, dict[float, Predictions]]:
-    """Train one model; its report, and what it says of the validation rows."""
+) -> tuple[RewardReport, dict[float, Predictions], RewardData]:
+    """Train one model; its report, what it says of the validation rows, and those of them that were measured."""
     training, held_out = run.training, run.validation
     chosen, objectives = resolved(given, training)
     record = _record(run, chosen)
@@ -180,15 +208,16 @@ def _train(
     with contextlib.nullcontext() if run.progress_bar else quiet_progress():
         trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     predictions = predictions_of(scorer, objectives, rows[1])
-    report = report_of(predictions, objectives, held_out)
+    report = report_of(predictions, objectives, rows[1].data)
     report.seconds = time.monotonic() - started
     report.peak_memory_mib = _peak_memory(opened)
-    report.rows = {"training": len(training), "validation": len(held_out)}
+    report.rows = {"training": len(rows[0]), "validation": len(rows[1]) if run.held_out else 0}
     wanted = ("epoch", "loss", "eval_loss")
     report.history = [{key: entry[key] for key in wanted if key in entry} for entry in trainer.state.log_history]
     report.history = [entry for entry in report.history if len(entry) == 2]
     save_model(folder, opened, tokenizer, report)
-    return report, predictions
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs none, and they are large
+    return report, predictions, rows[1].data
 
 
 def _train_ensemble(
@@ -209,16 +238,16 @@ def _train_ensemble(
         rows = _drawn_again(run.training, own.seed) if bootstrap else run.training
         part, part_folder = dataclasses.replace(run, training=rows), folder / f"member_{i}"
         if resume and is_finished(part_folder):
-            predictions, report = _measured_again(part, own, part_folder)
+            report, predictions, measured = _measured_again(part, own, part_folder)
         else:
             begun = resume and (part_folder / OPTIONS_FILE).is_file()
-            report, predictions = _train(part, own, part_folder, begun)
+            report, predictions, measured = _train(part, own, part_folder, begun)
         found.append(predictions)
         reports.append(report)
     _, objectives = resolved(given, run.training)
-    whole = report_of(mean_predictions(found), objectives, run.validation)
+    whole = report_of(mean_predictions(found), objectives, measured)
     whole.seconds = time.monotonic() - started
-    whole.rows = {"training": len(run.training), "validation": len(run.validation)}
+    whole.rows = {"training": len(run.training), "validation": len(run.validation) if run.held_out else 0}
     memories = [report.peak_memory_mib for report in reports if report.peak_memory_mib is not None]
     whole.peak_memory_mib = max(memories, default=None)
     whole.members = [report.metrics for report in reports]
@@ -228,7 +257,7 @@ def _train_ensemble(
 
 def _measured_again(
     run: _Run, given: RewardTrainingOptions, folder: Path
-) -> tuple[dict[float, Predictions], RewardReport]:
+) -> tuple[RewardReport, dict[float, Predictions], RewardData]:
     """What a member says that was trained before its ensemble's run was interrupted."""
     chosen, objectives = resolved(given, run.training)
     check_same_run(folder, _record(run, chosen))
@@ -238,8 +267,9 @@ def _measured_again(
         )
     opened.to("cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda")
     scorer = TextScorer(opened, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), chosen.max_length)
-    predictions = predictions_of(scorer, objectives, EncodedRows(run.validation, scorer))
-    return predictions, report_of(predictions, objectives, run.validation)
+    rows = EncodedRows(run.validation, scorer)
+    predictions = predictions_of(scorer, objectives, rows)
+    return report_of(predictions, objectives, rows.data), predictions, rows.data
 
 
 def _drawn_again(data: RewardData, seed: int) -> RewardData:
