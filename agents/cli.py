@@ -144,7 +144,7 @@ def train(
                 f"{error}. The newest checkpoint is whole: launch all processes again with --resume {folder}"
             ) from error
     Processes.leave()
-    _show_progress(run.recorder.evaluations)
+    _show_progress(run.recorder.evaluations, run.holds_out)
     if finished:
         console.print(f"Finished after {run.recorder.seconds:.0f} s. In [bold]{folder}[/bold]: curves.png, samples.md,")
         console.print("metrics.csv, and best/ and model/ (Hugging Face checkpoints that textgym opens as agents, too)")
@@ -152,12 +152,12 @@ def train(
         console.print(f"Stopped at {run.agent.num_timesteps:,} tokens; go on with: textgym train --resume {folder}")
 
 
-def _show_progress(evaluations: list[dict[str, Any]]) -> None:
-    """The held-out figures of the first and the newest evaluation."""
+def _show_progress(evaluations: list[dict[str, Any]], held_out: bool) -> None:
+    """The figures of the first and the newest evaluation."""
     if not evaluations:
         return
     first, last = evaluations[0], evaluations[-1]
-    table = Table(title="Held-out prompts")
+    table = Table(title="Held-out prompts" if held_out else "Training prompts (none are held out)")
     table.add_column("")
     for evaluation in (first, last):
         table.add_column(f"{evaluation['timesteps']:,} tokens", justify="right")

@@ -24,10 +24,15 @@ def add_train_reward(
     @app.command("train-reward")
     def train_reward(
         data: Annotated[
-            str, typer.Argument(help="JSON lines, JSON, CSV, TSV or Parquet with preference pairs, scores or labels")
+            str,
+            typer.Argument(
+                help="file or folder (JSON lines, JSON, CSV, TSV, Parquet) with preference pairs, scores or labels"
+            ),
         ],
         output: Annotated[Path, typer.Option("--output", "-o", help="directory for the model and its report")],
-        model: Annotated[str, typer.Option(help="embedded, minilm, a directory or a hub id")] = "embedded",
+        model: Annotated[
+            str, typer.Option(help="embedded, smollm2, gemma3, minilm, a directory or a hub id")
+        ] = "embedded",
         validation: Annotated[
             Path | None, typer.Option(help="data to measure on; by default a part of DATA, split by prompt")
         ] = None,
@@ -40,6 +45,7 @@ def add_train_reward(
         column: Annotated[
             list[str] | None, typer.Option(help="what DATA calls a column, such as score=rating; may be repeated")
         ] = None,
+        split: Annotated[str | None, typer.Option(help="which part of DATA, where it has several")] = None,
         classes: Annotated[str | None, typer.Option(help="classes in their order, such as bad,good")] = None,
         loss: Annotated[
             Literal["bradley_terry", "mse", "huber", "cross_entropy", "bce"] | None,
@@ -81,7 +87,7 @@ def add_train_reward(
         patience: Annotated[
             int, typer.Option(help="epochs without a smaller validation loss to stop after; 0 for never")
         ] = 2,
-        validation_share: Annotated[float, typer.Option(help="of the prompts, without --validation")] = 0.1,
+        validation_share: Annotated[float, typer.Option(help="of the prompts, without --validation; 0 for none")] = 0.1,
         max_length: Annotated[int | None, typer.Option(help="most tokens of a text")] = None,
         threshold: Annotated[
             float | None, typer.Option(help="score above which a text counts as positive in the report")
@@ -108,6 +114,7 @@ def add_train_reward(
                 kind=kind,
                 columns=_named_columns(column or []),
                 classes=None if classes is None else [name.strip() for name in classes.split(",")],
+                split=split,
                 members=members,
                 bootstrap=bootstrap,
                 resume=resume,
@@ -138,6 +145,9 @@ def add_train_reward(
                 threshold=threshold,
                 seed=seed,
             )
+            held_out = report.rows["validation"]
+            measured = f"{held_out:,} others" if held_out else "the same"
+            console.print(f"Trained on {report.rows['training']:,} rows and measured on {measured}", highlight=False)
             console.print(report_table(report, escape(output.name)))
             console.print(f"Wrote the model and its report to [bold]{escape(str(output))}[/bold]")
 

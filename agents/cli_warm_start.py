@@ -31,6 +31,10 @@ def add_warm_start(
         model: Annotated[str, typer.Option(help="embedded, smollm2, gemma3, a directory or a hub id")] = "embedded",
         tokenizer: Annotated[str | None, typer.Option(help="another tokenizer than the model's own")] = None,
         column: Annotated[str, typer.Option(help="the column of DATA with the completions")] = "completion",
+        prompt_column: Annotated[str, typer.Option(help="the column of DATA with the prompts")] = "prompt",
+        split: Annotated[str | None, typer.Option(help="which part of DATA, where it has several")] = None,
+        drop_column: Annotated[list[str] | None, typer.Option(help="column of DATA to leave out")] = None,
+        rename_column: Annotated[list[str] | None, typer.Option(help="OLD=NEW, a new name of a column")] = None,
         validation: Annotated[
             str | None, typer.Option(help="data to measure on; by default a part of DATA, split by prompt")
         ] = None,
@@ -54,16 +58,29 @@ def add_warm_start(
         """Train a language model on reference completions, before or instead of reinforcement learning."""
         with plain_errors():
             from textgym.agents.imitation import warm_start
+            from textgym.agents.runs.prompts import new_names
             from textgym.language_model import load_vocabulary
             from textgym.prompt_files import load_prompt_file
+            from textgym.prompts import PromptRows
 
             vocabulary = load_vocabulary(model, tokenizer=tokenizer)
+
+            def rows(path: str, split: str | None = None) -> PromptRows:
+                return load_prompt_file(
+                    path,
+                    prompt_column=prompt_column,
+                    tokenizer=vocabulary.tokenizer,
+                    split=split,
+                    drop_columns=drop_column or (),
+                    rename_columns=new_names(rename_column),
+                )
+
             report = warm_start(
                 model,
-                load_prompt_file(data, tokenizer=vocabulary.tokenizer),
+                rows(data, split),
                 column,
                 output=output,
-                validation=None if validation is None else load_prompt_file(validation, tokenizer=vocabulary.tokenizer),
+                validation=None if validation is None else rows(validation),
                 validation_share=validation_share,
                 epochs=epochs,
                 patience=patience or None,

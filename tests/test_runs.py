@@ -28,8 +28,11 @@ from textgym.agents.cli import Algorithm, app
 from textgym.agents.runs import Run, RunConfig, RunFolder, read_config
 from textgym.agents.runs.agents import AGENTS, options_of, resolved
 from textgym.agents.runs.config import ALGORITHM, sections
+from textgym.agents.runs.paths import with_absolute_paths
+from textgym.agents.runs.prompts import check_no_stored_pairs
 from textgym.agents.runs.training import load_prompts, load_reward, make_agent, make_envs
 from textgym.agents.runs.trust import UntrustedCodeError, check_code, seals
+from textgym.prompts import as_prompt_source
 
 SMALL: dict[str, Any] = {
     "rows": 4,
@@ -405,3 +408,55 @@ def test_the_defaults_of_a_run_are_those_of_the_agent(algorithm: str) -> None:
         if name not in ("n_steps", "batch_size"):  # follow the length of the episodes
             ours, theirs = ((getattr(a, name) if hasattr(a, name) else getattr(a, f"_{name}")) for a in (agent, plain))
             assert ours == theirs or callable(ours), name
+
+
+# ---------------------------------------------------------------------------------------------- the data of a run
+
+
+def test_a_handful_of_prompts_is_trained_and_evaluated_on(tmp_path):
+    file = tmp_path / "few.txt"
+    file.write_text("the film\na story\n")
+    with pytest.warns(UserWarning, match="2 different prompts are too few to hold some out"):
+        train, held_out = load_prompts(RunConfig(prompts=str(file)))
+    assert held_out is train
+    for nothing in ("0", "none"):
+        train, held_out = load_prompts(RunConfig(prompts=str(file), held_out=nothing))
+        assert held_out is train
+        assert len(train) == 2
+
+
+def test_a_run_chooses_the_split_and_the_columns_of_its_prompts(tmp_path):
+    rows = [{"prompt": f"film {i}", "completions": "x", "when": i} for i in range(12)]
+    (tmp_path / "a.json").write_text(json.dumps({"train": rows, "test": rows[:1]}))
+    options = {"prompts": str(tmp_path / "a.json"), "split": "train", "held_out": "none"}
+    train, _ = load_prompts(RunConfig(**options, drop_column=["when"], rename_column=["completions=others"]))
+    assert (len(train), train[0].columns) == (12, {"others": "x"})
+    with pytest.raises(ValueError, match="rename_column='completions' must be OLD=NEW"):
+        load_prompts(RunConfig(**options, rename_column=["completions"]))
+
+
+def test_dpo_refuses_stored_pairs_and_says_what_learns_from_them():
+    rows = as_prompt_source([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(ValueError, match=r"dpo learns from pairs of the policy's own texts.*textgym train-reward"):
+        check_no_stored_pairs("dpo", rows)
+    check_no_stored_pairs("ppo", rows)
+
+
+def test_paths_of_a_configuration_mean_the_same_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.txt", "more.txt", "mine.py"):
+        Path(name).write_text("a")
+    Path("judge").mkdir()
+    given = RunConfig(prompts="prompts.txt", held_out="./more.txt", reward="mine.py:score")
+    there = with_absolute_paths(given)
+    assert there.prompts == str(tmp_path / "prompts.txt")
+    assert Path(there.held_out).samefile(tmp_path / "more.txt")
+    assert there.reward == f"{tmp_path / 'mine.py'}:score"
+    assert with_absolute_paths(RunConfig(reward="./judge")).reward == str(tmp_path / "judge")
+    assert with_absolute_paths(there) == there
+    assert with_absolute_paths(RunConfig(prompts="owner/name")) == RunConfig(prompts="owner/name")
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text('\ufeff{"rows": 3}', encoding="utf-8")
+    assert read_config(tmp_path / "a.json") == {"rows": 3}

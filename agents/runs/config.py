@@ -66,14 +66,17 @@ class RunConfig:
     prompts: str = _option(
         "train",
         DATA,
-        "train (embedded), a file (.jsonl, .csv, .tsv, .txt, .json, .parquet), a datasets folder, a hub id",
+        "train (embedded), a file (.jsonl, .json, .csv, .tsv, .txt, .parquet, also .gz), a folder of them, a hub id",
     )
     prompt_column: str = _option("prompt", DATA, "column with the prompts")
+    split: str | None = _option(None, DATA, "which part of prompts that have several, such as train")
+    drop_column: list[str] | None = _option(None, DATA, "column to leave out; may be given several times")
+    rename_column: list[str] | None = _option(None, DATA, "OLD=NEW, a new name of a column; may be given several times")
     held_out: str = _option(
         "auto",
         DATA,
-        "held-out prompts: a share (0.1) or number (200) taken out of the prompts, or another file; auto: the embedded "
-        "test prompts beside the embedded train prompts, else 0.1",
+        "held-out prompts: a share (0.1) or number (200) taken out of the prompts, another file, or none, to evaluate "
+        "on the training prompts; auto: the embedded test prompts beside the embedded train prompts, else 0.1",
     )
     split_seed: int = _option(0, DATA, "another one holds out other prompts; runs with one seed hold out the same")
 
@@ -316,7 +319,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config={str(path)!r} is no file")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
         options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:

@@ -25,56 +25,17 @@ from textgym.agents.plots import plot_runs
 from textgym.agents.runs.agents import agent_class, arguments_of, resolved
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
+from textgym.agents.runs.paths import with_absolute_paths
 from textgym.agents.runs.prompt_record import write_prompt_record
+from textgym.agents.runs.prompts import check_no_stored_pairs, load_prompts
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
 from textgym.agents.runs.trust import seals
 from textgym.envs import TextGenVectorEnv
-from textgym.language_model import load_vocabulary
-from textgym.prompt_files import load_prompt_file
 from textgym.prompt_fitting import judge_lengths
-from textgym.prompts import PromptRow, PromptRows, as_prompt_source, split_prompts
+from textgym.prompts import PromptRow
 from textgym.rewards.opening import load_reward
 
 # From options to objects
-
-
-def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
-    """Prompts to train on, and held-out ones; no text is in both.
-
-    :raises ValueError: if one of the two is empty or held-out prompts are among the others
-    """
-
-    def rows(source: str) -> PromptRows:
-        if source in ("train", "test"):
-            embedded = as_prompt_source(source)
-            assert isinstance(embedded, PromptRows)
-            return embedded
-        vocabulary = load_vocabulary(
-            config.model,
-            tokenizer=config.tokenizer,
-            trust_remote_code=config.trust_remote_code,
-            chat_template_kwargs=config.template_arguments(),
-        )
-        return load_prompt_file(source, prompt_column=config.prompt_column, tokenizer=vocabulary.tokenizer)
-
-    train = rows(config.prompts)
-    held_out = config.held_out
-    if held_out == "auto":
-        held_out = "test" if config.prompts == "train" else "0.1"
-    try:
-        amount: float | int | None = int(held_out) if held_out.isdigit() else float(held_out)
-    except ValueError:
-        amount = None
-    if amount is not None:
-        return split_prompts(train, amount, config.split_seed)
-    other = rows(held_out)
-    both = {row.prompt for row in train} & {row.prompt for row in other}
-    if both:
-        raise ValueError(
-            f"{len(both)} of the prompts in held_out={held_out!r} are in prompts={config.prompts!r}, too, such as "
-            f"{min(both)[:60]!r}: take them out of one of the two"
-        )
-    return train, other
 
 
 def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = None) -> TextGenVectorEnv:
@@ -169,13 +130,15 @@ class Run:
     """
 
     def __init__(self, algorithm: str, config: RunConfig, path: str | Path, resume: bool = False) -> None:
-        config = resolved(algorithm, config)
+        config = resolved(algorithm, config if resume else with_absolute_paths(config))
         self.algorithm, self.config, self.folder = algorithm, config, RunFolder(path)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.processes = Processes.join(config.process_timeout, cpu=config.device == "cpu")
         # Everything that can be wrong is found before the folder is made.
         train, held_out = load_prompts(config)
+        check_no_stored_pairs(algorithm, train)
+        self.holds_out = held_out is not train
         prompts: Any = train
         if self.processes.world_size > 1:
             prompts = SharedPrompts(train, config.seed, self.processes)
@@ -198,7 +161,7 @@ class Run:
             self._note({"resumed_from": self.resumed_from.name})
         elif self.processes.is_main:
             self.folder.config.write_text(f"algorithm: {algorithm}\n\n{config.to_yaml()}", encoding="utf-8")
-            write_prompt_record(self.folder.held_out, train, held_out_rows)
+            write_prompt_record(self.folder.held_out, train, held_out_rows if self.holds_out else [])
             self._note({"code": seals([config.reward])})
         self._note({"status": "running", "processes": self.processes.world_size})
 
