@@ -338,7 +338,7 @@ def _with_columns(rows: list[PromptRow], columns: dict[str, Any]) -> list[Prompt
 
 
 def _held_out(config: RunConfig) -> list[PromptRow]:
-    from textgym.agents.runs.training import load_prompts
+    from textgym.agents.runs.prompts import load_prompts
 
     return list(load_prompts(config)[1])
 

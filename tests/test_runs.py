@@ -29,8 +29,8 @@ from textgym.agents.runs import Run, RunConfig, RunFolder, read_config
 from textgym.agents.runs.agents import AGENTS, options_of, resolved
 from textgym.agents.runs.config import ALGORITHM, sections
 from textgym.agents.runs.paths import with_absolute_paths
-from textgym.agents.runs.prompts import check_no_stored_pairs
-from textgym.agents.runs.training import load_prompts, load_reward, make_agent, make_envs
+from textgym.agents.runs.prompts import check_no_stored_pairs, load_prompts
+from textgym.agents.runs.training import load_reward, make_agent, make_envs
 from textgym.agents.runs.trust import UntrustedCodeError, check_code, seals
 from textgym.prompts import as_prompt_source
 

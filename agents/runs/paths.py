@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from textgym.agents.runs.config import RunConfig
 from textgym.rewards.opening import code_in
@@ -13,7 +14,7 @@ _NAMES = ("train", "test", "auto", "embedded", "smollm2", "gemma3")
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration with absolute paths where it names files and folders that are there."""
-    changed = {
+    changed: dict[str, Any] = {
         name: _absolute(value)
         for name in ("model", "tokenizer", "prompts", "held_out")
         if (value := getattr(config, name)) is not None

@@ -59,7 +59,7 @@ def check_no_stored_pairs(algorithm: str, rows: PromptRows) -> None:
     if algorithm == "dpo" and {"chosen", "rejected"} <= rows[0].columns.keys():
         raise ValueError(
             "the prompts have the columns 'chosen' and 'rejected', but dpo learns from pairs of the policy's own "
-            "texts, ranked by the reward, and not from stored ones: train a reward model on them (textgym train-reward) "
+            "texts, ranked by the reward, and not from stored ones: learn a reward from those (textgym train-reward) "
             "and give it as --reward; or drop the two columns"
         )
 
