@@ -70,6 +70,9 @@ def add_train_reward(
             typer.Option(help="whose states mlp and cnn read: the last layer's, or all side by side"),
         ] = "last",
         freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="train the head only")] = False,
+        lora_rank: Annotated[
+            int | None, typer.Option(help="train LoRA matrices of this rank instead of the backbone's weights")
+        ] = None,
         bf16: Annotated[bool, typer.Option("--bf16", help="compute the backbone in bfloat16 while training")] = False,
         prefixes: Annotated[
             Literal["none", "random", "all"] | None,
@@ -80,7 +83,8 @@ def add_train_reward(
         batch_size: Annotated[int, typer.Option(help="rows of a batch")] = 32,
         gradient_accumulation: Annotated[int, typer.Option(help="batches of a step")] = 1,
         learning_rate: Annotated[
-            float | None, typer.Option(help="default 5e-5, and 1e-3 with --freeze-backbone", show_default=False)
+            float | None,
+            typer.Option(help="default 5e-5, with --lora-rank 5e-4, frozen 1e-3", show_default=False),
         ] = None,
         warmup: Annotated[float, typer.Option(help="share of the steps in which it rises")] = 0.1,
         weight_decay: Annotated[float, typer.Option(help="of AdamW")] = 0.01,
@@ -130,6 +134,7 @@ def add_train_reward(
                 head_dropout=head_dropout,
                 head_layers=head_layers,
                 freeze_backbone=freeze_backbone,
+                lora_rank=lora_rank,
                 bf16=bf16,
                 prefixes=prefixes,
                 prefix_weight=prefix_weight,

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import EOS, tiny_model
 from tiny_reward_training import QUICK, TOKENIZER, labelled, pairs, scored, tiny_causal, tiny_encoder
 from torch.nn import functional
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from textgym.language_model import LanguageModel
 from textgym.reward_training import TextScorer, train_reward
 from textgym.reward_training import trainer as trainer_module
+from textgym.reward_training.options import RewardTrainingOptions
 from textgym.rewards import CausalRewardModel, ClassifierReward, as_reward
 from textgym.rewards.headed_model import CNNHead, HeadedRewardModel, MLPHead
 
@@ -223,3 +225,27 @@ def test_batches_of_like_length_have_every_row_once_and_an_order_of_their_own_in
         assert sum(padded) < 1.15 * sum(lengths)
         seen = {frozenset(orders[0][i : i + 4]) for i in range(0, count, 4)}
         assert len(seen & {frozenset(orders[1][i : i + 4]) for i in range(0, count, 4)}) < 5
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_adapters_train_beside_frozen_weights_and_are_saved_as_a_part_of_them(tmp_path, head):
+    model = tiny_causal(1)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    options = {**QUICK, "epochs": 2, "learning_rate": 1e-2, "head": head, "lora_rank": 4}
+    report = train_reward(scored(64), tmp_path / "rm", model=model, tokenizer=TOKENIZER, **options)
+    assert report.history[-1]["eval_loss"] < report.history[0].get("loss", 1.0)
+    saved = load_file(tmp_path / "rm" / "model.safetensors")
+    assert not [name for name in saved if "lora" in name or "base_layer" in name]
+    changed = {name for name in before if name in saved and not torch.equal(before[name], saved[name])}
+    layers = {name for name in before if name.endswith("_proj.weight") and name in saved}
+    assert layers <= changed
+    assert "model.embed_tokens.weight" not in changed
+    opened = as_reward(str(tmp_path / "rm"))
+    texts = [row["text"] for row in scored(64)]
+    scores = opened(prompts=[""] * 64, completions=texts)
+    assert len({round(score, 3) for score in scores}) > 8
+
+
+def test_adapters_on_a_frozen_backbone_are_refused():
+    with pytest.raises(ValueError, match="lora_rank=4 trains adapters on the backbone that freeze"):
+        RewardTrainingOptions(freeze_backbone=True, lora_rank=4)

@@ -50,6 +50,8 @@ class RewardTrainingOptions:
     :param head_layers: whose states an MLP or CNN reads: those of the ``"last"`` layer, or those of ``"all"`` side by
         side. Frozen layers know more together than the last one alone
     :param freeze_backbone: train the head only
+    :param lora_rank: train low-rank adapters of this rank on the backbone, and the head, instead of all weights; what
+        is saved has them merged
     :param bf16: compute the backbone in bfloat16 while training; weights, gradients and the report stay as they are
     :param prefixes: ``"all"`` (every token of the completion, causal models only), ``"random"`` (rows are cut after a
         random token), or ``"none"``. By default ``"all"`` for causal models, otherwise ``"none"``
@@ -57,7 +59,8 @@ class RewardTrainingOptions:
     :param epochs: most passes over the training rows
     :param batch_size: rows (pairs count once) of a step
     :param gradient_accumulation: batches of a step
-    :param learning_rate: by default 5e-5, and 1e-3 for a frozen backbone; it falls linearly to 0
+    :param learning_rate: by default 5e-5, with ``lora_rank`` 5e-4, and for a frozen backbone 1e-3; it falls linearly
+        to 0
     :param warmup: share of the steps in which the learning rate rises
     :param weight_decay: of AdamW
     :param patience: epochs without a smaller validation loss after which training ends; None for never
@@ -80,6 +83,7 @@ class RewardTrainingOptions:
     head_dropout: float = 0.1
     head_layers: HeadLayers = "last"
     freeze_backbone: bool = False
+    lora_rank: int | None = None
     bf16: bool = False
     prefixes: Prefixes | None = None
     prefix_weight: float = 0.25
@@ -110,7 +114,7 @@ class RewardTrainingOptions:
             raise ValueError(
                 "head_layers='all' is for head='mlp' or 'cnn'; a linear head reads what its classifier does"
             )
-        for name in ("epochs", "batch_size", "gradient_accumulation", "patience", "head_size"):
+        for name in ("epochs", "batch_size", "gradient_accumulation", "patience", "head_size", "lora_rank"):
             value = getattr(self, name)
             if value is not None:
                 check_int(name, value, low=1)
@@ -118,6 +122,10 @@ class RewardTrainingOptions:
             value = getattr(self, name)
             if value is not None:
                 check_number(name, value, low=0.0)
+        if self.freeze_backbone and self.lora_rank is not None:
+            raise ValueError(
+                f"lora_rank={self.lora_rank} trains adapters on the backbone that freeze_backbone=True freezes"
+            )
         check_number("huber_delta", self.huber_delta, low=0.0, open_low=True)
         check_number("prefix_weight", self.prefix_weight, low=0.0, high=1.0, open_low=True, open_high=True)
         for name in ("warmup", "head_dropout", "validation_share"):
@@ -144,7 +152,7 @@ def resolved(options: RewardTrainingOptions, data: RewardData) -> tuple[RewardTr
         objectives.append(_objective(own, task, targets, first))
     learning_rate = options.learning_rate
     if learning_rate is None:
-        learning_rate = 1e-3 if options.freeze_backbone else 5e-5
+        learning_rate = 1e-3 if options.freeze_backbone else 5e-5 if options.lora_rank is None else 5e-4
     options = dataclasses.replace(options, learning_rate=learning_rate)
     if data.kind != "tasks":
         [only] = objectives

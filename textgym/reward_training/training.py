@@ -34,6 +34,7 @@ from transformers import (
 from textgym.checks import check_choice, check_int
 from textgym.language_model import quiet_progress
 
+from .adapters import add_adapters, merge_adapters
 from .backbone import open_backbone, open_tokenizer
 from .data import Kind, RewardData, check_disjoint, number_of_prompts, split_by_prompt
 from .measuring import Predictions, mean_predictions, predictions_of, report_of
@@ -192,6 +193,8 @@ def _train(
         chosen.head_dropout,
         chosen.head_layers,
     )
+    if chosen.lora_rank is not None:
+        add_adapters(opened, chosen.lora_rank)
     scorer = TextScorer(opened, tokenizer, chosen.max_length, frozen=chosen.freeze_backbone, bf16=chosen.bf16)
     chosen = fitting(chosen, scorer)
     describe_outputs(opened, tokenizer, objectives)
@@ -215,6 +218,8 @@ def _train(
     wanted = ("epoch", "loss", "eval_loss")
     report.history = [{key: entry[key] for key in wanted if key in entry} for entry in trainer.state.log_history]
     report.history = [entry for entry in report.history if len(entry) == 2]
+    if chosen.lora_rank is not None:
+        merge_adapters(opened)
     save_model(folder, opened, tokenizer, report)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run needs none, and they are large
     return report, predictions, rows[1].data
