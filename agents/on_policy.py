@@ -704,7 +704,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         """The episodes that ended with this step, from instantly scored infos."""
         self._row_kl[episode_starts] = 0.0
         self._row_kl += [info.get("kl", np.nan) for info in infos]
-        names = ("score", "finish_reason", "prompt", "completion")
+        names = ("score", "finish_reason", "prompt", "completion", "is_success")
         return [
             {
                 **infos[row].get("episode", {}),
@@ -747,6 +747,9 @@ class TextOnPolicyAlgorithm(SavedAgent):
         reasons = [e["finish_reason"] for e in episodes if "finish_reason" in e]
         if reasons:
             self.logger.record("rollout/eos_rate", np.mean([reason == "eos" for reason in reasons]))
+        successes = values("is_success")  # SB3's name for what some environments and wrappers say at an episode's end
+        if np.isfinite(successes).any():
+            self.logger.record("rollout/success_rate", np.nanmean(successes))
         assert self.env is not None
         self.logger.record("train/kl_coef", TextEnvironment(self.env).kl_coef)
         super().dump_logs(iteration)
@@ -788,7 +791,7 @@ def ratio_figures(log_ratio: Tensor, clip_range: float | tuple[float, float]) ->
 
 def _figures_of(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What ``rollout/*`` are made of; without the texts, because they are saved with the agent."""
-    names = ("r", "l", "score", "kl", "finish_reason")
+    names = ("r", "l", "score", "kl", "finish_reason", "is_success")
     return [{n: e[n] for n in names if n in e} for e in episodes if "r" in e]
 
 

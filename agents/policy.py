@@ -269,7 +269,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             observation = {name: np.asarray(value)[None] for name, value in observation.items()}
             action_masks = None if action_masks is None else np.asarray(action_masks)[None]
         actions = self._predict(observation, deterministic, action_masks).cpu().numpy()
-        return (actions[0] if single else actions), state
+        return (actions.squeeze(axis=0) if single else actions), state
 
     @torch.no_grad()
     def predict_values(self, obs: Observation, rows: np.ndarray | None = None) -> Tensor:

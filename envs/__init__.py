@@ -1,6 +1,7 @@
 """The Gymnasium side: environments, their vector forms, wrappers, and the adapter for Stable-Baselines3."""
 
 from textgym.envs.env import TextGenEnv
+from textgym.envs.infos import SameInfoKeys
 from textgym.envs.options import TextGenOptions
 from textgym.envs.scoring import DeferredScores
 from textgym.envs.text_actions import TextActions, TextObservations
@@ -10,6 +11,7 @@ from textgym.envs.vector_env import TextGenVectorEnv
 
 __all__ = [
     "DeferredScores",
+    "SameInfoKeys",
     "TextActions",
     "TextGenEnv",
     "TextGenOptions",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import error
 from gymnasium.vector import AutoresetMode
 
 from textgym.envs.options import TextGenOptions, share
@@ -130,9 +132,7 @@ class TextGenEnv(gym.Env):
     @property
     def token_ids(self) -> list[int]:
         """The text so far, prompt and completion, as token ids."""
-        self._rows._check_ready("token_ids")
-        texts = self._rows._texts
-        return [int(token) for token in texts.ids[0, : texts.lengths[0]]]
+        return self._rows.token_ids[0]
 
     @property
     def temperature(self) -> float:
@@ -176,6 +176,11 @@ class TextGenEnv(gym.Env):
 
     _spec: Any = None
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference model is loaded, so that infos have ``kl`` and ``ref_log_prob``."""
+        return self._rows._scorer.reference is not None
+
     def action_masks(self) -> np.ndarray:
         """Which actions the current state allows, ``(V,)`` bool.
 
@@ -188,6 +193,10 @@ class TextGenEnv(gym.Env):
 
         :raises ValueError: if it is no log-probability
         """
+        if isinstance(log_prob, str | bytes) or np.ndim(log_prob) != 0:
+            raise ValueError(f"log_prob={log_prob!r} must be one number, in nats")
+        if not (math.isfinite(log_prob) and log_prob <= 1e-3):
+            raise ValueError(f"log_prob={log_prob!r} is not a log-probability (finite, at most 0)")
         self._rows.report_log_probs([float(log_prob)])
 
     def policy_language_model(self, device: Any = None) -> LanguageModel:
@@ -222,9 +231,16 @@ class TextGenEnv(gym.Env):
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Append one token."""
-        if np.ndim(action) != 0:
-            raise ValueError(f"action must be one token id, got an array of shape {np.shape(action)}")
-        observation, reward, terminated, truncated, infos = self._rows.step(np.asarray(action)[None])
+        token = np.asarray(action)
+        if token.ndim != 0 or not np.issubdtype(token.dtype, np.integer):
+            raise ValueError(f"action={action!r} must be one token id, a whole number")
+        if not 0 <= int(token) < self._rows.vocab_size:
+            raise ValueError(f"action={action!r} is not a token id: expected 0 to {self._rows.vocab_size - 1}")
+        self._rows._check_ready("step")
+        if self._rows._texts.done[0]:
+            reason = self._rows._texts.finish_reasons[0]
+            raise error.ResetNeeded(f"the episode has ended (finish_reason={reason!r}): call reset() before step()")
+        observation, reward, terminated, truncated, infos = self._rows.step(token[None])
         return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first_info(infos)
 
     def render(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 
@@ -59,3 +60,46 @@ class VectorInfos:
         finished = np.zeros(self.num_rows, dtype=bool)
         finished[rows] = True
         self.values.update(final_obs=last, _final_obs=finished, final_info=final.values, _final_info=finished.copy())
+
+
+class SameInfoKeys(gym.Wrapper[Any, Any, Any, Any]):
+    """Gives the infos of a single text environment the same keys at every step, for clients that record them.
+
+    Recorders such as Minari's put infos into arrays and want all of them in one form. What an episode says only at its
+    end, or not at its reset, is NaN (numbers) or ``""`` (texts) where it has nothing to say. ::
+
+        >>> import gymnasium as gym, textgym
+        >>> from textgym.envs import SameInfoKeys
+        >>> env = SameInfoKeys(gym.make("TextGen-v0", max_new_tokens=2))
+        >>> _, at_reset = env.reset(seed=0)
+        >>> *_, at_step = env.step(5)
+        >>> at_reset.keys() == at_step.keys(), at_step["finish_reason"], at_step["score"]
+        (True, '', nan)
+        >>> env.close()
+
+    :param env: a ``TextGen-v0`` environment, wrapped or not
+    :raises TypeError: if it is another environment
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        if not hasattr(env.unwrapped, "has_reference") or not isinstance(env.action_space, gym.spaces.Discrete):
+            raise TypeError(f"env={env} is not a TextGen-v0 environment")
+        super().__init__(env)
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(**arguments)
+        return observation, self._filled(info)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, self._filled(info)
+
+    def _filled(self, info: dict[str, Any]) -> dict[str, Any]:
+        rows: Any = self.unwrapped
+        gaps: dict[str, Any] = dict.fromkeys(("prompt", "completion", "finish_reason"), "")
+        gaps |= dict.fromkeys(("reward_model", "score"), np.nan)
+        if rows.has_reference:
+            gaps |= dict.fromkeys(("kl", "ref_log_prob"), np.nan)
+        if rows.options.missing_eos_penalty:
+            gaps["missing_eos_penalty"] = np.nan
+        return {**gaps, **info}

@@ -96,7 +96,8 @@ class TextGenOptions:
             if name not in known:
                 close = difflib.get_close_matches(name, known)
                 hint = f"did you mean {' or '.join(close)}?" if close else f"the options are {', '.join(known)}"
-                raise TypeError(f"TextGen-v0 has no option {name!r}; {hint}")
+                # Some clients look for Python's own words and go on without what they tried.
+                raise TypeError(f"TextGen-v0 got an unexpected keyword argument {name!r}; {hint}")
         return cls(**{name: unshare(value) for name, value in keywords.items()})
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -42,21 +43,28 @@ class TextGenVecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions = np.zeros(self.num_envs, dtype=np.int64)
         self._log_probs: Any = None
+        self._reported = np.zeros(self.num_envs)  # log-probabilities that rows were told of one by one
         self._returns = np.zeros(self.num_envs)
         self._started_at = time.time()
 
     def reset(self) -> VecEnvObs:
         """Begin anew in all rows."""
         seeds: Any = self._seeds if any(seed is not None for seed in self._seeds) else None
-        options = self._options if any(self._options) else None
-        if options is not None and any(option != options[0] for option in options):
-            raise ValueError(f"reset options must be the same for all rows, got {options}")
-        observation, infos = self.env.reset(seed=seeds, options=None if options is None else options[0])
+        observation, infos = self.env.reset(seed=seeds, options=self._options_of_all_rows())
         self.reset_infos = _by_row(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
         self._returns[:] = 0.0
         return observation
+
+    def _options_of_all_rows(self) -> dict[str, Any] | None:
+        """What ``set_options`` was given for each row, in the form that the vector environment takes."""
+        if not any(self._options):
+            return None
+        unknown = sorted({name for options in self._options for name in options} - {"prompt"})
+        if unknown:
+            raise ValueError(f"reset options have {unknown[0]!r}; known is 'prompt', a text")
+        return {"prompt": [options.get("prompt") for options in self._options]}
 
     def step_async(self, actions: np.ndarray, log_probs: Any = None) -> None:
         """Note the actions, and the log-probabilities ``(N,)`` in nats under which they were sampled."""
@@ -64,9 +72,12 @@ class TextGenVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Take the step that was noted."""
+        if self._log_probs is None and self._reported.any():
+            self._log_probs = self._reported
         if self._log_probs is not None:
             self.text_env.report_log_probs(self._log_probs)
             self._log_probs = None
+        self._reported[:] = 0.0
         observation, rewards, terminated, truncated, infos = self.env.step(self._actions)
         done = terminated | truncated
         self._returns += rewards
@@ -111,8 +122,10 @@ class TextGenVecEnv(VecEnv):
         return self.text_env.observation()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the environment, once for each row asked for."""
-        value = getattr(self.text_env, attr_name)
+        """An attribute of the environment, once for each row asked for: of its own where rows have one."""
+        value = getattr(self.text_env, _SINGLE.get(attr_name, attr_name))
+        if attr_name in _BY_ROW:
+            return [None if value is None else value[row] for row in self._get_indices(indices)]
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -127,7 +140,14 @@ class TextGenVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the environment; what comes back as one entry per row is handed out by row."""
+        """Call a method of the environment; what comes back as one entry per row is handed out by row.
+
+        ``report_log_prob``, which single environments have, tells the rows asked for of the coming step.
+        """
+        if method_name == "report_log_prob":
+            rows = list(self._get_indices(indices))
+            self._reported[rows] = _checked_log_prob(*method_args, **method_kwargs)
+            return [None] * len(rows)
         result = getattr(self.text_env, method_name)(*method_args, **method_kwargs)
         per_row = isinstance(result, tuple | list | np.ndarray) and len(result) == self.num_envs
         return [result[row] if per_row else result for row in self._get_indices(indices)]
@@ -140,6 +160,17 @@ class TextGenVecEnv(VecEnv):
         """One picture per row, with ``render_mode="rgb_array"``."""
         frames = self.text_env.render()
         return [None] * self.num_envs if frames is None else list(frames)
+
+
+# What the rows of a vector environment have under another name, or each for itself.
+_SINGLE = {"action_space": "single_action_space", "observation_space": "single_observation_space"}
+_BY_ROW = ("np_random", "np_random_seed", "token_ids")
+
+
+def _checked_log_prob(log_prob: float) -> float:
+    if not (np.ndim(log_prob) == 0 and math.isfinite(log_prob) and log_prob <= 1e-3):
+        raise ValueError(f"log_prob={log_prob!r} is not a log-probability (finite, at most 0)")
+    return float(log_prob)
 
 
 def as_vec_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

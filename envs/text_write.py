@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
 
 from textgym.checks import check_int
 from textgym.envs.env import TextGenEnv
@@ -141,6 +142,7 @@ class TextWriteVectorEnv(SyncVectorEnv):
 
     :param num_envs: number of rows N
     :param autoreset_mode: an ``AutoresetMode`` or its value
+    :param max_episode_steps: Gymnasium's limit: episodes are truncated after so many pieces
     :param options: see :class:`TextWriteEnv`
     """
 
@@ -152,6 +154,7 @@ class TextWriteVectorEnv(SyncVectorEnv):
         num_envs: int = 1,
         *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        max_episode_steps: int | None = None,
         **options: Any,
     ) -> None:
         check_int("num_envs", num_envs, low=1)
@@ -164,10 +167,11 @@ class TextWriteVectorEnv(SyncVectorEnv):
             options["language_model"] = rows._model
         options["reward"] = rows._reward
 
-        def make(row: int) -> TextWriteEnv:
-            if row == 0:
-                return first
+        limited = max_episode_steps is not None and max_episode_steps != -1  # -1 is Gymnasium's word for no limit
+
+        def make(row: int) -> gym.Env:
             seed = options.get("seed")
-            return TextWriteEnv(**{**options, "seed": None if seed is None else seed + row})
+            env = first if row == 0 else TextWriteEnv(**{**options, "seed": None if seed is None else seed + row})
+            return TimeLimit(env, max_episode_steps) if limited else env
 
         super().__init__([functools.partial(make, row) for row in range(num_envs)], autoreset_mode=autoreset_mode)

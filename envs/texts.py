@@ -28,12 +28,16 @@ class Texts:
     :param context: L
     :param vocabulary: of the language model
     :param options: of the environment
+    :param max_new_tokens: after how many tokens a completion is cut off; at most the option of that name
     """
 
-    def __init__(self, num_rows: int, context: int, vocabulary: Vocabulary, options: TextGenOptions) -> None:
+    def __init__(
+        self, num_rows: int, context: int, vocabulary: Vocabulary, options: TextGenOptions, max_new_tokens: int
+    ) -> None:
         self.context = context
         self.vocabulary = vocabulary
         self.options = options
+        self.max_new_tokens = max_new_tokens
         self._stop_turns = vocabulary.turns.showing(options.stop_strings)  # a stop string may be a special token
         self.ids = np.full((num_rows, context), vocabulary.pad_token_id, dtype=np.int64)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
@@ -104,7 +108,7 @@ class Texts:
                 self.finish_reasons[row] = "eos"
             elif stop:
                 self.finish_reasons[row] = "stop"
-            elif count == self.options.max_new_tokens:
+            elif count == self.max_new_tokens:
                 self.finish_reasons[row] = "length"
             self.done[row] = self.finish_reasons[row] is not None
 

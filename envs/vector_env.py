@@ -57,12 +57,18 @@ class TextGenVectorEnv(VectorEnv):
         >>> envs.close()
 
     :param num_envs: number of rows N
+    :param max_episode_steps: Gymnasium's limit, of ``make_vec`` or of a registered id: episodes are truncated after so
+        many tokens, as those of a single environment are in ``TimeLimit``; what they are worth then is paid
     :param options: see :class:`~textgym.envs.env.TextGenEnv`
     """
 
-    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+    def __init__(self, num_envs: int = 1, max_episode_steps: int | None = None, **options: Any) -> None:
         self.options = TextGenOptions.from_keywords(options)
         check_int("num_envs", num_envs, low=1)
+        limit = self.options.max_new_tokens
+        if max_episode_steps is not None and max_episode_steps != -1:  # -1 is Gymnasium's word for no limit
+            check_int("max_episode_steps", max_episode_steps, low=1)
+            limit = min(limit, max_episode_steps)
         resolve_device(self.options.device)  # wrong values are errors now, though the model may be loaded later
         resolve_dtype(self.options.dtype)
         self.num_envs = num_envs
@@ -89,15 +95,15 @@ class TextGenVectorEnv(VectorEnv):
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self._prompts = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
         self.vocab_size = self.vocabulary.size
-        self.max_new_tokens = self.options.max_new_tokens
+        self.max_new_tokens = limit
         self.max_prompt_tokens = prompt_room(
-            self.options.max_prompt_tokens, self.max_new_tokens, self.vocabulary.context_limit
+            self.options.max_prompt_tokens, self.options.max_new_tokens, self.vocabulary.context_limit
         )
         self._told_long, self._chat = False, False  # whether long prompts were told of, and all are conversations
         if (rows := self._prompts.rows) is not None:
             self._chat = all_chat(rows, self.vocabulary)
             self._told_long = judge_lengths(rows, self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow)
-        self.context = self.max_prompt_tokens + self.max_new_tokens
+        self.context = self.max_prompt_tokens + self.options.max_new_tokens
         self._kl_coef = float(self.options.kl_coef)
         self._scorer = Scorer(
             self._reward,
@@ -124,7 +130,7 @@ class TextGenVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-        self._texts = Texts(num_envs, self.context, self.vocabulary, self.options)
+        self._texts = Texts(num_envs, self.context, self.vocabulary, self.options, self.max_new_tokens)
         self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self._seeds: tuple[int | None, ...] | None = None
         self._reported: np.ndarray | None = None
@@ -134,6 +140,13 @@ class TextGenVectorEnv(VectorEnv):
         self._pending = PendingSteps(self._texts, self._scorer)
 
     # ------------------------------------------------------------------ what agents ask for
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """When a row that has finished begins anew; some clients look for it here and not in ``metadata``."""
+        mode = self.options.autoreset_mode
+        assert isinstance(mode, AutoresetMode)
+        return mode
 
     @property
     def temperature(self) -> float:
@@ -217,7 +230,7 @@ class TextGenVectorEnv(VectorEnv):
             raise ValueError(f"log_probs has shape {values.shape}, expected ({self.num_envs},)")
         wrong = np.flatnonzero(~np.isfinite(values) | (values > 1e-3))
         if len(wrong):
-            raise ValueError(f"log_probs[{wrong[0]}]={values[wrong[0]]} is no log-probability (finite, at most 0)")
+            raise ValueError(f"log_probs[{wrong[0]}]={values[wrong[0]]} is not a log-probability (finite, at most 0)")
         self._reported = values
 
     # ------------------------------------------------------------------ Gymnasium
@@ -231,7 +244,7 @@ class TextGenVectorEnv(VectorEnv):
 
         :param seed: of row 0, the following rows get the following numbers; or a list with one seed per row
         :param options: ``reset_mask``: ``(N,)`` bool; ``prompt``: a text or a conversation for all rows, or a
-            list of N of them, instead of drawn prompts
+            list of N of them, instead of drawn prompts; None in the list for one that is drawn
         """
         self._check_open("reset")
         options = dict(options or {})
@@ -396,6 +409,13 @@ class TextGenVectorEnv(VectorEnv):
     def end_round(self) -> None:
         """Let finished rows begin anew from drawn prompts again; those that wait do so at the next ``reset``."""
         self._round = None
+
+    @property
+    def token_ids(self) -> tuple[list[int], ...]:
+        """The text so far of each row, prompt and completion, as token ids."""
+        self._check_ready("token_ids")
+        ids, lengths = self._texts.ids, self._texts.lengths.tolist()
+        return tuple(row[:length].tolist() for row, length in zip(ids, lengths, strict=True))
 
     @property
     def prompt_rows(self) -> tuple[PromptRow, ...]:
@@ -582,11 +602,12 @@ class TextGenVectorEnv(VectorEnv):
 
     # ------------------------------------------------------------------ episodes
 
-    def _begin(self, rows: np.ndarray, prompts: list[PromptRow] | None = None) -> None:
+    def _begin(self, rows: np.ndarray, prompts: list[PromptRow | None] | None = None) -> None:
         """Put a prompt into each of the rows and start its episode."""
         for i, row in enumerate(rows.tolist()):
-            if prompts is not None:
-                prompt = prompts[i]
+            fixed = None if prompts is None else prompts[i]
+            if fixed is not None:
+                prompt = fixed
             elif self._round is not None:
                 prompt = self._round.take(row)
             else:
@@ -675,7 +696,7 @@ class TextGenVectorEnv(VectorEnv):
         """The random number generator of each row; it draws the prompts."""
         return tuple(self._rngs)
 
-    def _fixed_prompts(self, prompt: Any, rows: np.ndarray) -> list[PromptRow] | None:
+    def _fixed_prompts(self, prompt: Any, rows: np.ndarray) -> list[PromptRow | None] | None:
         if prompt is None:
             return None
         alone = isinstance(prompt, str) or is_one_conversation(prompt)
@@ -683,13 +704,11 @@ class TextGenVectorEnv(VectorEnv):
         if (
             not isinstance(given, list | tuple)
             or len(given) != self.num_envs
-            or not all(one and (isinstance(one, str) or is_one_conversation(one)) for one in given)
+            or not all(one is None or (one and (isinstance(one, str) or is_one_conversation(one))) for one in given)
         ):
-            raise ValueError(
-                f"options['prompt'] must be a non-empty text or {self.num_envs} of them, or conversations, got "
-                f"{prompt!r}"
-            )
-        made: dict[int, PromptRow] = {}  # of each object once: the same conversation may stand for all rows
+            several = "" if self.num_envs == 1 else f", or {self.num_envs} of them with None for one that is drawn"
+            raise ValueError(f"options['prompt']={prompt!r} must be a non-empty text or a conversation{several}")
+        made: dict[int, PromptRow | None] = {id(None): None}  # of each object once: one may stand for all rows
         for one in given:
             if id(one) not in made:
                 row = PromptRow(one) if isinstance(one, str) else one
@@ -712,7 +731,7 @@ class TextGenVectorEnv(VectorEnv):
         wrong = np.flatnonzero((array < 0) | (array >= self.vocab_size))
         if len(wrong):
             row = int(wrong[0])
-            raise ValueError(f"actions[{row}]={array[row]} is no token id: expected 0 to {self.vocab_size - 1}")
+            raise ValueError(f"actions[{row}]={array[row]} is not a token id: expected 0 to {self.vocab_size - 1}")
         return array.astype(np.int64)
 
     def _check_open(self, what: str) -> None:

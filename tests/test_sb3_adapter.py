@@ -111,8 +111,8 @@ def test_reset_options_reach_the_environment():
     env.reset()
     assert [info["prompt"] for info in env.reset_infos] == ["fresh music"] * 2
     env.set_options([{"prompt": "fresh music"}, {"prompt": "we"}])
-    with pytest.raises(ValueError, match="reset options must be the same for all rows"):
-        env.reset()
+    env.reset()
+    assert [info["prompt"] for info in env.reset_infos] == ["fresh music", "we"]
 
 
 def test_attributes_and_methods_are_answered_for_each_row():
