@@ -259,7 +259,7 @@ def test_only_token_environments_can_be_wrapped():
         TextActions(make(), end_of_turn="yes")
     with pytest.raises(TypeError, match="autoreset_mode is an option of vector environments"):
         write(autoreset_mode="SameStep")
-    with pytest.raises(TypeError, match="no option 'max_new_token'; did you mean max_new_tokens"):
+    with pytest.raises(TypeError, match="argument 'max_new_token'; did you mean max_new_tokens"):
         write(max_new_token=3)
 
 
