@@ -188,7 +188,7 @@ class TextGenEnv(gym.Env):
         """
         return self._rows.action_masks()[0]
 
-    def report_log_prob(self, log_prob: float) -> None:
+    def report_log_prob(self, log_prob: Any) -> None:
         """Tell under which log-probability, in nats, the action of the coming step was sampled.
 
         :raises ValueError: if it is no log-probability

@@ -167,11 +167,11 @@ class TextWriteVectorEnv(SyncVectorEnv):
             options["language_model"] = rows._model
         options["reward"] = rows._reward
 
-        limited = max_episode_steps is not None and max_episode_steps != -1  # -1 is Gymnasium's word for no limit
+        limit = None if max_episode_steps == -1 else max_episode_steps  # -1 is Gymnasium's word for no limit
 
         def make(row: int) -> gym.Env:
             seed = options.get("seed")
             env = first if row == 0 else TextWriteEnv(**{**options, "seed": None if seed is None else seed + row})
-            return TimeLimit(env, max_episode_steps) if limited else env
+            return env if limit is None else TimeLimit(env, limit)
 
         super().__init__([functools.partial(make, row) for row in range(num_envs)], autoreset_mode=autoreset_mode)

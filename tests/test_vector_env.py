@@ -206,7 +206,9 @@ def test_reset_options_choose_the_prompts_of_all_rows():
     envs = make_vec(2)
     assert prompts(envs, options={"prompt": "fresh music"}) == ["fresh music"] * 2
     assert prompts(envs, options={"prompt": ["fresh music", "we"]}) == ["fresh music", "we"]
-    with pytest.raises(ValueError, match="options\\['prompt'\\]=.*must be a non-empty text, or 2 of them"):
+    with pytest.raises(
+        ValueError, match="options\\['prompt'\\]=.*must be a non-empty text or a conversation, or 2 of them"
+    ):
         envs.reset(options={"prompt": ["we"]})
 
 
