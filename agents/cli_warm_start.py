@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,6 +30,12 @@ def add_warm_start(
         ],
         model: Annotated[str, typer.Option(help="embedded, smollm2, gemma3, a directory or a hub id")] = "embedded",
         tokenizer: Annotated[str | None, typer.Option(help="another tokenizer than the model's own")] = None,
+        trust_remote_code: Annotated[
+            bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")
+        ] = False,
+        chat_template_kwargs: Annotated[
+            list[str] | None, typer.Option(help="name=value, for variables of the chat template; several times")
+        ] = None,
         column: Annotated[str, typer.Option(help="the column of DATA with the completions")] = "completion",
         prompt_column: Annotated[str, typer.Option(help="the column of DATA with the prompts")] = "prompt",
         split: Annotated[str | None, typer.Option(help="which part of DATA, where it has several")] = None,
@@ -58,12 +64,18 @@ def add_warm_start(
         """Train a language model on reference completions, before or instead of reinforcement learning."""
         with plain_errors():
             from textgym.agents.imitation import warm_start
+            from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.prompts import new_names
-            from textgym.language_model import load_vocabulary
+            from textgym.language_model import load_language_model, load_vocabulary
             from textgym.prompt_files import load_prompt_file
             from textgym.prompts import PromptRows
 
-            vocabulary = load_vocabulary(model, tokenizer=tokenizer)
+            opening: dict[str, Any] = {
+                "tokenizer": tokenizer,
+                "trust_remote_code": trust_remote_code,
+                "chat_template_kwargs": template_arguments(chat_template_kwargs),
+            }
+            vocabulary = load_vocabulary(model, **opening)
 
             def rows(path: str, split: str | None = None) -> PromptRows:
                 return load_prompt_file(
@@ -75,12 +87,13 @@ def add_warm_start(
                     rename_columns=new_names(rename_column),
                 )
 
+            given, measured = rows(data, split), None if validation is None else rows(validation)
             report = warm_start(
-                model,
-                rows(data, split),
+                load_language_model(model, device=device, **opening),
+                given,
                 column,
                 output=output,
-                validation=None if validation is None else rows(validation),
+                validation=measured,
                 validation_share=validation_share,
                 epochs=epochs,
                 patience=patience or None,
@@ -90,8 +103,6 @@ def add_warm_start(
                 warmup=warmup,
                 weight_decay=weight_decay,
                 max_length=max_length,
-                tokenizer=tokenizer,
-                device=device,
                 seed=seed,
                 progress_bar=progress,
             )

@@ -25,6 +25,7 @@ import textgym  # noqa: F401  registers the environment ids
 from textgym.agents import PPO
 from textgym.agents.cli import app
 from textgym.agents.runs import Run, RunConfig
+from textgym.chat import chat_prompt
 from textgym.evaluation import evaluate
 from textgym.generation import complete
 from textgym.language_model import load_language_model, load_vocabulary
@@ -317,3 +318,16 @@ def test_held_out_conversations_get_the_template_arguments_that_are_given(chat_r
     result = CliRunner().invoke(app, ["generate", str(chat_run), *flags])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["prompt"].endswith("<|im_start|>assistant\nhigh")
+
+
+def test_a_model_saved_by_supervised_training_has_the_template_that_it_learned_with(tmp_path):
+    save_chat_model(tmp_path / "model", chat_tokenizer(template=THINKING))
+    rows = [{"prompt": [{"role": "user", "content": f"film {i}?"}], "completion": "yes"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["sft", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
+    options = ["--chat-template-kwargs", "effort=low", "--epochs", "1", "--device", "cpu", "--validation-share", "0"]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, result.output
+    saved = load_vocabulary(tmp_path / "out")
+    assert chat_prompt(rows[0]["prompt"], saved.tokenizer).endswith("<|im_start|>assistant\nlow")
+    assert END in saved.end_ids
