@@ -124,3 +124,12 @@ def test_the_tiny_reward_model_tells_texts_apart(tiny_causal_reward_model):
     with torch.no_grad():
         scores = tiny_causal_reward_model(input_ids=input_ids).logits[:, 0]
     assert 0.1 < scores.std() < 10
+
+
+def test_a_remark_of_another_library_about_what_nobody_uses_does_not_open_the_output():
+    name = "bitsandbytes.backends.cpu.ops"
+    said = "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please ..."
+    code = f"import logging, textgym; log = logging.getLogger({name!r}); log.warning({said!r}, 1); log.warning('else')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "else\n"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = ["__version__", "agents", "embedded", "envs", "rewards"]
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.msg
+
+
+# peft imports bitsandbytes wherever it is installed, and bitsandbytes then remarks, on processors with bf16 products,
+# that it has no fast 4-bit product. Nothing here uses one.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_worth_saying)
 
 
 def __getattr__(name: str) -> Any:
