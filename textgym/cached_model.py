@@ -288,9 +288,8 @@ class CachedModel:
         """Forward one token of each row. When most rows take part, all do: then the cache is read in place."""
         assert self._cache is not None
         slots = self._cache.slots
-        if len(rows) == slots and (rows == np.arange(slots)).all():
-            hidden = self._forward(None, tokens[:, None], positions[:, None], positions[:, None])
-        elif (2 * len(rows) > slots or self._compiled is not None) and not self._has_states:
+        most = 2 * len(rows) > slots or self._compiled is not None
+        if most and not self._has_states and not self._are_all(rows):
             all_tokens, all_positions = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
             write = np.full(slots, self.context)  # rows that sit out write to the scratch place
             all_tokens[rows], all_positions[rows], write[rows] = tokens, positions, positions
@@ -341,6 +340,8 @@ class CachedModel:
     def _forward(self, rows: np.ndarray | None, tokens: np.ndarray, positions: np.ndarray, write: np.ndarray) -> Tensor:
         """Run the trunk on ``(B, T)`` new tokens; a token sees its own row up to and with its own position."""
         assert self._cache is not None
+        if rows is not None and self._are_all(rows):
+            rows = None  # then the cache is read in place
         compiled = self._compiled if rows is None else self._compiled_join
         # Prompts have all kinds of shapes, and the cache's memory must be there.
         decoding = tokens.shape[1] == 1 and self._cache.is_initialized
@@ -357,6 +358,10 @@ class CachedModel:
         )
         self._cache.keep_states(slots)
         return hidden
+
+    def _are_all(self, rows: np.ndarray) -> bool:
+        """Whether these are all slots, in order."""
+        return len(rows) == len(self._lengths) and bool((rows == np.arange(len(rows))).all())
 
     def _run(self, rows: Tensor | None, tokens: Tensor, positions: Tensor, write: Tensor, used: int) -> Tensor:
         """:meth:`_forward` on tensors; no token sees a position of ``used`` or more."""
