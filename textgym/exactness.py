@@ -26,7 +26,7 @@ from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 TOKENS = 8  # of the rows that are tried; less where the model's context is shorter
 PROMPT_TOKENS = np.array([3, 1])  # how many of these an encoder reads
-WINDOWS = ("sliding_window", "attention_chunk_size")  # what configurations call them
+WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")  # what configurations call them
 SMALL_WINDOW = 2
 FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError)
 

@@ -20,11 +20,15 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
+
+# transformers' layers of which a model needs no more than keys and values. Dummies stand for layers without any.
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 class SlotLayer(CacheLayerMixin):
@@ -82,8 +86,8 @@ class SlotLayer(CacheLayerMixin):
     def copy(self, source: Tensor, target: Tensor, used: int) -> None:
         """Give the slots ``target`` the first ``used`` places of the slots ``source``, ``(B,)`` both."""
         for strip in (self.keys, self.values):
-            assert strip is not None
-            strip[target, :, :used] = strip[source, :, :used]
+            if strip is not None:  # a layer that takes those of an earlier one has none
+                strip[target, :, :used] = strip[source, :, :used]
 
     def get_seq_length(self) -> int:
         return self.cache.seen
@@ -175,6 +179,39 @@ class StateAndSlotLayer(StateLayer, SlotLayer):
         return SlotLayer.get_max_length(self)
 
 
+class IndexedSlotLayer(SlotLayer):
+    """A layer that also keeps a small key of each token, by which it picks the tokens that it attends to."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__(cache)
+        self.index_keys: Tensor | None = None  # (S, P + 1, D)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Write such keys of the new tokens ``(B, T, D)``; return those of all that their rows may attend to.
+
+        :return: ``(B, used, D)``
+        """
+        if self.index_keys is None:
+            width = indexer_key_states.shape[-1]
+            self.index_keys = indexer_key_states.new_zeros(self.cache.slots, self.cache.positions + 1, width)
+        rows = self.cache.all_rows if self.cache.rows is None else self.cache.rows
+        self.index_keys[rows[:, None], self.cache.write_positions] = indexer_key_states
+        return self.index_keys[rows, : self.cache.used]
+
+    def grow(self, slots: int) -> None:
+        """See :class:`SlotLayer`."""
+        super().grow(slots)
+        if self.index_keys is not None:
+            more = slots - len(self.index_keys)
+            self.index_keys = torch.cat([self.index_keys, self.index_keys.new_zeros(more, *self.index_keys.shape[1:])])
+
+    def copy(self, source: Tensor, target: Tensor, used: int) -> None:
+        """See :class:`SlotLayer`."""
+        super().copy(source, target, used)
+        if self.index_keys is not None:  # some layers take what an earlier one picked
+            self.index_keys[target, :used] = self.index_keys[source, :used]
+
+
 class SlotCache(Cache):
     """One layer for each of the model's, and the places the next forward writes to.
 
@@ -182,18 +219,17 @@ class SlotCache(Cache):
     :param positions: most tokens a row can hold, P
     :param device: where it is
     :param config: the model's; without, it is for a model whose layers all keep keys and values
-    :raises NotImplementedError: if the model has layers that keep something else than keys, values and states
     """
 
     def __init__(
         self, slots: int, positions: int, device: torch.device, config: PreTrainedConfig | None = None
     ) -> None:
-        kinds = [] if config is None or not has_states(config) else DynamicCache(config=config).layers
-        if kinds:
+        kinds = [] if config is None else DynamicCache(config=config).layers
+        if any(type(kind) not in KEYS_AND_VALUES for kind in kinds):
             super().__init__(layers=[self._layer(kind) for kind in kinds])
         else:  # models create their layers one by one on first use
             super().__init__(layer_class_to_replicate=partial(SlotLayer, self))
-        self.attends = not kinds or any(isinstance(layer, SlotLayer) for layer in self.layers)
+        self.attends = not self.layers or any(isinstance(layer, SlotLayer) for layer in self.layers)
         self.slots = slots
         self.positions = positions
         self.device = device
@@ -211,9 +247,9 @@ class SlotCache(Cache):
         if isinstance(kind, LinearAttentionLayer):
             both = isinstance(kind, CacheLayerMixin)
             return (StateAndSlotLayer if both else StateLayer)(self, kind.number_of_states)
-        if type(kind) in (DynamicLayer, DynamicSlidingWindowLayer):
-            return SlotLayer(self)
-        raise NotImplementedError(f"layers that keep a {type(kind).__name__}")
+        if type(kind) is DynamicIndexedLayer:
+            return IndexedSlotLayer(self)
+        return SlotLayer(self)  # a model that asks it for something else is found out when it is opened
 
     def announce(
         self,

@@ -187,6 +187,8 @@ def context_limit(config: PreTrainedConfig) -> int | None:
         limits.append(getattr(text, "sliding_window", None))
     if layer_types is None or "chunked_attention" in layer_types:
         limits.append(getattr(text, "attention_chunk_size", None))
+    if "indexed_attention" in (layer_types or ()):
+        limits.append(getattr(text, "index_topk", None))
     return _smallest(limits)
 
 
