@@ -10,6 +10,8 @@ import torch
 from test_cached_model import KINDS, Forwards, Walk, difference, random_ids
 from tiny_models import CONTEXT, VOCABULARY, tiny_model
 from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     Gemma3ForCausalLM,
@@ -73,6 +75,25 @@ WINDOWS = {
             attention_chunk_size=WINDOW,
             layer_types=["chunked_attention", "full_attention"] * 2,
             pad_token_id=0,
+        )
+    ),
+    # Attends to the tokens that an indexer picks, which keeps a key of each token. Few heads would make ties.
+    "deepseek_v32": lambda: DeepseekV32ForCausalLM(
+        DeepseekV32Config(
+            **{**SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 2},
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            n_routed_experts=2,
+            num_experts_per_tok=1,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=32,
+            index_n_heads=32,
+            index_head_dim=16,
+            index_topk=WINDOW,
         )
     ),
 }

@@ -203,6 +203,8 @@ def _fastest(stepped: SteppedModel, plain: Tensor, ids: Tensor, stages: np.ndarr
     """
     logits = stepped.head(plain)  # (S, 2, V)
     *fast, slow = stepped.machines
+    if _limits_time_steps(stepped.model):
+        return slow, "with a state it forgets its time_step_limit, as transformers applies that to whole texts only"
     reason = None
     for machine in fast:
         try:
@@ -219,6 +221,12 @@ def _fastest(stepped: SteppedModel, plain: Tensor, ids: Tensor, stages: np.ndarr
             return machine, None
         reason = f"with a cache of keys and values its logits differ by {error:.2g} from its plain forward"
     return slow, reason
+
+
+def _limits_time_steps(model: PreTrainedModel) -> bool:
+    """Whether a layer of Mamba-2's kind keeps its time steps within bounds, which a few tokens may never reach."""
+    limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
+    return any(tuple(limit) != (0.0, float("inf")) for limit in limits if limit is not None)
 
 
 @torch.no_grad()
