@@ -13,7 +13,7 @@
 set -eu
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" -q install "transformers==5.23.0" "torch==2.13.0" --extra-index-url https://download.pytorch.org/whl/cpu
+"$folder/venv/bin/pip" -q install --disable-pip-version-check "transformers==5.23.0" "torch==2.13.0"
 "$folder/venv/bin/python" - <<'PY'
 import torch
 from transformers import DynamicCache, Mamba2Config, Mamba2ForCausalLM
