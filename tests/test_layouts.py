@@ -53,6 +53,7 @@ def only(row: Any, tokenizer: Any) -> PromptRow:
         {"prompt": [USER], "completion": "very good"},
         {"prompt": [USER], "completion": [USER, ANSWER]},
         {"prompt": "is it good ?", "completion": [ANSWER]},
+        {"prompt": "is it good ?", "messages": [USER, ANSWER]},
         {"instruction": "is it good ?", "input": "", "output": "very good"},
         {"instruction": "is it good ?", "context": None, "response": "very good"},
         {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])},
@@ -178,6 +179,18 @@ def test_a_template_gets_the_tools_of_a_row():
 def test_rows_whose_parts_do_not_fit_are_refused(row, error, complaint, tokenizer):
     with pytest.raises(error, match=complaint):
         as_prompt_source([row], tokenizer)
+
+
+def test_a_prompt_stays_the_text_that_it_is_where_there_is_no_template():
+    rows = [
+        {"prompt": "is it good ?", "messages": [USER, ANSWER]},
+        {"prompt": "is it good ?", "completion": [ANSWER]},
+        {"prompt": "is it good ?", "messages": [USER, ANSWER, {"role": "user", "content": "why ?"}, WORSE]},
+        {"prompt": "another", "messages": [USER, ANSWER]},
+    ]
+    read = as_prompt_source(rows, tiny_tokenizer())
+    assert [row.prompt for row in read] == ["is it good ?"] * 3 + ["another"]
+    assert [row.columns["completion"] for row in read] == [" very good", " very good", None, None]
 
 
 def test_what_a_row_lacks_is_none(tmp_path):

@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from textgym.chat import chat_answer, chat_prompt, has_template, plain_conversation
-from textgym.messages import Message, answer_start, as_messages, common_beginning, is_conversation, stored_messages
+from textgym.messages import (
+    Message,
+    answer_start,
+    as_messages,
+    common_beginning,
+    is_conversation,
+    is_one_conversation,
+    stored_messages,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,8 +99,9 @@ class ReadRow:
             text = answer[0]["content"]
         else:
             text = f"{answer[0]['content']}{plain_conversation(answer[1:])}".removesuffix("\n\nAssistant:")
-        plain = isinstance(self.prompt, list) and not templated and self.written is None
-        return f" {text}" if plain and self.prompt and not text[:1].isspace() else text
+        plain = isinstance(self.prompt, list) and not templated
+        apart = not text or text[0].isspace() or (self.written or ":")[-1].isspace()
+        return f" {text}" if plain and not apart else text
 
 
 def read_row(row: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None) -> ReadRow:
@@ -127,6 +136,12 @@ def read_row(row: Mapping[str, Any], where: str, names: Mapping[str, str] | None
     prompt: Part = given_prompt
     if is_conversation(given_prompt):
         prompt = _with_system(as_messages(given_prompt, f"{where}: {names.get('prompt', 'prompt')!r}"), rest)
+    elif isinstance(given_prompt, str) and completion is None and chosen is None:
+        whole = _conversation_of(given_prompt, rest.get("messages"), where)
+        if whole:  # the prompt is said again, in the conversation that it opens
+            origin = "messages"
+            prompt, completion = _divided(_with_system(whole, rest))
+            del rest["messages"]
     elif given_prompt is None:
         source = next((name for name in CONVERSATIONS if rest.get(name) is not None), None)
         if source is not None:
@@ -167,6 +182,17 @@ def stored_tools(value: Any) -> Any:
         except ValueError:
             return None
     return value if isinstance(value, list) else None
+
+
+def _conversation_of(prompt: str, stored: Any, where: str) -> list[Message]:
+    """The conversation that a prompt opens, where it ends with the assistant's answer; otherwise none."""
+    stored = stored_messages(stored, f"{where}: 'messages'")
+    if not is_one_conversation(stored):
+        return []
+    messages = as_messages(stored, f"{where}: 'messages'")
+    asked = next((message for message in messages if message["role"] != "system"), None)
+    opens = asked is not None and asked["content"].strip() == prompt.strip()
+    return messages if opens and messages[-1]["role"] == "assistant" else []
 
 
 def _with_system(messages: list[Message], rest: Mapping[str, Any]) -> list[Message]:

@@ -289,7 +289,7 @@ def _plain_prompts(rows: LocatedRows, column: str) -> list[str] | None:
     if isinstance(table, list) or column not in table.column_names:
         return None
     others = set(table.column_names) - {column}
-    if others & {"prompt", COMPLETION, "chosen", "rejected"}:
+    if others & {"prompt", COMPLETION, "chosen", "rejected", MESSAGES}:
         return None
     prompts = table.column(column) if isinstance(table, TableRows) else list(table[column])
     if all(isinstance(prompt, str) and stored_messages(prompt, rows.name) is prompt for prompt in prompts):
@@ -377,6 +377,8 @@ def read_prompt(
     if isinstance(read.prompt, list):
         if isinstance(given, str) and stored_messages(given, place) is given:
             read = replace(read, written=given)
+            if not has_template(tokenizer) and sum(message["role"] != "system" for message in read.prompt) > 1:
+                read = replace(read, completion=None)  # it answers a later turn
         prompt = read.prompt_text(tokenizer, place)
         if has_template(tokenizer):
             columns.setdefault(MESSAGES, read.prompt)
