@@ -269,7 +269,7 @@ def test_an_episode_may_begin_with_a_conversation(tokenizer):
 
 def test_a_prompt_of_which_the_tokenizer_makes_no_token_is_refused_at_load(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl:2: 'prompt' is ' ', of which the tokenizer makes no token"):
+    with pytest.raises(ValueError, match=r"a.jsonl:2: .prompt.: the tokenizer makes no token of the prompt . .$"):
         load_prompt_file(tmp_path / "a.jsonl", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="of which the tokenizer makes no token"):
+    with pytest.raises(ValueError, match="the tokenizer makes no token"):
         as_prompt_source(["a", "\n"], tokenizer)

@@ -431,7 +431,7 @@ def check_prompt(prompt: Any, where: str, tokenizer: PreTrainedTokenizerBase | N
     # Tokenizers leave out spaces and control characters, and nothing else.
     letters = any(character.isalnum() for character in prompt)
     if tokenizer is not None and not letters and not tokenizer(prompt)["input_ids"]:
-        raise ValueError(f"{where} is {prompt[:60]!r}, of which the tokenizer makes no token")
+        raise ValueError(f"{where}: the tokenizer makes no token of the prompt {prompt[:60]!r}")
 
 
 def check_names(names: Any, where: str) -> None:
