@@ -132,6 +132,8 @@ def train(
             console.quiet = True
         several = f", in {run.processes.world_size} processes" * (run.processes.world_size > 1)
         console.print(f"Training in [bold]{folder}[/bold]{several}", highlight=False)
+        if (few := run.recorder.held_out.said()) is not None:
+            console.print(f"  {few}", highlight=False)
         if run.resumed_from is not None:
             console.print(f"  from {run.resumed_from.name}, {run.agent.num_timesteps:,} tokens", highlight=False)
         try:
@@ -145,7 +147,12 @@ def train(
             ) from error
     Processes.leave()
     _show_progress(run.recorder.evaluations, run.holds_out)
+    for sentence in run.recorder.diagnosis():
+        console.print(f"[bold yellow]Look at this[/bold yellow] {escape(sentence)}", highlight=False)
     if finished:
+        if run.recorder.out_of_patience:
+            console.print(f"Ended at {run.agent.num_timesteps:,} tokens: no better held-out score in "
+                          f"{run.config.patience} evaluations")  # fmt: skip
         console.print(f"Finished after {run.recorder.seconds:.0f} s. In [bold]{folder}[/bold]: curves.png, samples.md,")
         console.print("metrics.csv, and best/ and model/ (Hugging Face checkpoints that textgym opens as agents, too)")
     else:

@@ -3,7 +3,8 @@
 ``metrics.jsonl`` has one JSON object per rollout, with the names under which Stable-Baselines3 logs: among them
 ``time/total_timesteps`` (tokens), ``rollout/score_mean``, ``rollout/kl_ref`` (nats per completion),
 ``rollout/ep_len_mean``, ``train/entropy_loss`` (minus the entropy, nats per token), ``train/kl_coef``, and, where
-held-out prompts were evaluated, ``eval/score_mean`` and ``eval/kl``.
+held-out prompts were evaluated, ``eval/score_mean``, with its interval ``eval/score_low`` to ``eval/score_high``, and
+``eval/kl``.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def plot_runs(folders: Sequence[str | PathLike[str]], output: str | PathLike[str
     for title, label, name, held_out, factor in _PANELS:
         found = curves(name, factor=factor)
         evaluated = [[] for _ in groups] if held_out is None else curves(held_out)
+        ends = [curves(f"eval/score_{end}") for end in ("low", "high")] if held_out == "eval/score_mean" else None
         if _has_points(found + evaluated) and not (name == BETA and _is_constant(found)):
-            panels.append(partial(_over_tokens, title, label, found, evaluated, colours))
+            panels.append(partial(_over_tokens, title, label, found, evaluated, ends, colours))
     training, held_out_points = curves("rollout/score_mean", "rollout/kl_ref"), curves("eval/score_mean", "eval/kl")
     if _has_points(training + held_out_points):
         panels.append(partial(_score_against_kl, training, held_out_points, colours))
@@ -274,15 +276,22 @@ def _over_tokens(
     label: str,
     found: list[list[_Curve]],
     evaluated: list[list[_Curve]],
+    ends: list[list[list[_Curve]]] | None,
     colours: Sequence[Any],
     axes: Axes,
 ) -> None:
-    """A panel with a line for each group of runs."""
-    for group, stars, colour in zip(found, evaluated, colours, strict=True):
+    """A panel with a line for each group of runs.
+
+    :param ends: of the intervals of what was evaluated, the lower and the upper ones; drawn where a run is alone
+    """
+    for i, (group, stars, colour) in enumerate(zip(found, evaluated, colours, strict=True)):
         if len(group) == 1:
             _draw_curve(axes, *group[0], colour)
         else:
             _draw_band(axes, [curve for curve in group if len(curve[0])], colour)
+        if ends is not None and len(group) == 1:
+            (x, low), (_, high) = (of_groups[i][0] for of_groups in ends)
+            axes.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
         _draw_marks(axes, *_mean_of(stars), colour, **_HELD_OUT)
     style_axes(axes, title, label)
     axes.set_xlabel("tokens of training")
@@ -367,5 +376,5 @@ def _draw_legend(figure: Figure, names: list[str], colours: list[Any], held_out:
     if bands:
         entries.append(Patch(color="#767676", alpha=0.25, linewidth=0, label="lowest to highest seed"))
     if held_out:
-        entries.append(Line2D([], [], color="#767676", label="held-out prompts", **_HELD_OUT))
+        entries.append(Line2D([], [], color="#767676", label="held-out prompts, score with 95 % interval", **_HELD_OUT))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 5), frameon=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from textgym.agents import PPO
+from textgym.agents.runs import Run, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,6 +74,74 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
 
 
+# Files that the commands of a page take for granted.
+MY_FILES = {
+    "my_reward.py": """
+def reward(prompts, completions, **columns):
+    return [min(len(text.split()), 20) / 20 for text in completions]
+
+
+def mentions(prompts, completions, word, **columns):
+    return [float(wanted in text) for wanted, text in zip(word, completions)]
+
+
+score = reward
+""",
+    "my.jsonl": "\n".join(json.dumps({"prompt": f"film number {i} is"}) for i in range(40)),
+    "test.csv": "question\n" + "\n".join(f"movie number {i} is" for i in range(4)),
+    "train.csv": "question\n" + "\n".join(f"film number {i} is" for i in range(40)),
+    "scores.jsonl": "\n".join(
+        json.dumps({"prompt": "the film is", "completion": f" {word} {i}", "score": score})
+        for i in range(12)
+        for word, score in (("good", 0.9), ("bad", -0.9))
+    ),
+}
+MY_FILES["prompts.jsonl"], MY_FILES["rows.jsonl"] = MY_FILES["my.jsonl"], MY_FILES["scores.jsonl"]
+SHORT = {"rows": 8, "max_new_tokens": 6, "eval_prompts": 4, "samples": 2, "eval_every": 48, "checkpoint_every": 48}
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end after a rollout or two of few short texts."""
+    begin = Run.__init__
+
+    def short(self: Run, algorithm: str, config: RunConfig, *args: Any, **kwargs: Any) -> None:
+        timesteps = 96 if kwargs.get("resume") else 48
+        begin(self, algorithm, dataclasses.replace(config, **SHORT, timesteps=timesteps), *args, **kwargs)
+
+    monkeypatch.setattr(Run, "__init__", short)
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch, short_runs):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from textgym.agents.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    for name, text in MY_FILES.items():
+        (tmp_path / name).write_text(text)
+    for block in blocks(page):
+        if block.language == "yaml":
+            (tmp_path / "my.yaml").write_text(block.code)
+    for block in blocks(page):
+        if block.language != "bash" or block.skipped:
+            continue
+        for words in commands_of(block):
+            if words[:2] == ["pip", "install"]:
+                continue
+            assert words[0] == "textgym", f"{page.name}, line {block.line}: say why {words[0]} is not run"
+            done = CliRunner().invoke(app, words[1:], env={"COLUMNS": "200"})
+            assert done.exit_code == 0, f"{page.name}: {shlex.join(words)}\n{done.output[-2000:]}"
+
+
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_the_commands_of_a_page_have_the_options_it_names(page):
     typer = pytest.importorskip("typer")
@@ -78,12 +149,12 @@ def test_the_commands_of_a_page_have_the_options_it_names(page):
 
     commands = typer.main.get_command(app).commands
     for block in blocks(page):
-        for line in block.code.replace("\\\n", " ").splitlines() if block.language == "bash" else []:
-            if not line.startswith("textgym "):
+        for words in commands_of(block) if block.language == "bash" else []:
+            if words[0] != "textgym":
                 continue
-            words = shlex.split(line, comments=True)
             known = {"--help"} | {option for parameter in commands[words[1]].params for option in parameter.opts}
-            assert {word for word in words if word.startswith("--")} <= known, f"{page.name}: {line}"
+            known |= {option for parameter in commands[words[1]].params for option in parameter.secondary_opts}
+            assert {word for word in words if word.startswith("--")} <= known, f"{page.name}: {shlex.join(words)}"
 
 
 def test_every_page_of_the_docs_is_in_the_navigation():

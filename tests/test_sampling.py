@@ -12,7 +12,8 @@ from tiny_models import BOS, EOS, PAD, UNK
 
 from textgym.action_masks import masks_of
 from textgym.agents import PPO
-from textgym.agents.runs.recorder import held_out_evaluation
+from textgym.agents.runs import RunConfig
+from textgym.agents.runs.held_out import HeldOutPrompts
 from textgym.evaluation import completion_log_probs, evaluate, score_tokens
 from textgym.generation import complete, complete_rows
 from textgym.language_model import LanguageModel, load_language_model
@@ -55,7 +56,8 @@ def test_what_samples_from_a_masked_policy_writes_the_only_allowed_text(far_from
     assert allowed != model.policy.generate(PROMPTS, seed=0, action_masking=False, top_k=0)
 
     assert model.policy.generate(PROMPTS, seed=0) == allowed
-    held_out = held_out_evaluation(model, envs, [PromptRow(prompt) for prompt in PROMPTS])
+    prompts = HeldOutPrompts([PromptRow(prompt) for prompt in PROMPTS], RunConfig(eval_prompts=4))
+    held_out = prompts.evaluate(model, envs)
     assert held_out.completions == allowed
     np.testing.assert_allclose(held_out.kl, 0, atol=1e-6)  # nothing else could be chosen by either
     np.testing.assert_allclose(held_out.ref_log_prob, 0, atol=1e-6)

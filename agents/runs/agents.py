@@ -80,6 +80,10 @@ def resolved(algorithm: str, config: RunConfig) -> RunConfig:
             raise ValueError(
                 f"{field.name}={values[field.name]!r} is no option of {algorithm}; its own are {', '.join(own)}"
             )
+    if config.stats_window_size is None:
+        # Training's figures stand beside held-out ones of the same weights: older episodes are of older weights.
+        whole = (values["n_steps"] or config.max_new_tokens) // config.max_new_tokens
+        values["stats_window_size"] = values["episodes"] or config.rows * max(1, whole)
     return RunConfig(**values)
 
 

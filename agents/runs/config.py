@@ -205,13 +205,18 @@ class RunConfig:
         ALGORITHM,
         "most that a token drawn with rollout_dtype counts for its probability under the weights; default 2",
     )
-    stats_window_size: int | None = _option(None, ALGORITHM, "episodes that rollout/* are averaged over; default 100")
+    stats_window_size: int | None = _option(
+        None, ALGORITHM, "newest episodes that rollout/* are averaged over; default about as many as a rollout has"
+    )
 
     timesteps: int = _option(49_152, RUN, "tokens to train on, of all processes")
     seed: int = _option(0, RUN, "of everything random")
     threads: int | None = _option(None, RUN, "CPU threads; default what torch chooses")
     eval_every: int = _option(8_192, RUN, "tokens between two evaluations on held-out prompts")
     eval_prompts: int = _option(128, RUN, "held-out prompts that are completed in an evaluation")
+    patience: int | None = _option(
+        None, RUN, "end training after so many evaluations in a row without a better held-out score than the best"
+    )
     samples: int = _option(8, RUN, "completions of an evaluation that are kept as a table")
     checkpoint_every: int = _option(8_192, RUN, "tokens between two checkpoints")
     keep_checkpoints: int = _option(2, RUN, "newest checkpoints that stay")
@@ -233,6 +238,8 @@ class RunConfig:
             check_int("threads", self.threads, low=1)
         check_number("process_timeout", self.process_timeout, low=0.0, open_low=True, unit="seconds")
         check_int("samples", self.samples, low=0)
+        if self.patience is not None:
+            check_int("patience", self.patience, low=1)
         check_seed("seed", self.seed)
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
             raise ValueError("lora_alpha and lora_target_modules say how LoRA is to be: they need lora_rank")

@@ -15,9 +15,10 @@ from textgym.agents.checkpoints import training_state, write_checkpoint
 from textgym.agents.distributed import Processes
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.runs.config import RunConfig
+from textgym.agents.runs.diagnosis import diagnose
 from textgym.agents.runs.folder import GrowingFile, JSONLines, ResumableTensorBoard, RunFolder
+from textgym.agents.runs.held_out import BestEvaluation, HeldOutPrompts, held_out_figures
 from textgym.envs import TextGenVectorEnv
-from textgym.evaluation import Evaluation, evaluate
 from textgym.prompts import PromptRow
 
 
@@ -50,13 +51,14 @@ class RunRecorder(BaseCallback):
         self.config = config
         self.folder = folder
         self.envs = envs
-        self.held_out = held_out[: config.eval_prompts]
+        self.held_out = HeldOutPrompts(held_out, config)
         self.metrics, self.sample_file = GrowingFile(folder.metrics), GrowingFile(folder.samples)
         self.evaluations: list[dict[str, Any]] = []  # figures of each, with the timesteps
         self.stop_requested = False
         self._evaluated: int | None = None  # timesteps of the newest evaluation
         self._checkpointed: int | None = None
-        self._best = float("-inf")
+        self._best = BestEvaluation()
+        self.out_of_patience = False
         self._seconds = 0.0  # of training, without what was lost after a checkpoint
         self._resumed_at = time.monotonic()
 
@@ -75,7 +77,7 @@ class RunRecorder(BaseCallback):
     # What SB3 calls
 
     def _on_step(self) -> bool:
-        return True
+        return not self.out_of_patience
 
     def _on_training_start(self) -> None:
         self._resumed_at = time.monotonic()
@@ -90,7 +92,7 @@ class RunRecorder(BaseCallback):
         steps = self.model.num_timesteps
         stop = self.processes.any(self.stop_requested)
         due = self._evaluated is None or steps - self._evaluated >= self.config.eval_every
-        if due or (last and self._evaluated != steps):
+        if due or (last and self._evaluated != steps and not self.out_of_patience):
             self._evaluate(steps)
         # The figures of an update, which SB3 would write with the next rollout, stand at the tokens they belong to.
         self.logger.dump(steps)
@@ -106,16 +108,20 @@ class RunRecorder(BaseCallback):
     def _evaluate(self, steps: int) -> None:
         self._evaluated = steps
         self.processes.on_main(lambda: self._evaluate_here(steps))
+        if self.config.patience is not None:
+            waited = self.processes.is_main and self._best.without_better >= self.config.patience
+            self.out_of_patience = self.processes.any(waited)
 
     def _evaluate_here(self, steps: int) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
-        evaluation = held_out_evaluation(self.model, self.envs, self.held_out)
-        figures = {name: float(value) for name, value in evaluation.figures().items()}
+        evaluation = self.held_out.evaluate(self.model, self.envs)
+        figures = held_out_figures(evaluation)
         self.evaluations.append({"timesteps": steps, **figures})
         names = {"score": "score_mean", "length": "ep_len_mean"}
         for name, value in figures.items():
             self.logger.record(f"eval/{names.get(name, name)}", value)
-        for i in range(min(self.config.samples, len(evaluation.prompts))):
+        every = self.held_out.completions_per_prompt
+        for i in range(0, every * min(self.config.samples, len(self.held_out.rows)), every):
             self.sample_file.append(
                 {
                     "timesteps": steps,
@@ -125,8 +131,7 @@ class RunRecorder(BaseCallback):
                     "kl": float(evaluation.kl[i]),
                 }
             )
-        if steps and figures["score"] > self._best:
-            self._best = figures["score"]
+        if steps and self._best.take(self.held_out.scores(evaluation)):
             self._keep_best(steps, figures)
 
     def _keep_best(self, steps: int, figures: dict[str, float]) -> None:
@@ -149,6 +154,10 @@ class RunRecorder(BaseCallback):
         keep = self.config.keep_checkpoints
         self.processes.on_main(lambda: write_checkpoint(self.folder.checkpoints, state, steps, keep))
 
+    def diagnosis(self) -> list[str]:
+        """What is conspicuous in the held-out figures, a sentence each."""
+        return diagnose(self.evaluations[0], self.evaluations[-1]) if len(self.evaluations) > 1 else []
+
     # Checkpoints
 
     @property
@@ -160,7 +169,8 @@ class RunRecorder(BaseCallback):
         return {
             "evaluated": self._evaluated,
             "checkpointed": self._checkpointed,
-            "best": self._best,
+            "best": self._best.state_dict(),
+            "out_of_patience": self.out_of_patience,
             "evaluations": self.evaluations,
             "metrics_bytes": self.metrics.size,
             "samples_bytes": self.sample_file.size,
@@ -169,17 +179,12 @@ class RunRecorder(BaseCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._evaluated, self._checkpointed = state["evaluated"], state["checkpointed"]
-        self._best, self.evaluations = state["best"], state["evaluations"]
+        self._best.load_state_dict(state["best"])
+        self.out_of_patience, self.evaluations = state["out_of_patience"], state["evaluations"]
         self._seconds = state["seconds"]
         if self.processes.is_main:
             self.metrics.cut(state["metrics_bytes"])
             self.sample_file.cut(state["samples_bytes"])
-
-
-def held_out_evaluation(model: TextOnPolicyAlgorithm, envs: TextGenVectorEnv, prompts: list[PromptRow]) -> Evaluation:
-    """One completion of each prompt, sampled as in training and the same in every evaluation of the same weights."""
-    reference = envs.reference_language_model()
-    return evaluate(model.policy.language_model, reference, envs.reward, prompts, envs.sampling, seed=0)
 
 
 def sample_table(rows: list[dict[str, Any]]) -> str:
