@@ -68,6 +68,16 @@ def test_single_environments_get_the_coefficient_too():
     assert all(e.unwrapped.kl_coef == coefs[0] for e in env.envs)
 
 
+def test_the_coefficient_stays_above_its_least_however_many_texts_a_rollout_has():
+    env = tiny_vector_env(6, kl_coef=0.2)
+    model = tiny_ppo(env, n_steps=16, learning_rate=3e-3)
+    adaptive = AdaptiveKLCallback(target=0.5, horizon=1, least=0.2)  # a rollout has more than five horizons
+    coefs = values_of(logs_of_learning(model, 6 * 16 * 5, callback=adaptive), "train/kl_coef")
+    assert coefs[0] == 0.2  # the KL was 0, and would have let it fall
+    assert coefs[-1] > 0.2
+    assert AdaptiveKLCallback(target=1e9, horizon=1, least=0.3, init_kl_coef=0.4).controller.update(0.0, 4) == 0.3
+
+
 def test_impossible_arguments_are_refused():
     for arguments, message in [
         ({"target": 0.0, "horizon": 10}, "target=.* must be"),

@@ -91,7 +91,7 @@ score = reward
     "test.csv": "question\n" + "\n".join(f"movie number {i} is" for i in range(4)),
     "train.csv": "question\n" + "\n".join(f"film number {i} is" for i in range(40)),
     "scores.jsonl": "\n".join(
-        json.dumps({"prompt": "the film is", "completion": f" {word} {i}", "score": score})
+        json.dumps({"prompt": f"film number {i} is", "completion": f" {word} {i}", "score": score})
         for i in range(12)
         for word, score in (("good", 0.9), ("bad", -0.9))
     ),

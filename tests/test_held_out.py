@@ -10,6 +10,7 @@ import pytest
 from tiny_agents import tiny_language_model
 
 from textgym.agents.runs import Run, RunConfig
+from textgym.agents.runs.agents import resolved
 from textgym.agents.runs.diagnosis import diagnose
 from textgym.agents.runs.held_out import BestEvaluation, HeldOutPrompts
 from textgym.prompts import PromptRow
@@ -114,3 +115,15 @@ def test_training_figures_are_those_of_one_rollout(small: dict[str, Any], tmp_pa
     assert run.config.stats_window_size == 4
     assert Run("ppo", RunConfig(**{**small, "n_steps": 8}), tmp_path / "b").config.stats_window_size == 8
     assert Run("ppo", RunConfig(**small, stats_window_size=50), tmp_path / "c").config.stats_window_size == 50
+
+
+def test_only_a_pretrained_model_is_kept_near_its_reference_by_default():
+    def kl_of(**options: Any) -> tuple[Any, ...]:
+        config = resolved("ppo", RunConfig(max_new_tokens=20, rows=8, timesteps=32_000, **options))
+        return config.kl_target, config.kl_coef_min, config.kl_horizon
+
+    assert kl_of() == (0.0, 0.0, 10_000.0)
+    assert kl_of(model="smollm2") == (4.0, 0.05, 80.0)
+    assert kl_of(model="smollm2", kl_target=0) == (0.0, 0.0, 10_000.0)
+    assert kl_of(model="smollm2", kl_coef=0) == (0.0, 0.0, 10_000.0)
+    assert kl_of(model="smollm2", kl_target=3, kl_coef_min=0.01) == (3.0, 0.01, 10_000.0)

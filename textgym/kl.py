@@ -59,15 +59,18 @@ class AdaptiveKLController:
     :param init_kl_coef: the first β
     :param target: the KL to aim for, in nats, summed over a completion
     :param horizon: over how many completions β may change by a factor of about e^0.2
-    :raises ValueError: if one of them is not finite and positive
+    :param least: no smaller β
+    :raises ValueError: if one of the first three is not finite and positive, or ``least`` is negative
     """
 
-    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+    def __init__(self, init_kl_coef: float, target: float, horizon: float, least: float = 0.0) -> None:
         for name, value in {"init_kl_coef": init_kl_coef, "target": target, "horizon": horizon}.items():
             check_number(name, value, low=0.0, open_low=True)
         self.kl_coef = float(init_kl_coef)
         self.target = float(target)
         self.horizon = float(horizon)
+        check_number("least", least, low=0.0)
+        self.least = float(least)
 
     def update(self, kl: float, n: int) -> float:
         """Adapt the coefficient to a measurement.
@@ -82,5 +85,5 @@ class AdaptiveKLController:
         if not 0 <= n < 5 * self.horizon:
             raise ValueError(f"n must be at least 0 and less than 5 * horizon = {5 * self.horizon:g}, got {n}")
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.kl_coef *= 1 + error * n / self.horizon
+        self.kl_coef = max(self.kl_coef * (1 + error * n / self.horizon), self.least)
         return self.kl_coef

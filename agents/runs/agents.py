@@ -37,6 +37,7 @@ AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
 }
 # The options whose values have other names on the command line.
 _NORMALIZE: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}
+KL_PER_TOKEN = 0.2  # nats that a pretrained model may be from its reference, where no kl_target is given
 _GENERAL = ("lr_schedule",)  # of every agent, by way of the learning rate
 
 
@@ -84,7 +85,27 @@ def resolved(algorithm: str, config: RunConfig) -> RunConfig:
         # Training's figures stand beside held-out ones of the same weights: older episodes are of older weights.
         whole = (values["n_steps"] or config.max_new_tokens) // config.max_new_tokens
         values["stats_window_size"] = values["episodes"] or config.rows * max(1, whole)
-    return RunConfig(**values)
+    return RunConfig(**_with_kl_target(values))
+
+
+def _with_kl_target(values: dict[str, Any]) -> dict[str, Any]:
+    """With a target of the KL where none is given: a pretrained model is worth staying near.
+
+    A fixed β keeps a policy as near as the reward is small; one that rises above a target does whatever the reward.
+    """
+    found = dict(values)
+    if found["kl_target"] is None:
+        found["kl_target"] = 0.0
+        if found["model"] != "embedded" and found["kl_coef"] > 0:
+            found["kl_target"] = round(KL_PER_TOKEN * found["max_new_tokens"], 6)
+            completions = found["timesteps"] / found["max_new_tokens"]
+            # By a factor of 1.2 in a rollout of whole episodes, or more slowly in a long run.
+            horizon = max(completions / 20, float(found["rows"]))
+            defaults = {"kl_coef_min": found["kl_coef"], "kl_horizon": horizon}
+            found.update({name: value for name, value in defaults.items() if found[name] is None})
+    defaults = {"kl_coef_min": 0.0, "kl_horizon": 10_000.0}
+    found.update({name: value for name, value in defaults.items() if found[name] is None})
+    return found
 
 
 def arguments_of(algorithm: str, config: RunConfig) -> dict[str, Any]:

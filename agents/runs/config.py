@@ -89,8 +89,20 @@ class RunConfig:
     reward_every: str = _option("1", REWARD, "score every so many tokens and at the end; end: only the finished text")
     kl_coef: float = _option(0.05, REWARD, "weight of the KL penalty; 0 for none")
     kl_estimator: Literal["k1", "k2", "k3"] = _option("k1", REWARD, "estimator of the KL per token")
-    kl_target: float | None = _option(None, REWARD, "adapt kl_coef so that the KL per completion approaches this, nats")
-    kl_horizon: float = _option(10_000.0, REWARD, "completions over which kl_coef may change by a factor of about 1.2")
+    kl_target: float | None = _option(
+        None,
+        REWARD,
+        "adapt kl_coef so that the KL per completion approaches this, nats; 0: kl_coef stays. Default 0 for the "
+        "embedded model, for others 0.2 times max_new_tokens, with kl_coef as kl_coef_min",
+    )
+    kl_coef_min: float | None = _option(None, REWARD, "adapting makes kl_coef no less than this; default 0")
+    kl_horizon: float | None = _option(
+        None,
+        REWARD,
+        "completions over which kl_coef may change by a factor of about 1.2; default 10000, and less where kl_target "
+        "is a default",
+    )
+    max_kl: float | None = _option(None, REWARD, "end training when a rollout's KL per completion exceeds this, nats")
     missing_eos_penalty: float = _option(0.0, REWARD, "subtracted where the token budget ran out")
 
     rows: int = _option(64, EPISODE, "texts written side by side, by each process")
@@ -243,7 +255,14 @@ class RunConfig:
         check_seed("seed", self.seed)
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
             raise ValueError("lora_alpha and lora_target_modules say how LoRA is to be: they need lora_rank")
-        if self.kl_target is not None and self.kl_coef <= 0:
+        for name in ("kl_target", "kl_coef_min", "max_kl"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0.0)
+        if self.kl_horizon is not None:
+            check_number("kl_horizon", self.kl_horizon, low=0.0, open_low=True)
+        if self.max_kl is not None and self.kl_coef == 0:
+            raise ValueError(f"max_kl={self.max_kl} is a limit of the KL, and with kl_coef=0 none is measured")
+        if self.kl_target and self.kl_coef <= 0:
             raise ValueError(
                 f"kl_target={self.kl_target} adapts kl_coef by factors, but kl_coef={self.kl_coef}: make it positive"
             )

@@ -20,6 +20,7 @@ import textgym  # noqa: F401  registers the environment ids
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import resume as resume_training
 from textgym.agents.distributed import DividePrompts, ProcessError, Processes, SharedPrompts
+from textgym.agents.early_stopping import StopOnKL
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.plots import plot_runs
 from textgym.agents.runs.agents import agent_class, arguments_of, resolved
@@ -152,8 +153,12 @@ class Run:
         self.callbacks: list[BaseCallback] = []
         if isinstance(prompts, SharedPrompts):
             self.callbacks.append(DividePrompts(prompts))
-        if config.kl_target is not None:
-            self.callbacks.append(AdaptiveKLCallback(config.kl_target, config.kl_horizon))
+        if config.kl_target:
+            assert config.kl_horizon is not None  # it is resolved
+            least = config.kl_coef_min or 0.0
+            self.callbacks.append(AdaptiveKLCallback(config.kl_target, config.kl_horizon, least=least))
+        if config.max_kl is not None:
+            self.callbacks.append(StopOnKL(config.max_kl, verbose=1))
         self.callbacks.append(self.recorder)  # last, so that its checkpoints see what the others remember
         self.resumed_from: Path | None = None
         if resume:
