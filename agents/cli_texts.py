@@ -355,6 +355,9 @@ def _unseen(console: Console, subjects: list[Subject], rows: list[PromptRow]) ->
     :raises ValueError: if there are none
     """
     seen = [subject.learned_from(rows) for subject in subjects]
+    if all(seen[0]):  # its run holds nothing out, and has said so
+        _warn_of_seen(console, subjects, rows, "its own run, which holds none out")
+        return rows
     for subject, learned in zip(subjects, seen, strict=True):
         if any(learned):
             console.print(
