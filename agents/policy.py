@@ -186,7 +186,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         )
         self.language_model.cached(self.context)  # raises now if the model's context is too short
         self.transformer = model
-        width = int(model.get_output_embeddings().weight.shape[1])  # H
+        width = self.language_model.hidden_size  # H
         last = nn.Linear(width, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from textgym.layer_types import Reach, attention_reach
 from textgym.packing import pack, worth_packing
 from textgym.slot_cache import SlotCache, has_states
+from textgym.trunk import trunk_of
 from textgym.vocabulary import position_limit
 
 SHARED_TOKENS = 4  # fewer are sooner read than copied from another slot
@@ -54,7 +55,7 @@ class CachedModel:
         self._compiled_join = torch.compile(self._run, dynamic=True) if compile else None
         # Minibatches differ in their rows and widths; without dynamic=True each would be compiled anew.
         self._compiled_pass = torch.compile(self._pass, dynamic=True) if compile_learning else None
-        self.trunk: nn.Module = model.base_model
+        self.trunk: nn.Module = trunk_of(model)
         self._weights = WeightsVersion(self.trunk)
         limit = position_limit(model.config)
         if limit is not None and context > limit:

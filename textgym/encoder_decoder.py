@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 
 from textgym import cached_model
 from textgym.cached_model import CachedModel, as_numpy, groups
@@ -62,34 +62,40 @@ def split(ids: np.ndarray, lengths: np.ndarray, prompt_lengths: np.ndarray, star
     return EncoderDecoderInputs(ids[:, : len(places)] * mask, mask, np.concatenate([start, completions], axis=1))
 
 
-def model_inputs(config: PreTrainedConfig, ids: Tensor, prompt_length: int) -> dict[str, Tensor]:
+def model_inputs(model: PreTrainedModel, ids: Tensor, prompt_length: int) -> dict[str, Tensor]:
     """Keyword arguments of a model's own forward over one row, such that its last state is that of the last token.
 
     :param ids: ``(1, L)`` prompt and completion
     :param prompt_length: how many of these are prompt; decoder-only models read both as one text
     """
-    if not is_encoder_decoder(config):
+    if not is_encoder_decoder(model.config):
         return {"input_ids": ids}
     row = ids.cpu().numpy()
-    parts = split(row, np.array([row.shape[1]]), np.array([prompt_length]), start_token_id(config))
+    parts = split(row, np.array([row.shape[1]]), np.array([prompt_length]), start_token_id(model))
     return {
         "input_ids": torch.as_tensor(parts.encoder_ids, device=ids.device),
         "decoder_input_ids": torch.as_tensor(parts.decoder_ids, device=ids.device),
     }
 
 
-def start_token_id(config: PreTrainedConfig) -> int:
+def start_token_id(model: PreTrainedModel) -> int:
     """What the decoder reads before the first token of a completion.
 
-    :raises ValueError: if the configuration does not say
+    :raises ValueError: if neither the model's configuration nor the one for generation says
     """
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        raise ValueError(
-            "the configuration of this encoder-decoder has no decoder_start_token_id, the token that completions "
-            "begin after; set it in model.config (T5's is its pad_token_id)"
-        )
-    return int(start)
+    generation = getattr(model, "generation_config", None)
+    for config, name in (
+        (model.config, "decoder_start_token_id"),
+        (generation, "decoder_start_token_id"),
+        (generation, "bos_token_id"),  # as generate() has it
+    ):
+        start = getattr(config, name, None)
+        if isinstance(start, int):
+            return start
+    raise ValueError(
+        "the configuration of this encoder-decoder has no decoder_start_token_id, the token that completions "
+        "begin after; set it in model.config (T5's is its pad_token_id)"
+    )
 
 
 class EncoderDecoder(CachedModel):
@@ -113,7 +119,7 @@ class EncoderDecoder(CachedModel):
         super().__init__(model, context)
         self.encoder: nn.Module = model.get_encoder()
         self.decoder: nn.Module = model.get_decoder()
-        self._start_token = start_token_id(model.config)
+        self._start_token = start_token_id(model)
         self._prompt_lengths = np.zeros(0, dtype=np.int64)  # (S,) of the rows behind the cached states
 
     @cached_property

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from textgym.cached_model import CachedModel
@@ -22,13 +22,24 @@ from textgym.grouped_model import GroupedModel
 from textgym.prefix_model import PrefixModel
 from textgym.shared_weights import copy_sharing_weights
 from textgym.slot_cache import has_states
+from textgym.trunk import trunk_of
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 TOKENS = 8  # of the rows that are tried; less where the model's context is shorter
 PROMPT_TOKENS = np.array([3, 1])  # how many of these an encoder reads
 WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")  # what configurations call them
 SMALL_WINDOW = 2
-FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError)
+PAD_AT = [5, 4]  # where the rows have a padding token that belongs to the text, as sampling may draw it
+FAILURES = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    AssertionError,
+)
 
 
 Found: TypeAlias = "tuple[type[CachedModel], str | None]"  # a machinery, and why it is none with a cache
@@ -152,7 +163,7 @@ def fast_machine(stepped: SteppedModel) -> Found:
     limit = context_limit(stepped.model.config)
     plain = check_prefixes(stepped, limit)  # (S, 2, H)
     ids, stages = _rows(stepped, limit)
-    last = model_inputs(stepped.model.config, ids[1:, : stages[-1, 1]], int(PROMPT_TOKENS[1]))
+    last = model_inputs(stepped.model, ids[1:, : stages[-1, 1]], int(PROMPT_TOKENS[1]))
     expected = stepped.output(last).float()  # (V,)
     logits = stepped.head(plain)  # (S, 2, V)
     error = _largest(logits[-1, 1] - expected)
@@ -262,9 +273,13 @@ def _rows(stepped: SteppedModel, limit: int | None) -> tuple[Tensor, np.ndarray]
     longest = TOKENS if limit is None else min(limit, TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, stepped.vocab_size, (2, longest), generator=generator).to(stepped.model.device)
-    pad = stepped.model.config.get_text_config().pad_token_id
-    if pad is not None:  # a sequence classifier looks for the last token that is none
+    pad = getattr(stepped.model.config.get_text_config(), "pad_token_id", None)
+    if pad is not None:
         ids[ids == pad] = (pad + 1) % stepped.vocab_size
+        if longest == TOKENS and pad < stepped.vocab_size:
+            # Some models don't count such a token as a position or don't show it to others, without a cache or with
+            # one. It isn't the last of a stage: a sequence classifier looks for the last token that is none.
+            ids[[0, 1], PAD_AT] = pad
     # Two rows are begun, then go on from different places with different numbers of tokens, then with one each.
     stages = np.array([[longest - 3, 1], [longest - 1, longest - 2], [longest, longest - 1]])
     return ids, stages.clip(1, longest)
@@ -294,18 +309,17 @@ def _packed(stepper: CachedModel, ids: Tensor, lengths: np.ndarray) -> Tensor:
 def _each_alone(model: PreTrainedModel, ids: Tensor, stages: np.ndarray) -> Tensor:
     """Hidden states at the last token of each row, ``(S, 2, H)``; no padding, no cache, one row at a time."""
     parts = [
-        _own_states(model, model_inputs(model.config, ids[row : row + 1, :length], int(PROMPT_TOKENS[row])))[0, -1]
+        own_states(model, model_inputs(model, ids[row : row + 1, :length], int(PROMPT_TOKENS[row])))[0, -1]
         for lengths in stages.tolist()
         for row, length in enumerate(lengths)
     ]
     return torch.stack(parts).view(len(stages), 2, -1).float()
 
 
-def _own_states(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def own_states(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The last hidden states of a model's own forward, of the decoder where there are two."""
     if not is_encoder_decoder(model.config):
-        trunk: nn.Module = model.base_model
-        return trunk(**inputs, use_cache=False).last_hidden_state
+        return trunk_of(model)(**inputs, use_cache=False).last_hidden_state
     # T5's language model is its own base model, and hands out these states in another place than others.
     # Asked for them, transformers puts hooks into the modules that can't be pickled: hence the copy.
     output = copy_sharing_weights(model).base_model(**inputs, use_cache=False, output_hidden_states=True)
@@ -314,11 +328,14 @@ def _own_states(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def _tolerance(stepped: SteppedModel, values: Tensor) -> float:
     """Rounding differs between forwards of different shapes; a wrong mask or position shows in the first digit."""
-    if stepped.model.dtype != torch.float32:
-        relative = 5e-2
-    else:  # TF32 and the like round to three digits
-        relative = 3e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-2
-    return relative * float(values.abs().max())
+    return relative_tolerance(stepped.model.dtype) * float(values.abs().max())
+
+
+def relative_tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to compute the same may differ, relative to the largest number."""
+    if dtype != torch.float32:
+        return 5e-2
+    return 3e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-2  # TF32 and the like: three digits
 
 
 def _largest(difference: Tensor) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +32,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from textgym.cached_model import CachedModel
-from textgym.exactness import SteppedModel, Stepping, first_line
+from textgym.encoder_decoder import model_inputs
+from textgym.exactness import FAILURES, SteppedModel, Stepping, first_line, own_states, relative_tolerance
+from textgym.head import close, is_right, own_logits
 from textgym.merging import adapter_base, carries_adapter, is_peft_model, merged_from, without_adapter
 from textgym.reordered_weights import ReorderedWeights, worth_reordering
 from textgym.template_arguments import with_template_arguments
@@ -42,11 +45,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
+TRIED = 4  # tokens that go through a model to find out what its head does
 CPU_HEAD_ELEMENTS = 2**24  # and on a CPU, where no gradients are wanted (64 MiB)
 
 
 class LanguageModel:
     """A Hugging Face language model, decoder-only or encoder-decoder, and its tokenizer.
+
+    ``hidden_size`` is the width of its last hidden states.
 
     :param model: the model; put in evaluation mode, so that dropout never acts
     :param tokenizer: its tokenizer
@@ -85,15 +91,47 @@ class LanguageModel:
             generation = getattr(model, "generation_config", None)
             self.vocabulary = Vocabulary(tokenizer, model.config, self.name, generation)
         config: Any = model.config.get_text_config()
-        # Everything some architectures do to the logits behind the linear head.
+        # What the best known architectures do to the logits behind the linear head.
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._multiplier = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self._multiplier = _number(config, "logit_scale") / _number(config, "logits_scaling")
         if getattr(config, "scale_decoder_outputs", False):  # T5, but not T5 1.1
             self._multiplier *= float(config.d_model) ** -0.5
-        stepped = SteppedModel(model, f"language_model={self.name}", self.vocab_size, self.head, self._last_logits)
+        self.hidden_size: int = head.weight.shape[-1] if like is None else like.hidden_size
+        self._runs_own_head: bool = False  # whether another head than that is needed
+        self._runs_own_head = self._needs_own_head() if like is None else like._runs_own_head
+        name = f"language_model={self.name}"
+        stepped = SteppedModel(
+            model, name, self.vocab_size, lambda hidden: self._computed_logits(hidden).float(), self._last_logits
+        )
         self._stepping: Stepping = Stepping(stepped, None if like is None else like._stepping)
+
+    @torch.no_grad()
+    def _needs_own_head(self) -> bool:
+        """Whether only the model's own code makes its logits of its last hidden states, found out by trying.
+
+        :raises ValueError: if that does not, either
+        """
+        model, kind, tolerance = self.model, type(self.model).__name__, relative_tolerance(self.model.dtype)
+        try:
+            ids = torch.arange(TRIED, 2 * TRIED, device=self.device)[None] % self.vocab_size
+            inputs = model_inputs(model, ids, TRIED // 2)
+            last = own_states(model, inputs)[0, -1]
+            expected, self.hidden_size = self._last_logits(inputs).float(), len(last)
+        except FAILURES:
+            return False  # no language model that can be stepped: the next to try it says so
+        with contextlib.suppress(*FAILURES):
+            if is_right(self._computed_logits, model, inputs, last, tolerance):
+                return False
+        try:
+            right, why = close(own_logits(model, last).float(), expected, tolerance), "other logits come of that"
+        except FAILURES as e:
+            right, why = False, f"{type(e).__name__}: {first_line(e)}"
+        if right:
+            return True
+        raise ValueError(
+            f"language_model={self.name}: the logits of {kind} are not its output layer applied to its last hidden "
+            f"states, nor can its own code be run on these alone ({why}), and textgym needs one or the other"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -165,13 +203,23 @@ class LanguageModel:
         :param hidden: ``(..., H)``
         :return: ``(..., V)`` float32
         """
-        return self._own_logits(hidden).float()
+        return self._all_logits(hidden).float()
 
-    def _own_logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+    def _all_logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """The same in the type of the head's products.
+
+        Some models cut the ids off that pad their vocabulary; here those are there, with a probability of 0.
 
         :param room: from :meth:`_room_for_logits`; the products are put there
         """
+        logits = self._computed_logits(hidden, room)
+        missing = self.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min / 1e3) if missing > 0 else logits
+
+    def _computed_logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+        """The logits that the model itself computes, in the type of the head's products; see :meth:`_all_logits`."""
+        if self._runs_own_head:
+            return own_logits(self.model, hidden)
         head = self.model.get_output_embeddings()
         logits: Tensor = head(hidden) if room is None else torch.mm(hidden, head.weight.T, out=room[: len(hidden)])
         if self._multiplier != 1.0:
@@ -187,7 +235,7 @@ class LanguageModel:
         where freed memory is kept (:mod:`textgym.freed_memory`), may put it behind the last one, not in its place.
         """
         head = self.model.get_output_embeddings()
-        if not is_plain_linear(head) or torch.is_autocast_enabled(hidden.device.type):
+        if self._runs_own_head or not is_plain_linear(head) or torch.is_autocast_enabled(hidden.device.type):
             return None
         return hidden.new_empty(rows, len(head.weight)) if hidden.dtype == head.weight.dtype else None
 
@@ -218,7 +266,8 @@ class LanguageModel:
         head = self.model.get_output_embeddings()
         learning = torch.is_grad_enabled()
         second = with_entropy and entropy_gradient  # whether there is a second derivative
-        fused = learning and not second and self._soft_cap is None and is_plain_linear(head)
+        plain = not self._runs_own_head and self._soft_cap is None and is_plain_linear(head)
+        fused = learning and not second and plain
         scoring_on_cpu = hidden.device.type == "cpu" and not learning
         most = min(HEAD_ELEMENTS, CPU_HEAD_ELEMENTS) if scoring_on_cpu else HEAD_ELEMENTS
         size = max(1, most // self.vocab_size)
@@ -228,7 +277,7 @@ class LanguageModel:
             if fused:
                 return TokenScores.apply(h, head.weight, token, self._multiplier / temperature, mask)
             if not learning:
-                return score_logits(self._own_logits(h, room), token, 1 / temperature, mask, with_entropy)
+                return score_logits(self._all_logits(h, room), token, 1 / temperature, mask, with_entropy)
             log_probs = log_distribution(self.head(h), temperature, mask)  # (n, V)
             chosen = log_probs.gather(1, token[:, None]).squeeze(1)
             if not with_entropy:
@@ -272,6 +321,12 @@ class LanguageModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         # Gymnasium deep-copies the keyword arguments of an EnvSpec; models are shared, never copied.
         return self
+
+
+def _number(config: Any, name: str) -> float:
+    """A factor in a configuration; 1 where there is none, or something else under its name."""
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and value else 1.0
 
 
 def log_distribution(logits: Tensor, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:

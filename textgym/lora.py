@@ -217,7 +217,7 @@ def reached_layers(model: PreTrainedModel) -> dict[str, bool]:
     try:
         size = model.config.get_text_config().vocab_size
         ids = torch.arange(TOKENS, device=model.device)[None] % size
-        model(**model_inputs(model.config, ids, TOKENS // 2), use_cache=False)
+        model(**model_inputs(model, ids, TOKENS // 2), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -174,6 +174,6 @@ def _difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[float, 
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, size, (1, TOKENS), generator=generator).to(model.device)
-    inputs = model_inputs(model.config, ids, TOKENS // 2)
+    inputs = model_inputs(model, ids, TOKENS // 2)
     one, two = (m(**inputs, use_cache=False).logits.float() for m in (model, other))
     return float((one - two).abs().max()), float(one.abs().max())

@@ -160,13 +160,17 @@ def is_encoder_decoder(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+# What configurations call the number of positions; the first that one has is it.
+POSITIONS = ("max_position_embeddings", "max_target_positions", "max_encoder_position_embeddings", "max_seq_len")
+
+
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Most tokens of a row that the model was built for.
 
     :return: the limit in tokens, None when the configuration names none
     """
     text: Any = config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None)]
+    limits = [next((limit for name in POSITIONS if (limit := getattr(text, name, None)) is not None), None)]
     rope: Any = getattr(text, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         # Where the longest row of a batch passes that length, LongRoPE turns the keys of all rows by other angles.
