@@ -62,13 +62,13 @@ def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     states = hidden.reshape(1, -1, hidden.shape[-1])  # (1, N, H)
     trunk = trunk_of(model)
     if trunk is model:  # T5's language model has its encoder and decoder itself
-        trunk = model.get_decoder()
+        trunk = model.get_decoder()  # type: ignore[operator]
     name = next(name for name, module in model.named_modules() if module is trunk)
     standing_in = _with_part(model, name.split("."), _stand_in(trunk, states))
     ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
     inputs: dict[str, Any] = {"input_ids": ids}
     if is_encoder_decoder(model.config):
-        inputs = {"encoder_outputs": _EncoderStates(last_hidden_state=states[:, :1]), "decoder_input_ids": ids}  # type: ignore[arg-type]
+        inputs = {"encoder_outputs": _EncoderStates(last_hidden_state=states[:, :1]), "decoder_input_ids": ids}
     # Not called as a module: what a library hooked to the whole model has nothing to do with a part of it.
     logits: Tensor = type(model).forward(standing_in, **inputs, use_cache=False).logits
     return logits.reshape(*hidden.shape[:-1], -1)
