@@ -376,5 +376,5 @@ def _draw_legend(figure: Figure, names: list[str], colours: list[Any], held_out:
     if bands:
         entries.append(Patch(color="#767676", alpha=0.25, linewidth=0, label="lowest to highest seed"))
     if held_out:
-        entries.append(Line2D([], [], color="#767676", label="held-out prompts, score with 95 % interval", **_HELD_OUT))
+        entries.append(Line2D([], [], color="#767676", label="held-out prompts", **_HELD_OUT))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 5), frameon=False)
