@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from textgym.agents.a2c import A2C
 from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.callbacks import AdaptiveKLCallback
-from textgym.agents.checkpoints import CheckpointError, TrainingCheckpoints, resume
+from textgym.agents.checkpoints import TrainingCheckpoints, resume
 from textgym.agents.dpo import DPO
 from textgym.agents.early_stopping import StopOnKL
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
@@ -29,6 +29,8 @@ from textgym.agents.saved_agent import TrustWarning
 from textgym.agents.soft_q_learning import SoftQLearning
 from textgym.agents.text_environment import TextEnvironment
 from textgym.agents.trpo import TRPO
+from textgym.checkpoint_folders import CheckpointError
+from textgym.divergence import DivergedError
 
 if TYPE_CHECKING:
     from textgym.agents.imitation import WarmStartReport, warm_start
@@ -45,6 +47,7 @@ __all__ = [
     "TRPO",
     "AdaptiveKLCallback",
     "CheckpointError",
+    "DivergedError",
     "EpisodeBuffer",
     "ExpertIteration",
     "Explore",

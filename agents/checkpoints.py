@@ -21,14 +21,10 @@ and a damaged checkpoint is passed over for the one before it.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import os
 import random
 import re
 import shutil
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -37,14 +33,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.state_files import read_state, write_state
+from textgym.checkpoint_folders import CheckpointError, check_manifest, superfluous, write_whole
 from textgym.checks import check_int
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d{12})")
 # What each process has of its own; weights, optimizer and counters are the same in all.
 _OWN = ("last_episode_starts", "row_kl", "held", "log", "env", "callbacks", "random")
@@ -59,10 +56,6 @@ _COUNTERS = (
 )
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint can't be written, or none can be read."""
-
-
 # The state of a training
 
 
@@ -72,10 +65,12 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
     :param model: the agent
     :param callback: the callback or callbacks of ``learn``; those with a ``state_dict`` are asked for it
     :raises CheckpointError: if wrappers around the environment keep a state of their own
+    :raises DivergedError: if the weights are not finite; a checkpoint of them would be worse than none
     """
     env = _text_vec_env(model)
     if model._last_obs is None:
         raise CheckpointError("training has not begun: there is no state to keep before the first rollout")
+    model.check_finite()
     state = {
         "agent": type(model).__name__,
         "policy": {name: tensor for name, tensor in model.policy.state_dict().items() if name not in _frozen(model)},
@@ -236,28 +231,9 @@ def write_checkpoint(folder: str | Path, state: dict[str, Any], timesteps: int, 
     """
     folder = Path(folder)
     target = folder / f"checkpoint-{timesteps:012d}"
-    partial: Path | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
-        write_state(partial, state)
-        manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in partial.iterdir():
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _flush(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"can't write the checkpoint {target}: {error}; older checkpoints are as they were"
-        ) from error
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
+    write_whole(target, lambda partial: write_state(partial, state))
     if keep is not None:
-        for _, old in checkpoints_in(folder)[:-keep]:
+        for old in superfluous([path for _, path in checkpoints_in(folder)], keep):
             shutil.rmtree(old)
     return target
 
@@ -276,13 +252,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     :raises CheckpointError: if a file of it is missing or not what was written
     """
     path = Path(path)
+    check_manifest(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest.items():
-            if _sha256(path / name) != digest:
-                raise CheckpointError(f"the checkpoint {path} is damaged: {name} is not what was written")
         state: dict[str, Any] = read_state(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
     return state
 
@@ -385,22 +358,3 @@ class TrainingCheckpoints(BaseCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._written = state["written"]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk; without that a crash may leave a name with nothing behind it."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -48,13 +48,18 @@ Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "nlpo", "trpo", "
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Say in one line what is wrong with what the user gave; other errors keep their traceback."""
-    from textgym.agents.checkpoints import CheckpointError
     from textgym.agents.distributed import ProcessError
+    from textgym.checkpoint_folders import CheckpointError
+    from textgym.divergence import DivergedError
     from textgym.rewards import RewardError
 
+    said = (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, ProcessError, RewardError)
     try:
         yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, ProcessError, RewardError) as error:
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted")
+        raise typer.Exit(130) from None
+    except (*said, DivergedError) as error:
         Console(stderr=True).print(f"[bold red]Error[/bold red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
 
@@ -99,6 +104,9 @@ def train(
         Path | None,
         typer.Option("--resume", help="go on with the run in this folder; of the options only --timesteps may change"),
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="with --resume: run Python code that somebody else's run names")
+    ] = False,
     progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
     **options: Any,
 ) -> None:
@@ -109,7 +117,9 @@ def train(
     with _plain_errors():
         from textgym.agents.distributed import ProcessError, Processes
         from textgym.agents.runs.folder import next_free
-        from textgym.agents.runs.training import Run
+        from textgym.agents.runs.training import Run, run_config
+        from textgym.agents.runs.trust import check_code, check_model_code
+        from textgym.divergence import DivergedError
 
         if resume is not None:
             changed = sorted(set(given) - {"timesteps"})
@@ -120,6 +130,9 @@ def train(
                     f"--resume goes on with the run as it was begun; {', '.join(others)} can't be changed, "
                     "only --timesteps can"
                 )
+            _, begun = run_config(resume)
+            check_model_code(begun, resume, trust_code)
+            check_code([begun.reward], resume, trust_code)
             run = Run.resumed(resume, given.get("timesteps"))
         else:
             from_file = {} if config is None else read_config(config)
@@ -136,15 +149,17 @@ def train(
             console.print(f"  {few}", highlight=False)
         if run.resumed_from is not None:
             console.print(f"  from {run.resumed_from.name}, {run.agent.num_timesteps:,} tokens", highlight=False)
+        elif resume is not None:
+            console.print("  from the beginning: the run ended before its first checkpoint")
         try:
             finished = run.train(progress_bar=progress)
         except KeyboardInterrupt:
-            console.print(f"\nStopped at once. The newest checkpoint is whole: textgym train --resume {folder}")
+            console.print(f"\nStopped at once. {run.remains}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
-        except ProcessError as error:
-            raise ProcessError(
-                f"{error}. The newest checkpoint is whole: launch all processes again with --resume {folder}"
-            ) from error
+        except (ProcessError, DivergedError) as error:
+            if isinstance(error, ProcessError):
+                raise ProcessError(f"{error}. {run.remains} (in all processes again)") from error
+            raise ValueError(f"{error}. {run.remains}") from error
     Processes.leave()
     _show_progress(run.recorder.evaluations, run.holds_out)
     for sentence in run.recorder.diagnosis():

@@ -10,14 +10,14 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,12 +30,16 @@ from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.saved_agent import SavedAgent
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.checks import check_bool, check_choice, check_int, check_mapping, check_number, check_schedule, check_seed
+from textgym.divergence import DivergedError
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.sb3 import as_vec_env, deferrable
 from textgym.freed_memory import keep_freed_memory
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora
 from textgym.rewards import RewardError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EVALUATE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass over a rollout; bounds memory, not results
 SCORINGS = ("auto", "deferred", "instant")
@@ -54,6 +58,20 @@ class Loss:
     value: Tensor
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     weight: float | None = None
+
+
+@dataclasses.dataclass
+class _TakenSteps:
+    """The steps of a rollout whose rewards are still to come.
+
+    :param steps: of each row
+    :param timesteps: tokens trained on before them
+    :param bootstrap: ``(T, N)`` what is added to their rewards
+    """
+
+    steps: int
+    timesteps: int
+    bootstrap: np.ndarray
 
 
 class TextOnPolicyAlgorithm(SavedAgent):
@@ -248,6 +266,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         self.policy_kwargs = kwargs
         self.finished_episodes = []
         self._row_kl = np.zeros(self.n_envs)  # KL of the running episodes, nats
+        self._unscored: _TakenSteps | None = None  # of a rollout whose reward failed
         self._pending_log: dict[str, Any] = {}  # of a resumed run: what the last update before the stop recorded
         super()._setup_model()
         if self.env is not None:
@@ -344,14 +363,32 @@ class TextOnPolicyAlgorithm(SavedAgent):
         :param rollout_buffer: emptied and filled
         :param n_rollout_steps: T
         :return: whether training goes on; False where a callback stopped it, then the rollout is incomplete
+        :raises DivergedError: if something in it is not finite
+        :raises RewardError: if the reward fails; where scoring is deferred the next call scores these steps
         """
+        try:
+            return self._collect_scored(env, callback, rollout_buffer, n_rollout_steps)
+        except DivergedError as error:
+            if error.timesteps is not None:
+                raise
+            raise DivergedError(error.what, self.num_timesteps) from error
+
+    def _collect_scored(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: EpisodeBuffer, n_rollout_steps: int
+    ) -> bool:
+        """:meth:`collect_rollouts`, whose rewards come during the rollout or at its end."""
         deferred = None if self.scoring == "instant" else deferrable(env)
         if deferred is None:
             return self._collect(env, callback, rollout_buffer, n_rollout_steps, None)
+        taken = self._unscored if deferred.steps_waiting else None
+        self._unscored = None
         deferred.defer_scoring(True)
         try:
-            return self._collect(env, callback, rollout_buffer, n_rollout_steps, deferred)
-        except BaseException:
+            return self._collect(env, callback, rollout_buffer, n_rollout_steps, deferred, taken)
+        except BaseException as error:
+            if isinstance(error, RewardError) and self._gives_back_unscored():
+                raise
+            self._unscored = None
             # An interrupt must not leave behind an environment that pays zeros and can't be reset.
             with contextlib.suppress(RuntimeError, RewardError):
                 deferred.score_deferred()
@@ -360,6 +397,13 @@ class TextOnPolicyAlgorithm(SavedAgent):
             with contextlib.suppress(RuntimeError):  # raised where an error of the reward left steps unscored
                 deferred.defer_scoring(False)
 
+    def _gives_back_unscored(self) -> bool:
+        """Whether a rollout waits to be scored; its tokens count once it is."""
+        if self._unscored is None:
+            return False
+        self.num_timesteps = self._unscored.timesteps
+        return True
+
     def _collect(
         self,
         env: VecEnv,
@@ -367,9 +411,66 @@ class TextOnPolicyAlgorithm(SavedAgent):
         rollout_buffer: EpisodeBuffer,
         n_rollout_steps: int,
         deferred: TextGenVectorEnv | None,
+        taken: _TakenSteps | None = None,
     ) -> bool:
-        """:meth:`collect_rollouts`, with scoring deferred in ``deferred`` if that is given."""
+        """:meth:`collect_rollouts`, with scoring deferred in ``deferred`` if that is given.
+
+        :param taken: the steps that are in the buffer already and couldn't be scored, if there are some
+        """
         environment = TextEnvironment(env)
+        if taken is None:
+            taken = self._take_steps(environment, callback, rollout_buffer, n_rollout_steps, deferred)
+        if taken is None:
+            return False
+        n_steps, timesteps = taken.steps, taken.timesteps
+        self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.taken))
+        acted_with_copy = self.policy.rollout_dtype is not None
+        if acted_with_copy:
+            self._evaluate_anew(rollout_buffer)
+        if rollout_buffer.drawn_with is not None:
+            self._weigh(rollout_buffer, rollout_buffer.fix_drawn_with())
+        if deferred is not None:
+            new = slice(rollout_buffer.held_steps, rollout_buffer.pos)
+            self._unscored = taken
+            scores = deferred.score_deferred(rollout_buffer.log_probs[new] if acted_with_copy else None)
+            self._unscored = None
+            rollout_buffer.rewards[new] = scores.rewards[-n_steps:]
+            rollout_buffer.kl[new] = scores.kl[-n_steps:]
+            asked = environment.kl_coef > 0 and not rollout_buffer.held_steps  # scoring has asked it about all steps
+            if self.needs_reference and asked:
+                rollout_buffer.ref_log_probs = np.zeros_like(rollout_buffer.log_probs)
+                rollout_buffer.ref_log_probs[new] = np.nan_to_num(scores.ref_log_prob[-n_steps:])
+            self._note_finished(scores.episodes)
+        if self.whole_episodes:
+            rollout_buffer.hold(~np.asarray(self._last_episode_starts, dtype=bool))
+        self._check_rollout(rollout_buffer, "log_probs", "values", "rewards")
+        if self.whiten_rewards:
+            active = rollout_buffer.active
+            rollout_buffer.rewards[active] = whitened(rollout_buffer.rewards[active], self.processes)
+        # V is on the scale of whitened rewards, so it is added after whitening.
+        rollout_buffer.rewards += taken.bootstrap
+        if self.needs_reference and rollout_buffer.ref_log_probs is None:
+            rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
+        with np.errstate(over="ignore", invalid="ignore"):  # the check says what came of it
+            self.compute_advantages(rollout_buffer, self._last_values())
+        self._check_rollout(rollout_buffer, "advantages", "returns")
+        if self.processes.world_size > 1:
+            self._remember(self.processes.interleaved(_figures_of(self.finished_episodes)))
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _take_steps(
+        self,
+        environment: TextEnvironment,
+        callback: BaseCallback,
+        rollout_buffer: EpisodeBuffer,
+        n_rollout_steps: int,
+        deferred: TextGenVectorEnv | None,
+    ) -> _TakenSteps | None:
+        """The steps of a rollout; None where a callback stopped it."""
+        env = environment.vec_env
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         # Nothing cached reaches from one rollout into the next: a run resumed between two of them is the same run.
@@ -413,42 +514,11 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 reordered.forget()
                 if deferred is not None:
                     self._note_finished(deferred.score_deferred().episodes)
-                return False
+                return None
             n_steps += 1
 
         reordered.forget()  # callbacks have it among their locals
-        self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.taken))
-        acted_with_copy = self.policy.rollout_dtype is not None
-        if acted_with_copy:
-            self._evaluate_anew(rollout_buffer)
-        if rollout_buffer.drawn_with is not None:
-            self._weigh(rollout_buffer, rollout_buffer.fix_drawn_with())
-        if deferred is not None:
-            new = slice(rollout_buffer.held_steps, rollout_buffer.pos)
-            scores = deferred.score_deferred(rollout_buffer.log_probs[new] if acted_with_copy else None)
-            rollout_buffer.rewards[new] = scores.rewards[-n_steps:]
-            rollout_buffer.kl[new] = scores.kl[-n_steps:]
-            asked = environment.kl_coef > 0 and not rollout_buffer.held_steps  # scoring has asked it about all steps
-            if self.needs_reference and asked:
-                rollout_buffer.ref_log_probs = np.zeros_like(rollout_buffer.log_probs)
-                rollout_buffer.ref_log_probs[new] = np.nan_to_num(scores.ref_log_prob[-n_steps:])
-            self._note_finished(scores.episodes)
-        if self.whole_episodes:
-            rollout_buffer.hold(~np.asarray(self._last_episode_starts, dtype=bool))
-        if self.whiten_rewards:
-            active = rollout_buffer.active
-            rollout_buffer.rewards[active] = whitened(rollout_buffer.rewards[active], self.processes)
-        # V is on the scale of whitened rewards, so it is added after whitening.
-        rollout_buffer.rewards += bootstrap
-        if self.needs_reference and rollout_buffer.ref_log_probs is None:
-            rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
-        self.compute_advantages(rollout_buffer, self._last_values())
-        if self.processes.world_size > 1:
-            self._remember(self.processes.interleaved(_figures_of(self.finished_episodes)))
-
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
+        return _TakenSteps(n_steps, timesteps, bootstrap)
 
     # What agents may do in another way
 
@@ -527,6 +597,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 loss = self.loss(batch)
                 for name, value in {**loss.figures, "loss": loss.value}.items():
                     figures.setdefault(name, []).append(value.item() if isinstance(value, Tensor) else float(value))
+                self._check_loss(figures["loss"][-1])
                 if ratio_first is None and "ratio_first" in loss.figures:
                     ratio_first = float(loss.figures["ratio_first"])
                 weight = len(batch.actions) if loss.weight is None else loss.weight
@@ -535,12 +606,76 @@ class TextOnPolicyAlgorithm(SavedAgent):
                     break
                 self.processes.backward(loss.value, self.policy, weight)
                 grad_norms.append(self.processes.clip_gradients(self.policy, self.max_grad_norm))
+                self._check_gradients(grad_norms[-1], figures["loss"][-1])
                 self.policy.optimizer.step()
             self._n_updates += 1
             if not go_on:
                 break
         self.processes.end_update()
         self._record_update(figures, grad_norms, ratio_first)
+
+    # Divergence: it ends training before it reaches the weights, or what is kept of them
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "OnPolicyAlgorithm",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Collect rollouts and learn from them, as Stable-Baselines3 does.
+
+        :param total_timesteps: tokens
+        :param callback: one or more callbacks
+        :param log_interval: rollouts between two entries of the log
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: begin anew; False goes on where the last call ended
+        :param progress_bar: whether to show one
+        :return: this agent
+        :raises DivergedError: if a loss, a gradient, a reward, an advantage or a weight is not finite
+        """
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        self.check_finite()
+        return self
+
+    def check_finite(self) -> None:
+        """Find out whether the weights, and what comes of them for a text of the last rollout, are finite.
+
+        :raises DivergedError: if they aren't
+        """
+        problem = None
+        for name, parameter in self.policy.named_parameters():
+            # A sum is not finite where one of its parts isn't. In double, where those of finite ones don't overflow.
+            if parameter.requires_grad and not parameter.detach().sum(dtype=torch.float64).isfinite():
+                problem = f"the weights {name} are not finite"
+                break
+        segments = self.rollout_buffer.segments
+        if problem is None and segments and not self.processes.shard:
+            with torch.no_grad():
+                values, log_prob, _ = self.policy.evaluate_segments(self.rollout_buffer.samples(segments[:1]))
+            if not (torch.isfinite(values).all() and torch.isfinite(log_prob).all()):
+                problem = "what the policy says of a text is not finite"
+        if self.processes.any(problem is not None):
+            raise DivergedError(problem or "another process found something that is not finite", self.num_timesteps)
+
+    def _check_rollout(self, buffer: EpisodeBuffer, *names: str) -> None:
+        """:raises DivergedError: if one of these arrays of the buffer is not finite where it is learned from"""
+        for name in names:
+            if not np.isfinite(getattr(buffer, name)[buffer.active]).all():
+                raise DivergedError(f"{name.replace('_', '-')} of the rollout are not finite", self.num_timesteps)
+
+    def _check_loss(self, loss: float) -> None:
+        """:raises DivergedError: if it is not finite; of several processes all find out by their gradients"""
+        if self.processes.world_size == 1 and not np.isfinite(loss):
+            raise DivergedError(f"the loss is {loss}", self.num_timesteps)
+
+    def _check_gradients(self, norm: float, loss: float) -> None:
+        """:raises DivergedError: if the norm of the gradients, which is the same in all processes, is not finite"""
+        if not np.isfinite(norm):
+            what = f"the loss is {loss}" if not np.isfinite(loss) else f"the norm of the gradients is {norm}"
+            raise DivergedError(what, self.num_timesteps)
 
     def _minibatches(self, buffer: EpisodeBuffer) -> Iterator[SegmentSamples]:
         """Every process makes as many minibatches; where whole units don't allow that many, all make fewer."""
@@ -556,6 +691,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
         if not approx_kls:
             raise ValueError(f"target_kl={self.target_kl}: {type(self).__name__} has no ratio of policies to stop at")
         approx_kl = self.processes.weighted_mean(approx_kls[-1], weight)
+        if not np.isfinite(approx_kl):
+            raise DivergedError(f"the KL to the policy before the update is {approx_kl}", self.num_timesteps)
         if approx_kl <= 1.5 * self.target_kl:
             return False
         if self.verbose >= 1 and self.processes.is_main:
@@ -757,7 +894,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
     # Saving
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["exploration", "finished_episodes", "_row_kl", "_pending_log", "processes", "_all_rows"]
+        own = ["exploration", "finished_episodes", "_row_kl", "_pending_log", "_unscored", "processes", "_all_rows"]
         return [*super()._excluded_save_params(), *own]
 
 

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 AGENT, VALUE_HEAD = "agent.json", "value_head.safetensors"
 FORMAT = 1
+_KINDS = {
+    "arguments": dict,
+    "policy": dict,
+    "sampling": dict,
+    "dtype": str,
+    "context": int,
+    "vocab_size": int,
+    "num_timesteps": int,
+}  # of what is in the configuration
 # Constructor arguments that belong to a place or a session rather than to the agent.
 _LEFT_OUT = {"policy", "env", "policy_kwargs", "tensorboard_log", "verbose", "device", "_init_setup_model"}
 _POLICY = ("temperature", "value_head", "value_trunk")
@@ -81,26 +90,45 @@ def read_agent(folder: Path, agent: str) -> dict[str, Any]:
         configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error
+    if not isinstance(configuration, dict):
+        raise ValueError(f"{path} is broken: it is a {type(configuration).__name__}, not an object")
     if configuration.get("format") != FORMAT:
         raise ValueError(f"{path} has format {configuration.get('format')!r}; this version of textgym reads {FORMAT}")
-    name = configuration["agent"]
+    name = configuration.get("agent")
     if name != agent:
         raise ValueError(f"{path} is of the agent {name}, not {agent}: open it with {name}.from_pretrained")
+    for key, kind in _KINDS.items():
+        if not isinstance(configuration.get(key), kind) or isinstance(configuration[key], bool):
+            raise ValueError(f"{path} is broken: {key} is {configuration.get(key)!r}, not a {kind.__name__}")
+    for key in configuration["policy"]:
+        if key not in _POLICY:
+            raise ValueError(f"{path} has the policy's {key}, which no agent is saved with: it is not to be trusted")
     return configuration
 
 
-def arguments_of(configuration: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(agent: type[Any], configuration: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments from a configuration and what the caller gives instead.
 
-    :raises ValueError: if an argument was a function, which the file does not hold, and none is given
+    Somebody else may have written the configuration, so it names the agent's own hyperparameters and nothing that is
+    the user's to say, such as where files go.
+
+    :raises ValueError: if the configuration names another argument, or one that was a function, which the file does not
+        hold, and none is given
     """
+    known = constructor_parameters(agent).keys() - _LEFT_OUT
+    for name in configuration["arguments"]:
+        if name not in known:
+            raise ValueError(
+                f"{AGENT} has the argument {name}, which {agent.__name__} is not saved with: the file is not what "
+                "save_pretrained wrote, and not to be trusted"
+            )
     arguments = {}
     for name, value in {**configuration["arguments"], **overrides}.items():
         if name not in overrides:
             value = _from_json(value)
             if isinstance(value, dict):
                 raise ValueError(
-                    f"{name} was the function {value['function']}, which is code and not stored: "
+                    f"{name} was the function {value.get('function')}, which is code and not stored: "
                     f"pass {name}= to from_pretrained"
                 )
         arguments[name] = value
@@ -127,8 +155,15 @@ def read_sampling(folder: Path) -> SamplingSettings:
 
 
 def load_value_head(model: SavedAgent, folder: Path) -> None:
-    """Put the stored value head into the policy."""
-    model.policy.value_net.load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
+    """Put the stored value head into the policy.
+
+    :raises ValueError: if it is missing, broken, or of another shape
+    """
+    path = folder / VALUE_HEAD
+    try:
+        model.policy.value_net.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a value head that fits this agent: {error}") from error
 
 
 def stored_spaces(configuration: dict[str, Any]) -> tuple[spaces.Dict, spaces.Discrete]:

@@ -131,7 +131,7 @@ class SavedAgent(OnPolicyAlgorithm):
             policy_kwargs=policy_kwargs,
             device=device,
             _init_setup_model=env is not None,
-            **arguments_of(configuration, arguments),
+            **arguments_of(cls, configuration, arguments),
         )
         if env is None:
             model.observation_space, model.action_space = stored_spaces(configuration)

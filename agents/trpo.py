@@ -11,7 +11,7 @@ plain attention, whose ``(heads, L, L)`` weights are kept, and one update takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -161,7 +161,8 @@ class TRPO(TextOnPolicyAlgorithm):
     def train(self) -> None:
         """sb3-contrib's update, over segments."""
         policy, buffer = self.policy, self.rollout_buffer
-        over_segments: Any = _SegmentPolicy(policy), _SegmentRollout(buffer)
+        optimizer = _CheckedOptimizer(policy.optimizer, lambda norm: self._check_gradients(norm, 0.0))
+        over_segments: Any = _SegmentPolicy(policy, optimizer), _SegmentRollout(buffer)
         self.policy, self.rollout_buffer = over_segments
         try:
             with sdpa_kernel([SDPBackend.MATH]):  # fused attention has no second derivative
@@ -184,9 +185,13 @@ class TRPO(TextOnPolicyAlgorithm):
         used = [(p, gradient) for p, gradient in zip(learning, found, strict=True) if gradient is not None]
         parameters = [p for p, _ in used]
         objective = torch.autograd.grad(policy_objective, parameters, retain_graph=True)
+        gradients = torch.cat([gradient.reshape(-1) for gradient in objective])
+        # The line search takes no step to where something is not finite, so that nothing would be learned, unnoticed.
+        self._check_loss(-policy_objective.item())
+        self._check_gradients(float(gradients.norm()), 0.0)
         return (
             parameters,
-            torch.cat([gradient.reshape(-1) for gradient in objective]),
+            gradients,
             torch.cat([gradient.reshape(-1) for _, gradient in used]),
             [tuple(p.shape) for p in parameters],
         )
@@ -236,12 +241,28 @@ class _SegmentRollout:
             )
 
 
+class _CheckedOptimizer:
+    """An optimizer as sb3-contrib's update of the value head uses it, which looks at no gradient.
+
+    :param check: is given the norm of all gradients before a step
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, check: Callable[[float], None]) -> None:
+        self._optimizer, self._check = optimizer, check
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+
+    def step(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._check(float(torch.nn.utils.get_total_norm([p.grad for p in parameters])))
+        self._optimizer.step()
+
+
 class _SegmentPolicy:
     """A policy as sb3-contrib's update uses it: everything is teacher-forced, nothing comes from a cache."""
 
-    def __init__(self, policy: LanguageModelPolicy) -> None:
+    def __init__(self, policy: LanguageModelPolicy, optimizer: _CheckedOptimizer) -> None:
         self._policy = policy
-        self.optimizer = policy.optimizer
+        self.optimizer = optimizer
         self.transformer = policy.transformer
 
     def set_training_mode(self, mode: bool) -> None:

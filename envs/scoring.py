@@ -22,6 +22,7 @@ from textgym.kl import kl_estimate
 from textgym.language_model import LanguageModel
 from textgym.prompts import as_columns
 from textgym.rewards import PrefixBatch, Reward
+from textgym.rewards.base import payable_potentials, payable_prefix_potentials
 from textgym.vocabulary import Vocabulary
 
 SCORE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass; bounds memory, not results
@@ -121,7 +122,7 @@ class Scorer:
 
     def start_rows(self, batch: PrefixBatch) -> None:
         """Note Φ(x, ∅) of rows that begin an episode."""
-        self.potential[batch.rows] = self.reward.potentials(batch) if self.pays_differences else 0.0
+        self.potential[batch.rows] = payable_potentials(self.reward, batch) if self.pays_differences else 0.0
 
     def reward_step(self, batch: PrefixBatch, due: np.ndarray) -> np.ndarray:
         """The reward-model part of one step.
@@ -133,7 +134,7 @@ class Scorer:
         paid = np.zeros(len(batch))
         if due.any():
             scored = batch if due.all() else batch.at(np.flatnonzero(due), batch.completion_lengths[due])
-            potential = self.reward.potentials(scored)
+            potential = payable_potentials(self.reward, scored)
             paid[due] = potential - self.potential[scored.rows]
             self.potential[scored.rows] = potential
         return paid
@@ -198,7 +199,7 @@ class Scorer:
         taken = np.zeros(shape, dtype=bool)  # a step that only resets a row (autoreset in the next step) earns nothing
         ref_log_prob = np.full(shape, np.nan)
         batch = _as_batch(stretches, vocabulary)
-        potentials = self.reward.prefix_potentials(batch, [self._scoring_points(s) for s in stretches])
+        potentials = payable_prefix_potentials(self.reward, batch, [self._scoring_points(s) for s in stretches])
         for stretch, values in zip(stretches, potentials, strict=True):
             points = self._scoring_points(stretch)
             if len(points) and points[0] == stretch.start:  # Φ of the prompt, where the episode begins here

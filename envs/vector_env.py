@@ -442,6 +442,11 @@ class TextGenVectorEnv(VectorEnv):
         """Whether rewards come from :meth:`score_deferred` instead of ``step``."""
         return self._deferred
 
+    @property
+    def steps_waiting(self) -> int:
+        """Steps that were taken and not scored."""
+        return len(self._pending)
+
     def defer_scoring(self, on: bool) -> None:
         """Switch to deferred scoring, or back. While it is on, ``step`` pays zero and :meth:`score_deferred` the rest.
 

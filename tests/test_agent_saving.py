@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import zipfile
@@ -215,3 +216,63 @@ def test_load_says_what_it_unpickles(tmp_path):
         PPO.load(tmp_path / "agent", device="cpu", trust=False)
     with (tmp_path / "agent.zip").open("rb") as file:
         assert PPO.load(file, device="cpu", trust=True).num_timesteps == 48
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("arguments", "tensorboard_log", "somewhere"),
+        ("arguments", "device", "meta"),
+        ("arguments", "policy_kwargs", {"language_model": "somewhere"}),
+        ("arguments", "unknown", 1),
+        ("policy", "language_model", "somewhere"),
+        ("policy", "optimizer_class", "somewhere"),
+    ],
+)
+def test_a_foreign_agent_names_nothing_that_is_for_its_user_to_say(tmp_path, section, name, value):
+    trained().save_pretrained(tmp_path)
+    configuration = json.loads((tmp_path / "agent.json").read_text())
+    configuration[section][name] = value
+    (tmp_path / "agent.json").write_text(json.dumps(configuration))
+    with pytest.raises(ValueError, match=f"{name}.* not to be trusted"):
+        PPO.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"format": 1}', '{"format": 1, "agent": "PPO", "policy": 3}'])
+def test_a_broken_configuration_of_an_agent_is_named(tmp_path, content):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / "agent.json").write_text(content)
+    with pytest.raises(ValueError, match=r"agent\.json"):
+        PPO.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors at all", None])
+def test_a_broken_value_head_is_named(tmp_path, content):
+    trained().save_pretrained(tmp_path)
+    head = tmp_path / "value_head.safetensors"
+    head.unlink() if content is None else head.write_bytes(content)
+    with pytest.raises(ValueError, match=r"value_head\.safetensors is not a value head"):
+        PPO.from_pretrained(tmp_path, device="cpu")
+
+
+class _Marker:
+    """What a pickle of a stranger may do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("opens", [load_language_model, CausalRewardModel.from_pretrained])
+def test_pickled_weights_with_code_are_refused_and_nobody_is_told_how_to_run_it(tmp_path, opens):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    tiny_causal_reward_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": _Marker(ran)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickle with more in it than tensors") as caught:
+        opens(str(folder))
+    assert "weights_only" not in str(caught.value)
+    assert not ran.exists()

@@ -87,7 +87,7 @@ def test_a_run_leaves_its_folder_complete(finished: RunFolder) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         "config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "samples.jsonl", "samples.md", "checkpoints",
-        "tensorboard", "best", "model", "curves.png", "held_out.json",
+        "tensorboard", "best", "model", "curves.png", "held_out.json", ".lock",
     }  # fmt: skip
     written = {name: value for name, value in read_config(finished.config).items() if name != "algorithm"}
     assert RunConfig.from_mapping(written) == resolved("ppo", RunConfig(**SMALL))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.divergence import DivergedError
 from textgym.language_model import LanguageModel, log_distribution
 from textgym.prompts import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
@@ -29,9 +30,12 @@ def sample_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -
     :param log_probs: ``(B, V)`` log-probabilities
     :param generator: source of randomness; default torch's global one
     :return: ``(B,)`` token ids
+    :raises DivergedError: if the probabilities are not finite
     """
     cumulative = log_probs.exp().cumsum(dim=-1)  # (B, V)
     total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        raise DivergedError("probabilities of the next token are not finite")
     uniform = torch.rand(total.shape, generator=generator, device=total.device, dtype=total.dtype)
     # The first place that lies above is never one of probability 0, as long as some place does.
     below_total = torch.nextafter(total, torch.zeros_like(total))

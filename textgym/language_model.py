@@ -40,6 +40,7 @@ from textgym.reordered_weights import ReorderedWeights, worth_reordering
 from textgym.template_arguments import with_template_arguments
 from textgym.token_scores import TokenScores, is_plain_linear, score_logits
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
+from textgym.weight_files import readable_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -407,7 +408,7 @@ def load_language_model(
         model = merged_from(location, below.model, f"language_model={str(spec)!r}")
         return LanguageModel(model, below.tokenizer, str(spec), like=below)
     try:
-        with quiet_progress():
+        with quiet_progress(), readable_weights(spec):
             architectures = auto_class(AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code))
             model, loading = architectures.from_pretrained(
                 location, dtype=weights_dtype, output_loading_info=True, trust_remote_code=trust_remote_code

@@ -6,16 +6,29 @@ import csv
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
+
+from textgym.agents.checkpoints import checkpoints_in
+from textgym.checkpoint_folders import (
+    LOCK,
+    PARTIAL,
+    CheckpointError,
+    FolderLock,
+    remove_partial,
+    write_text_whole,
+)
 
 PACKAGES = ("textgym", "gymnasium", "stable-baselines3", "torch", "transformers", "numpy")
 
@@ -42,22 +55,87 @@ class RunFolder:
             raise AttributeError(name)
         return self.path / _FILES[name]
 
-    def create(self) -> None:
-        """Make the folder.
+    def create(self) -> FolderLock:
+        """Make the folder; what a run left there that ended before its first checkpoint is removed.
 
-        :raises FileExistsError: if something is in it
+        :return: held by the run until it ends
+        :raises FileExistsError: if something is in it that may be worth keeping, or another process is at work there
         :raises OSError: if it can't be made or written to
         """
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise FileExistsError(
-                f"output={str(self.path)!r} holds files already: choose another, or --resume {self.path} to go on"
-            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
             raise OSError(f"output={str(self.path)!r} can't be written to: {error}") from error
+        if not self.holds_nothing():  # before a lock is written beside what isn't ours
+            raise FileExistsError(
+                f"output={str(self.path)!r} holds files already: choose another, or --resume {self.path} to go on"
+            )
+        lock = FolderLock(self.path)
+        if not self.holds_nothing():
+            lock.release()
+            raise FileExistsError(f"output={str(self.path)!r} holds files by now: another run has begun there")
+        self.clear()
+        return lock
+
+    def holds_nothing(self) -> bool:
+        """Whether nothing would be lost with the folder: it is empty, or of a run without checkpoint and model."""
+        ours = {*_FILES.values(), LOCK}
+        names = {path.name for path in self.path.iterdir() if PARTIAL not in path.name}
+        return names <= ours and not (self.best.exists() or self.model.exists() or checkpoints_in(self.checkpoints))
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def forget_progress(self) -> None:
+        """Remove what a run has written by now, for it to begin anew."""
+        for path in (self.metrics, self.samples):
+            path.unlink(missing_ok=True)
+        for path in (self.tensorboard, self.best, self.model, self.checkpoints):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what processes that were killed have left half-written."""
+        remove_partial(self.path)
+        remove_partial(self.checkpoints)
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Put facts into ``run.json``; one that is broken is begun anew."""
+        try:
+            known = json.loads(self.run.read_text(encoding="utf-8"))
+            known = known if isinstance(known, dict) else environment_of_run()
+        except (OSError, ValueError):
+            known = environment_of_run()
+        known = {name: fact for name, fact in {**known, **facts}.items() if fact is not None}
+        write_text_whole(self.run, json.dumps(known, indent=2) + "\n")
+
+    def replace(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Write one of its folders; whoever looks sees the old one or the new one.
+
+        :param target: the folder
+        :param write: is given a path at which to make it
+        :raises CheckpointError: if it can't be written, for example because the disk is full
+        """
+        new, old = (self.path / f"{PARTIAL}{target.name}-{age}" for age in ("new", "old"))
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            write(new)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(new, target)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"can't write {target}: {error}") from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 _FILES = {
@@ -106,9 +184,15 @@ class GrowingFile:
         self.path = path
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one line, and make sure that it is out of this process."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Write one line, and make sure that it is out of this process.
+
+        :raises OSError: if it can't be written
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise OSError(f"can't write to {self.path}: {error}") from error
 
     @property
     def size(self) -> int:
@@ -131,7 +215,17 @@ class GrowingFile:
         """Every line."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # a text may have other line ends in it
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number} is damaged: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}, line {number} is damaged: it is not an object")
+            rows.append(row)
+        return rows
 
 
 class JSONLines(KVWriter):

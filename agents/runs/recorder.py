@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -18,6 +18,7 @@ from textgym.agents.runs.config import RunConfig
 from textgym.agents.runs.diagnosis import diagnose
 from textgym.agents.runs.folder import GrowingFile, JSONLines, ResumableTensorBoard, RunFolder
 from textgym.agents.runs.held_out import BestEvaluation, HeldOutPrompts, held_out_figures
+from textgym.divergence import DivergedError
 from textgym.envs import TextGenVectorEnv
 from textgym.prompts import PromptRow
 
@@ -31,6 +32,7 @@ class RunRecorder(BaseCallback):
 
     Of several processes the main one evaluates and writes, while the others wait.
 
+    :param algorithm: the agent's name
     :param config: of the run
     :param folder: of the run
     :param envs: the training environment, whose reward and reference the held-out texts are measured with
@@ -40,6 +42,7 @@ class RunRecorder(BaseCallback):
 
     def __init__(
         self,
+        algorithm: str,
         config: RunConfig,
         folder: RunFolder,
         envs: TextGenVectorEnv,
@@ -48,7 +51,7 @@ class RunRecorder(BaseCallback):
     ) -> None:
         super().__init__()
         self.processes = processes or Processes()
-        self.config = config
+        self.algorithm, self.config = algorithm, config
         self.folder = folder
         self.envs = envs
         self.held_out = HeldOutPrompts(held_out, config)
@@ -88,6 +91,13 @@ class RunRecorder(BaseCallback):
     def _on_training_end(self) -> None:
         self._between_rollouts(last=True)
 
+    def _keep_model(self) -> None:
+        """Put the agent into ``model``."""
+        model = self.model
+        assert isinstance(model, TextOnPolicyAlgorithm)
+        model.check_finite()
+        self.processes.on_main(lambda: self.folder.replace(self.folder.model, model.save_pretrained))
+
     def _between_rollouts(self, last: bool) -> None:
         steps = self.model.num_timesteps
         stop = self.processes.any(self.stop_requested)
@@ -96,6 +106,8 @@ class RunRecorder(BaseCallback):
             self._evaluate(steps)
         # The figures of an update, which SB3 would write with the next rollout, stand at the tokens they belong to.
         self.logger.dump(steps)
+        if last:
+            self._keep_model()  # first: whatever can't be kept of a run's state, what it has learned is
         first = self._checkpointed is None and steps == 0
         due = not first and steps - (self._checkpointed or 0) >= self.config.checkpoint_every
         if due or ((last or stop) and self._checkpointed != steps):
@@ -131,21 +143,21 @@ class RunRecorder(BaseCallback):
                     "kl": float(evaluation.kl[i]),
                 }
             )
+        for name in ("score", "kl"):
+            if not math.isfinite(figures[name]):
+                raise DivergedError(f"{name} of held-out completions is {figures[name]}", steps)
         if steps and self._best.take(self.held_out.scores(evaluation)):
             self._keep_best(steps, figures)
 
     def _keep_best(self, steps: int, figures: dict[str, float]) -> None:
-        """Put the agent into ``best``; whoever looks sees the old one or the new one."""
-        assert isinstance(self.model, TextOnPolicyAlgorithm)
-        partial, old = self.folder.path / ".best-new", self.folder.path / ".best-old"
-        for path in (partial, old):
-            shutil.rmtree(path, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        (partial / "evaluation.json").write_text(json.dumps({"timesteps": steps, **figures}, indent=2) + "\n")
-        if self.folder.best.exists():
-            os.rename(self.folder.best, old)
-        os.rename(partial, self.folder.best)
-        shutil.rmtree(old, ignore_errors=True)
+        """Put the agent into ``best``."""
+
+        def write(path: Path) -> None:
+            assert isinstance(self.model, TextOnPolicyAlgorithm)
+            self.model.save_pretrained(path)
+            (path / "evaluation.json").write_text(json.dumps({"timesteps": steps, **figures}, indent=2) + "\n")
+
+        self.folder.replace(self.folder.best, write)
 
     def _checkpoint(self, steps: int) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
@@ -171,6 +183,8 @@ class RunRecorder(BaseCallback):
             "checkpointed": self._checkpointed,
             "best": self._best.state_dict(),
             "out_of_patience": self.out_of_patience,
+            "algorithm": self.algorithm,
+            "config": self.config.as_dict(),
             "evaluations": self.evaluations,
             "metrics_bytes": self.metrics.size,
             "samples_bytes": self.sample_file.size,

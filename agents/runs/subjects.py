@@ -12,7 +12,7 @@ from textgym.agents.pretrained import AGENT, read_sampling
 from textgym.agents.runs.config import RunConfig
 from textgym.agents.runs.folder import RunFolder
 from textgym.agents.runs.prompt_record import prompt_hash, trained_on
-from textgym.agents.runs.training import Run, run_config
+from textgym.agents.runs.training import policy_of, run_config
 from textgym.agents.runs.trust import check_code, check_model_code
 from textgym.envs.options import prompt_room
 from textgym.language_model import LanguageModel, load_language_model
@@ -81,10 +81,10 @@ def open_subject(path: str, trusted: bool, template: Mapping[str, Any] | None = 
             if part.is_dir():
                 return _subject(path, load(str(part), config), config, folder.path, part)
         check_code([config.reward], path, trusted)
-        run = Run.resumed(path)  # no agent was written yet: the newest checkpoint has one
-        model = load_language_model(run.agent.policy.language_model, chat_template_kwargs=config.template_arguments())
+        policy = policy_of(path)  # no agent was written yet, but a checkpoint
+        model = load_language_model(policy.language_model, chat_template_kwargs=config.template_arguments())
         subject = _subject(path, model, config, folder.path, None)
-        subject.sampling = dataclasses.replace(subject.sampling, chat=run.agent.policy.sampling.chat)
+        subject.sampling = dataclasses.replace(subject.sampling, chat=policy.sampling.chat)
         return subject
     parent = RunFolder(Path(path).parent)
     if parent.config.is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,22 +18,29 @@ from stable_baselines3.common.utils import LinearSchedule
 
 import textgym  # noqa: F401  registers the environment ids
 from textgym.agents.callbacks import AdaptiveKLCallback
-from textgym.agents.checkpoints import resume as resume_training
+from textgym.agents.checkpoints import checkpoints_in, load_training_state, read_latest
 from textgym.agents.distributed import DividePrompts, ProcessError, Processes, SharedPrompts
 from textgym.agents.early_stopping import StopOnKL
+from textgym.agents.learning_rewards import LearningRewards
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.plots import plot_runs
+from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.runs.agents import agent_class, arguments_of, resolved
+from textgym.agents.runs.changes import check_changes
 from textgym.agents.runs.config import RunConfig, read_config
-from textgym.agents.runs.folder import RunFolder, environment_of_run, write_csv
+from textgym.agents.runs.folder import RunFolder, write_csv
 from textgym.agents.runs.paths import with_absolute_paths
-from textgym.agents.runs.prompt_record import write_prompt_record
+from textgym.agents.runs.prompt_record import check_same_prompts, write_prompt_record
 from textgym.agents.runs.prompts import check_no_stored_pairs, load_prompts
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
 from textgym.agents.runs.trust import seals
+from textgym.checkpoint_folders import CheckpointError, FolderLock, is_whole, write_text_whole
+from textgym.divergence import DivergedError
 from textgym.envs import TextGenVectorEnv
 from textgym.prompt_fitting import judge_lengths
 from textgym.prompts import PromptRow
+from textgym.rewards.errors import RewardValueError
+from textgym.rewards.learning import has_learning_parts
 from textgym.rewards.opening import load_reward
 
 # From options to objects
@@ -127,7 +134,8 @@ class Run:
     :param algorithm: ``"ppo"``, ``"a2c"``, ``"reinforce"``, ``"rloo"``, ``"grpo"`` ...
     :param config: its options
     :param path: its folder
-    :param resume: go on from the newest checkpoint in the folder; else the folder must be empty
+    :param resume: go on from the newest checkpoint in the folder; else the folder must be empty, or hold no more than a
+        run that ended before its first checkpoint
     """
 
     def __init__(self, algorithm: str, config: RunConfig, path: str | Path, resume: bool = False) -> None:
@@ -136,23 +144,39 @@ class Run:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.processes = Processes.join(config.process_timeout, cpu=config.device == "cpu")
+        self._lock: FolderLock | None = None
+        self.resumed_from: Path | None = None
+        try:
+            self._prepare(resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(self, resume: bool) -> None:
+        config, checkpoint = self.config, None
+        if resume:
+            self.processes.on_main(self._take_over)
+            checkpoint = self._newest_checkpoint()
         # Everything that can be wrong is found before the folder is made.
         train, held_out = load_prompts(config)
-        check_no_stored_pairs(algorithm, train)
+        check_no_stored_pairs(self.algorithm, train)
         self.holds_out = held_out is not train
         prompts: Any = train
         if self.processes.world_size > 1:
             prompts = SharedPrompts(train, config.seed, self.processes)
         self.envs = make_envs(config, prompts, self.processes)
         judge_lengths(held_out, self.envs.vocabulary, self.envs.max_prompt_tokens, config.prompt_overflow)
-        self.agent = make_agent(algorithm, config, self.envs, self.processes)
+        self.agent = make_agent(self.algorithm, config, self.envs, self.processes)
         if not resume:
-            self.processes.on_main(self.folder.create)
+            self.processes.on_main(self._create)
         held_out_rows: list[PromptRow] = list(held_out)
-        self.recorder = RunRecorder(config, self.folder, self.envs, held_out_rows, self.processes)
+        recorded = held_out_rows if self.holds_out else []
+        self.recorder = RunRecorder(self.algorithm, config, self.folder, self.envs, held_out_rows, self.processes)
         self.callbacks: list[BaseCallback] = []
         if isinstance(prompts, SharedPrompts):
             self.callbacks.append(DividePrompts(prompts))
+        if has_learning_parts(self.envs.reward):
+            self.callbacks.append(LearningRewards())
         if config.kl_target:
             assert config.kl_horizon is not None  # it is resolved
             least = config.kl_coef_min or 0.0
@@ -160,23 +184,54 @@ class Run:
         if config.max_kl is not None:
             self.callbacks.append(StopOnKL(config.max_kl, verbose=1))
         self.callbacks.append(self.recorder)  # last, so that its checkpoints see what the others remember
-        self.resumed_from: Path | None = None
-        if resume:
-            self.resumed_from = resume_training(self.agent, self.folder.checkpoints, self.callbacks)
+        if checkpoint is not None:
+            self.resumed_from, state = checkpoint
+            self.processes.on_main(lambda: check_same_prompts(self.folder.held_out, train, recorded))
+            load_training_state(self.agent, state, self.callbacks)
             self._note({"resumed_from": self.resumed_from.name})
         elif self.processes.is_main:
-            self.folder.config.write_text(f"algorithm: {algorithm}\n\n{config.to_yaml()}", encoding="utf-8")
-            write_prompt_record(self.folder.held_out, train, held_out_rows if self.holds_out else [])
-            self._note({"code": seals([config.reward])})
-        self._note({"status": "running", "processes": self.processes.world_size})
+            text = f"algorithm: {self.algorithm}\n\n{config.to_yaml()}"
+            write_text_whole(self.folder.config, text)
+            write_prompt_record(self.folder.held_out, train, recorded)
+            if not resume:
+                self._note({"code": seals([config.reward])})
+        self._note({"status": "running", "reason": None, "processes": self.processes.world_size})
+
+    def _create(self) -> None:
+        self._lock = self.folder.create()
+
+    def _take_over(self) -> None:
+        """Keep others out of the folder, and put it in order after a process that was killed."""
+        self._lock = FolderLock(self.folder.path)
+        self.folder.remove_leftovers()
+        if not checkpoints_in(self.folder.checkpoints):
+            self.folder.forget_progress()
+
+    def _newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint and its state; None where the run ended before its first."""
+        begun = bool(checkpoints_in(self.folder.checkpoints))
+        found = read_latest(self.folder.checkpoints) if begun else None
+        names = self.processes.gather(None if found is None else found[0].name)
+        if len(set(names)) > 1:
+            raise CheckpointError(f"the processes found different checkpoints in {self.folder.path}, {names}")
+        if found is not None:
+            check_changes(found[1], self.algorithm, self.config, self.folder.path)
+        return found
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @classmethod
     def resumed(cls, path: str | Path, timesteps: int | None = None) -> Run:
-        """A run that was stopped, at its newest whole checkpoint.
+        """A run that was stopped, at its newest whole checkpoint; one without any begins anew.
 
         :param path: its folder
         :param timesteps: another number of tokens to train on, counted from the run's beginning
-        :raises FileNotFoundError: if it has no configuration or no checkpoint
+        :raises FileNotFoundError: if it has no configuration
+        :raises FileExistsError: if another process is at work in the folder
+        :raises CheckpointError: if it has checkpoints, and none is whole
+        :raises ValueError: if its configuration was changed in a way that would make another run of it
         """
         algorithm, config = run_config(path)
         if timesteps is not None:
@@ -191,7 +246,23 @@ class Run:
         :param progress_bar: whether to show one
         :return: whether the end was reached
         :raises KeyboardInterrupt: at a second Ctrl-C; the newest checkpoint stays as it is
+        :raises DivergedError: if something is not finite any more; ``run.json`` then says so, as it does of every error
+            that ends a run
         """
+        try:
+            finished = self._train(progress_bar)
+        except BaseException as error:
+            told = self._told(error)
+            with contextlib.suppress(OSError):  # of a full disk, say: what has gone wrong first is to be said
+                self._note(_end_of(told))
+            if told is error:
+                raise
+            raise told from error
+        finally:
+            self._unlock()
+        return finished
+
+    def _train(self, progress_bar: bool) -> bool:
         begin = self.agent.num_timesteps
         self.agent.set_logger(self.recorder.loggers(begin))
         finished = True
@@ -203,7 +274,6 @@ class Run:
                     reset_num_timesteps=begin == 0,
                     progress_bar=progress_bar and self.processes.is_main,
                 )
-            self.processes.on_main(lambda: self.agent.save_pretrained(self.folder.model))
         except StopRun:
             finished = False
         finally:
@@ -211,6 +281,23 @@ class Run:
         self.processes.on_main(self._write_tables)
         self._note({"status": "finished" if finished else "stopped", "seconds": round(self.recorder.seconds, 1)})
         return finished
+
+    def _told(self, error: BaseException) -> BaseException:
+        """What is said of an error: where training diverged, after how many tokens it did."""
+        if isinstance(error, RewardValueError):
+            return DivergedError(str(error), self.agent.num_timesteps)
+        if isinstance(error, DivergedError) and error.timesteps is None:
+            return DivergedError(error.what, self.agent.num_timesteps)
+        return error
+
+    @property
+    def remains(self) -> str:
+        """What is left of a run that has ended early, and how to go on with it."""
+        found = [path for _, path in checkpoints_in(self.folder.checkpoints) if is_whole(path)]
+        command = f"textgym train --resume {self.folder.path}"
+        if found:
+            return f"Its newest checkpoint, {found[-1].name}, is whole, and {command} goes back to it"
+        return f"It has no checkpoint yet, so {command} begins anew"
 
     @contextmanager
     def _stopping_at_a_boundary(self) -> Iterator[None]:
@@ -256,11 +343,29 @@ class Run:
 
     def _note(self, facts: dict[str, Any]) -> None:
         """Put facts into ``run.json``."""
-        if not self.processes.is_main:
-            return
-        path = self.folder.run
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment_of_run()
-        path.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")
+        if self.processes.is_main:
+            self.folder.note(facts)
+
+
+def _end_of(error: BaseException) -> dict[str, Any]:
+    """What ``run.json`` says of a run that an error has ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"status": "stopped", "reason": "interrupted at once, before a checkpoint"}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def policy_of(path: str | Path) -> LanguageModelPolicy:
+    """The policy of a run's newest checkpoint; the run itself, which may be going on, is left alone.
+
+    :param path: the run's folder
+    :raises FileNotFoundError: if it has no configuration or no checkpoint
+    :raises CheckpointError: if no checkpoint is whole
+    """
+    algorithm, config = run_config(path)
+    _, state = read_latest(RunFolder(path).checkpoints)
+    agent = make_agent(algorithm, config, make_envs(config, load_prompts(config)[0]))
+    agent.policy.load_state_dict(state["policy"], strict=False)
+    return agent.policy
 
 
 def run_config(path: str | Path) -> tuple[str, RunConfig]:

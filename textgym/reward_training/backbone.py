@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from textgym.language_model import quiet_progress
 from textgym.rewards.causality import is_causal
 from textgym.rewards.headed_model import HeadedRewardModel, HeadLayers
+from textgym.weight_files import readable_weights
 
 Head = Literal["linear", "mlp", "cnn"]
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -73,7 +74,7 @@ def open_backbone(
     options: dict[str, Any] = {"trust_remote_code": False}
     if head == "linear":
         options["num_labels"] = num_labels
-    with quiet_progress(), _quiet_loading():
+    with quiet_progress(), _quiet_loading(), readable_weights(path):
         opened, loading = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     trunk = opened.base_model_prefix + "." if head == "linear" else ""
     missing = sorted(name for name in loading["missing_keys"] if name.startswith(trunk) and "pooler." not in name)

@@ -12,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from textgym.checkpoint_folders import check_manifest, write_whole
+from textgym.divergence import DivergedError
 
 from .data import RewardData
 from .encoding import EncodedText, end_positions, token_positions
 from .objectives import Objective, joint_loss
 from .options import RewardTrainingOptions
+from .run_folder import TRAINER_STATE, checkpoint_of, remove_superfluous
 from .scorer import TextScorer
 
 MOST_REMEMBERED = 4 * 2**30  # bytes of a frozen backbone's states; of more data they are computed anew each epoch
@@ -86,7 +98,6 @@ def training_arguments(
         weight_decay=options.weight_decay,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -162,6 +173,17 @@ class _Points:
         self.whole += [False] * len(prefixes) + [True] * len(ends)
 
 
+class _BestCheckpoint(TrainerCallback):
+    """Tells a resumed run where its best checkpoint is: the folder may have been moved since."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        self.checkpoints = checkpoints
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.best_global_step:
+            state.best_model_checkpoint = str(checkpoint_of(self.checkpoints, state.best_global_step))
+
+
 class RewardTrainer(Trainer):
     """``transformers.Trainer`` on row numbers; what is random is drawn in the step, where resuming repeats it."""
 
@@ -176,7 +198,10 @@ class RewardTrainer(Trainer):
     ) -> None:
         if options.freeze_backbone:
             scorer.model.base_model.requires_grad_(False)
-        callbacks = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
+        self.checkpoints = Path(str(arguments.output_dir))
+        callbacks: list[TrainerCallback] = [_BestCheckpoint(self.checkpoints)]
+        if options.patience is not None:
+            callbacks.append(EarlyStoppingCallback(options.patience))
         super().__init__(
             scorer.model,
             arguments,
@@ -195,6 +220,36 @@ class RewardTrainer(Trainer):
             states = sum(map(len, ids)) if everywhere or scorer.convolutional else len(ids)
             if 4 * states * scorer.state_size <= MOST_REMEMBERED:
                 scorer.remember(ids, everywhere)
+
+    # Checkpoints: whole or not there, and compared with what was written when they are read
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the state after an epoch, and remove those that nobody goes back to any more.
+
+        :raises CheckpointError: if it can't be written, for example because the disk is full
+        """
+        state = self.state
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                state.stateful_callbacks[type(part).__name__] = part.state()
+        if state.best_global_step:
+            state.best_model_checkpoint = str(checkpoint_of(self.checkpoints, state.best_global_step))
+        write_whole(checkpoint_of(self.checkpoints, state.global_step), self._write)
+        remove_superfluous(self.checkpoints)
+
+    def _write(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        try:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+        except RuntimeError as error:  # what torch raises where a file can't be written
+            raise OSError(str(error)) from error
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    def _load_best_model(self) -> None:
+        """:raises CheckpointError: if it is not what was written"""
+        check_manifest(Path(self.state.best_model_checkpoint or ""))
+        super()._load_best_model()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows, size = self.training, self.args.train_batch_size
@@ -218,10 +273,7 @@ class RewardTrainer(Trainer):
         take = self._loss_everywhere if self.options.prefixes == "all" else self._loss_at_ends
         loss = take(texts, rejected, targets, tasks)
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; a smaller learning_rate than "
-                f"{self.options.learning_rate} may help, or smaller targets"
-            )
+            raise DivergedError(f"the loss is {loss.item()}", self.state.global_step + 1)
         return loss
 
     def _loss_at_ends(
@@ -286,6 +338,8 @@ class RewardTrainer(Trainer):
             loss = self.objectives[0].of_pairs(logits, worse, rows.targets)
         else:
             loss = joint_loss(self.objectives, logits, rows.targets, rows.tasks, torch.ones(len(rows)))
+        if not torch.isfinite(loss):  # before the weights become a checkpoint
+            raise DivergedError(f"the loss on validation rows is {loss.item()}", self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": loss.item()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from textgym.checkpoint_folders import FolderLock
 from textgym.checks import check_choice, check_int
 from textgym.language_model import quiet_progress
 
@@ -44,9 +45,11 @@ from .reading import load_reward_data
 from .report import RewardReport
 from .run_folder import (
     OPTIONS_FILE,
+    check_begun,
     check_free,
     check_resumable,
     check_same_run,
+    forget_empty,
     is_finished,
     last_checkpoint,
     save_ensemble,
@@ -115,6 +118,9 @@ def train_reward(
     :raises TypeError: if an option is unknown
     :raises FileNotFoundError: if data or a model directory is not there
     :raises ModuleNotFoundError: if accelerate is missing, which ``transformers.Trainer`` needs
+    :raises FileExistsError: if another process is at work in ``output``
+    :raises DivergedError: if a loss is not finite
+    :raises CheckpointError: if a checkpoint can't be written, or none can be gone on from
     """
     known = {option.name for option in dataclasses.fields(RewardTrainingOptions)}
     if unknown := sorted(options.keys() - known):
@@ -146,9 +152,29 @@ def train_reward(
         check_disjoint(training, held_out)
     folder = Path(output).expanduser()
     run = _Run(model, tokenizer, training, held_out, held_out is not training, progress_bar, device)
-    if members == 1:
-        return _train(run, given, folder, resume)[0]
-    return _train_ensemble(run, given, folder, resume, members, bootstrap)
+    is_new = not folder.exists()
+    lock = _taken(folder, resume)
+    try:
+        if members == 1:
+            return _train(run, given, folder, resume)[0]
+        return _train_ensemble(run, given, folder, resume, members, bootstrap)
+    finally:
+        lock.release()
+        forget_empty(folder, is_new)
+
+
+def _taken(folder: Path, resume: bool) -> FolderLock:
+    """The folder, kept from other processes.
+
+    :raises ValueError: if it holds something already, or, to be resumed, is not there
+    :raises FileExistsError: if another process is at work in it
+    """
+    if not resume:
+        check_free(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        check_begun(folder)
+    return FolderLock(folder)
 
 
 def _held_out(data: RewardData, share: float, seed: int) -> tuple[RewardData, RewardData]:

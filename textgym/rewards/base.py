@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.rewards.errors import RewardError
+from textgym.rewards.errors import RewardError, RewardValueError
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.waiting import wait_for
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FunctionReward", "PrefixBatch", "Reward", "RewardError", "as_reward"]
 
+LARGEST_POTENTIAL = float(np.finfo(np.float32).max) / 2  # of which differences are float32, too
 _EXPECTED = "expected one finite number or None for each completion"
 
 
@@ -312,22 +313,41 @@ def prefix_potentials_of(reward: Reward, batch: PrefixBatch, at: Sequence[np.nda
     """Φ of many prefixes of each row, checked, with NaN where the reward does not apply."""
     if type(reward).prefix_potentials is Reward.prefix_potentials:
         return reward._evaluate_prefixes(batch, at)
-    counts = wanted_per_row(batch, at)
-    values = reward.prefix_potentials(batch, at)
-    if [len(row) for row in values] != counts:
-        raise RewardError(
+    return _checked_rows(reward, reward.prefix_potentials(batch, at), wanted_per_row(batch, at), batch)
+
+
+def payable_potentials(reward: Reward, batch: PrefixBatch) -> np.ndarray:
+    """:meth:`Reward.potentials` ``(B,)`` as environments pay it: checked, whatever a reward overrides.
+
+    :raises RewardError: if one is not finite, or beyond ``LARGEST_POTENTIAL``
+    """
+    values = _checked_values(reward, reward.potentials(batch), batch)
+    _check_payable(reward, values, batch.rows, batch)
+    return values
+
+
+def payable_prefix_potentials(reward: Reward, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """:meth:`Reward.prefix_potentials` as environments pay it: checked, whatever a reward overrides.
+
+    :raises RewardError: if one is not finite, or beyond ``LARGEST_POTENTIAL``
+    """
+    values = _checked_rows(reward, reward.prefix_potentials(batch, at), wanted_per_row(batch, at), batch)
+    if values:
+        rows = np.repeat(batch.rows, [len(row) for row in values])
+        _check_payable(reward, np.concatenate(values), rows)
+    return values
+
+
+def _check_payable(reward: Reward, values: np.ndarray, rows: np.ndarray, batch: PrefixBatch | None = None) -> None:
+    too_large = np.flatnonzero(np.abs(values) > LARGEST_POTENTIAL)
+    if len(too_large):
+        i = int(too_large[0])
+        raise RewardValueError(
             reward.name,
-            f"prefix_potentials returned {[len(row) for row in values]} values, expected {counts}",
+            f"returned {values[i]:g}; expected at most {LARGEST_POTENTIAL:.2g} in size, because rewards are float32",
+            row=int(rows[i]),
+            completion=None if batch is None else batch.completions[i],
         )
-    for i, row in enumerate(values):
-        if not np.isfinite(row).all():
-            raise RewardError(
-                reward.name,
-                f"prefix_potentials returned {row}; expected finite numbers",
-                row=int(batch.rows[i]),
-                completion=batch.completions[i],
-            )
-    return [np.asarray(row, dtype=np.float64) for row in values]
 
 
 def scores_of(
@@ -377,11 +397,10 @@ def checked_scores(name: str, result: Any, completions: Sequence[str], rows: np.
     for i, value in enumerate(result):
         try:
             scores[i] = math.nan if value is None else _as_float(value)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError) as error:
             row = i if rows is None else int(rows[i])
-            raise RewardError(
-                name, f"returned {_described(value)}; {_EXPECTED}", row=row, completion=completions[i]
-            ) from None
+            kind = RewardError if isinstance(error, TypeError) else RewardValueError
+            raise kind(name, f"returned {_described(value)}; {_EXPECTED}", row=row, completion=completions[i]) from None
     return scores
 
 
@@ -392,14 +411,41 @@ def wanted_per_row(batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[int]:
     return [len(row) for row in at]
 
 
+def _checked_rows(reward: Reward, values: Any, counts: list[int], batch: PrefixBatch) -> list[np.ndarray]:
+    """What ``prefix_potentials`` returned, as arrays with as many finite numbers as were wanted."""
+    try:
+        arrays = [np.asarray(row, dtype=np.float64) for row in values]
+    except (TypeError, ValueError) as error:
+        problem = f"prefix_potentials returned {_described(values)}; expected an array of numbers for each row"
+        raise RewardError(reward.name, problem) from error
+    if [row.shape for row in arrays] != [(count,) for count in counts]:
+        raise RewardError(
+            reward.name, f"prefix_potentials returned {[row.size for row in arrays]} values, expected {counts}"
+        )
+    for i, row in enumerate(arrays):
+        if not np.isfinite(row).all():
+            raise RewardValueError(
+                reward.name,
+                f"prefix_potentials returned {row}; expected finite numbers",
+                row=int(batch.rows[i]),
+                completion=batch.completions[i],
+            )
+    return arrays
+
+
 def _checked_values(reward: Reward, values: Any, batch: PrefixBatch) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
+    """What ``potentials`` returned, as an array with a finite number for each row."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        problem = f"potentials returned {_described(values)}; expected an array of ({len(batch)},) numbers"
+        raise RewardError(reward.name, problem) from error
     if array.shape != (len(batch),):
         raise RewardError(reward.name, f"potentials has shape {array.shape}; expected ({len(batch)},)")
     wrong = np.flatnonzero(~np.isfinite(array))
     if len(wrong):
         i = int(wrong[0])
-        raise RewardError(
+        raise RewardValueError(
             reward.name,
             f"potentials returned {array[i]}; expected finite numbers",
             row=int(batch.rows[i]),

@@ -34,6 +34,7 @@ from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
 from textgym.turns import TurnTokens
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
+from textgym.weight_files import readable_weights
 
 Activation = Literal["identity", "tanh", "sigmoid"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -132,7 +133,7 @@ class CausalRewardModel(Reward):
             path = str(Path(path).expanduser())
             if not os.path.isdir(path):
                 raise FileNotFoundError(f"there is no reward model directory {path!r}")
-        with quiet_progress():
+        with quiet_progress(), readable_weights(path):
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=False
             )

@@ -28,3 +28,7 @@ class RewardError(Exception):
         where = "" if self.row is None else f", row {self.row}"
         text = "" if self.completion is None else f" (completion {_short.repr(self.completion)})"
         return f"reward {self.reward!r}{where}{text}: {self.problem}"
+
+
+class RewardValueError(RewardError):
+    """A reward gave a number that nothing can be learned from: not finite, or too large."""

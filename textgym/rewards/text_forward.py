@@ -19,6 +19,7 @@ from textgym.rewards.micro_batches import BATCH_TOKENS, check_batch_tokens, micr
 from textgym.rewards.text_units import well_formed
 from textgym.turns import TurnTokens
 from textgym.vocabulary import position_limit
+from textgym.weight_files import readable_weights
 
 Side = Literal["left", "right"]
 
@@ -164,7 +165,7 @@ def open_pretrained(
         location = str(Path(location).expanduser())
         if not os.path.isdir(location):
             raise FileNotFoundError(f"there is no directory {location!r} with {kind}")
-    with quiet_progress():
+    with quiet_progress(), readable_weights(location):
         model, loading = auto_class.from_pretrained(
             location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=False
         )
