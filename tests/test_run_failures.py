@@ -75,6 +75,8 @@ def change(folder: RunFolder, **options: Any) -> None:
 def test_a_run_that_diverges_fails_and_keeps_what_was_good(agent: str, tmp_path: Path) -> None:
     options = {**SMALL, "eval_every": 10_000}
     options.pop("n_epochs")
+    if agent == "trpo":
+        options.update(cg_max_steps=1, n_critic_updates=1, line_search_max_iter=1)
     run = Run(agent, RunConfig(**options), tmp_path / "run")
     learn = run.agent.train
 

@@ -9,7 +9,7 @@ from typing import Any
 from textgym.agents.runs.config import RunConfig
 
 # How long the run goes on, and what it writes on its way.
-FREE = ("timesteps eval_every checkpoint_every keep_checkpoints samples tensorboard process_timeout").split()
+FREE = ("timesteps eval_every checkpoint_every keep_checkpoints samples tensorboard patience process_timeout").split()
 # What is computed stays the same but for its rounding, from which other tokens may come.
 ROUNDED = "threads device compile gradient_checkpointing".split()
 
