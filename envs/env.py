@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +9,7 @@ import numpy as np
 from gymnasium import error
 from gymnasium.vector import AutoresetMode
 
+from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.options import TextGenOptions, share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
@@ -193,11 +193,7 @@ class TextGenEnv(gym.Env):
 
         :raises ValueError: if it is no log-probability
         """
-        if isinstance(log_prob, str | bytes) or np.ndim(log_prob) != 0:
-            raise ValueError(f"log_prob={log_prob!r} must be one number, in nats")
-        if not (math.isfinite(log_prob) and log_prob <= 1e-3):
-            raise ValueError(f"log_prob={log_prob!r} is not a log-probability (finite, at most 0)")
-        self._rows.report_log_probs([float(log_prob)])
+        self._rows.report_log_probs(log_probabilities("log_prob", log_prob, ())[None])
 
     def policy_language_model(self, device: Any = None) -> LanguageModel:
         """A trainable copy of the environment's language model."""
@@ -218,11 +214,22 @@ class TextGenEnv(gym.Env):
 
         :param seed: of the random numbers that draw prompts
         :param options: ``prompt``: a text to start from, instead of a drawn prompt
+        :raises TypeError: for a seed, options or a prompt of another kind
+        :raises ValueError: for a seed below 0, unknown options or an empty prompt
         """
+        seed = self._checked_reset(seed, options)
         super().reset(seed=seed)
         observation, infos = self._rows.reset(seed=seed, options=options)
         self._show_random_numbers()
         return _first(observation), _first_info(infos)
+
+    def _checked_reset(self, seed: Any, options: Any) -> int | None:
+        """The seed as Python has it; errors in the words of a single environment."""
+        seeds = seeds_of_rows(seed, None)
+        prompt = reset_options(options, ("prompt",)).get("prompt")
+        if prompt is not None:
+            check_start("options['prompt']", prompt)
+        return None if seeds is None else seeds[0]
 
     def _show_random_numbers(self) -> None:
         """Let ``np_random`` be what draws the prompts."""
@@ -230,12 +237,12 @@ class TextGenEnv(gym.Env):
         self._np_random_seed = self._rows.np_random_seed[0] if self._rows.np_random_seed else None
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Append one token."""
-        token = np.asarray(action)
-        if token.ndim != 0 or not np.issubdtype(token.dtype, np.integer):
-            raise ValueError(f"action={action!r} must be one token id, a whole number")
-        if not 0 <= int(token) < self._rows.vocab_size:
-            raise ValueError(f"action={action!r} is not a token id: expected 0 to {self._rows.vocab_size - 1}")
+        """Append one token.
+
+        :raises TypeError: if the action is of a kind that can't be a number
+        :raises ValueError: if it is not a token id
+        """
+        token = token_ids("action", action, (), self._rows.vocab_size)
         self._rows._check_ready("step")
         if self._rows._texts.done[0]:
             reason = self._rows._texts.finish_reasons[0]

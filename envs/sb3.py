@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from textgym.envs.arguments import log_probabilities
 from textgym.envs.vector_env import TextGenVectorEnv
 
 
@@ -146,7 +146,7 @@ class TextGenVecEnv(VecEnv):
         """
         if method_name == "report_log_prob":
             rows = list(self._get_indices(indices))
-            self._reported[rows] = _checked_log_prob(*method_args, **method_kwargs)
+            self._reported[rows] = _one_log_prob(*method_args, **method_kwargs)
             return [None] * len(rows)
         result = getattr(self.text_env, method_name)(*method_args, **method_kwargs)
         per_row = isinstance(result, tuple | list | np.ndarray) and len(result) == self.num_envs
@@ -167,10 +167,8 @@ _SINGLE = {"action_space": "single_action_space", "observation_space": "single_o
 _BY_ROW = ("np_random", "np_random_seed", "token_ids")
 
 
-def _checked_log_prob(log_prob: float) -> float:
-    if not (np.ndim(log_prob) == 0 and math.isfinite(log_prob) and log_prob <= 1e-3):
-        raise ValueError(f"log_prob={log_prob!r} is not a log-probability (finite, at most 0)")
-    return float(log_prob)
+def _one_log_prob(log_prob: Any) -> float:
+    return float(log_probabilities("log_prob", log_prob, ()))
 
 
 def as_vec_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

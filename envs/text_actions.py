@@ -14,7 +14,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
+from textgym.checks import check_text, shown
 from textgym.continuation import continuation_ids, decode
+from textgym.envs.arguments import log_probabilities
 from textgym.envs.env import TextGenEnv
 from textgym.envs.text_space import UnicodeText
 from textgym.vocabulary import Vocabulary
@@ -75,7 +77,10 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
         :raises ValueError: if the tokenizer can't write the text
         """
         if not isinstance(action, str):
-            raise TypeError(f"action={action!r} must be a text (str); TextGen-v0 without TextActions takes token ids")
+            raise TypeError(
+                f"action={shown(action)} must be a text (str); TextGen-v0 without TextActions takes token ids"
+            )
+        check_text("action", action)
         vocabulary, so_far = self._base.vocabulary, self._base.token_ids
         tokens = continuation_ids(vocabulary, so_far, action)
         if self.end_of_turn or not action:
@@ -92,12 +97,7 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
 
         :raises ValueError: if a value is no log-probability
         """
-        values = np.array(log_prob, dtype=np.float64)
-        if values.ndim > 1:
-            raise ValueError(f"log_prob has shape {values.shape}, expected a number or one for each token")
-        if not np.isfinite(values).all() or (values > 1e-3).any():
-            raise ValueError(f"log_prob={log_prob!r} is no log-probability (finite, at most 0)")
-        self._reported = values
+        self._reported = log_probabilities("log_prob", log_prob)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; see :meth:`TextGenEnv.reset`."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from textgym.checks import check_int
+from textgym.checks import check_int, check_text, shown
+from textgym.envs.arguments import reset_options, seeds_of_rows
 from textgym.envs.env import TextGenEnv
 from textgym.envs.options import unshare
 from textgym.envs.text_actions import TextActions, TextObservations
@@ -113,6 +116,7 @@ class TextWriteEnv(TextGenEnv):
         :param seed: of the random numbers that draw prompts
         :param options: ``prompt``: a text to start from, instead of a drawn prompt
         """
+        seed = self._checked_reset(seed, options)
         gym.Env.reset(self, seed=seed)
         text, info = self._text.reset(seed=seed, options=options)
         self._show_random_numbers()
@@ -168,10 +172,44 @@ class TextWriteVectorEnv(SyncVectorEnv):
         options["reward"] = rows._reward
 
         limit = None if max_episode_steps == -1 else max_episode_steps  # -1 is Gymnasium's word for no limit
+        seed = options.get("seed")
+        make = [functools.partial(_limited, first, limit)]
+        for row in range(1, num_envs):
+            mine = {**options, "seed": None if seed is None else seed + row}
+            make.append(functools.partial(_limited, mine, limit))
+        super().__init__(make, autoreset_mode=autoreset_mode)
 
-        def make(row: int) -> gym.Env:
-            seed = options.get("seed")
-            env = first if row == 0 else TextWriteEnv(**{**options, "seed": None if seed is None else seed + row})
-            return env if limit is None else TimeLimit(env, limit)
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in every row, or in those of ``options["reset_mask"]``.
 
-        super().__init__([functools.partial(make, row) for row in range(num_envs)], autoreset_mode=autoreset_mode)
+        :param seed: of row 0, the following rows get the following numbers; or a list with one seed per row
+        :param options: ``reset_mask``: ``(N,)`` bool; ``prompt``: a text to start from, instead of drawn prompts
+        :raises TypeError: for a seed, options or a prompt of another kind
+        :raises ValueError: for a seed below 0, unknown options or an empty prompt
+        """
+        given = reset_options(options, ("prompt", "reset_mask"))
+        return super().reset(seed=seeds_of_rows(seed, self.num_envs), options=given or None)
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Append a piece of text to every row.
+
+        :param actions: N texts
+        :raises TypeError: if one is not a text
+        :raises ValueError: if there are not N of them, or the tokenizer can't write one
+        """
+        if isinstance(actions, str) or not isinstance(actions, Sequence | np.ndarray):
+            raise TypeError(f"actions={shown(actions)} must be {self.num_envs} texts (str), in a tuple or list")
+        if len(actions) != self.num_envs:
+            raise ValueError(f"actions={shown(actions)} has {len(actions)} entries, expected {self.num_envs} texts")
+        return super().step(tuple(check_text(f"actions[{row}]", text) for row, text in enumerate(actions)))
+
+
+def _limited(env: TextWriteEnv | dict[str, Any], limit: int | None) -> gym.Env:
+    """An environment, or one with these options, whose episodes have at most so many steps.
+
+    A function of the module, so that the vector environment, which keeps it, can be pickled.
+    """
+    made: gym.Env = env if isinstance(env, TextWriteEnv) else TextWriteEnv(**env)
+    return made if limit is None else TimeLimit(made, limit)

@@ -17,7 +17,8 @@ from gymnasium.vector.utils import batch_space
 from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
-from textgym.checks import check_int, check_number
+from textgym.checks import check_int, check_number, shown
+from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
 from textgym.envs.deferred import PendingSteps
 from textgym.envs.infos import VectorInfos
@@ -223,15 +224,10 @@ class TextGenVectorEnv(VectorEnv):
 
         For clients that step through wrappers, whose ``step`` passes actions only. Holds for one step.
 
+        :raises TypeError: if they are not numbers
         :raises ValueError: if the shape is wrong or a value is no log-probability
         """
-        values = np.array(log_probs, dtype=np.float64)  # a copy: the caller's array may be used again before it counts
-        if values.shape != (self.num_envs,):
-            raise ValueError(f"log_probs has shape {values.shape}, expected ({self.num_envs},)")
-        wrong = np.flatnonzero(~np.isfinite(values) | (values > 1e-3))
-        if len(wrong):
-            raise ValueError(f"log_probs[{wrong[0]}]={values[wrong[0]]} is not a log-probability (finite, at most 0)")
-        self._reported = values
+        self._reported = log_probabilities("log_probs", log_probs, (self.num_envs,))
 
     # ------------------------------------------------------------------ Gymnasium
 
@@ -245,13 +241,13 @@ class TextGenVectorEnv(VectorEnv):
         :param seed: of row 0, the following rows get the following numbers; or a list with one seed per row
         :param options: ``reset_mask``: ``(N,)`` bool; ``prompt``: a text or a conversation for all rows, or a
             list of N of them, instead of drawn prompts; None in the list for one that is drawn
+        :raises TypeError: for a seed, options or a prompt of another kind
+        :raises ValueError: for a seed below 0, unknown options, an empty prompt, or not N of them
         """
         self._check_open("reset")
-        options = dict(options or {})
-        mask = options.pop("reset_mask", None)
-        prompt = options.pop("prompt", None)
-        if options:
-            raise ValueError(f"unknown reset options {sorted(options)}; known are 'prompt' and 'reset_mask'")
+        options = reset_options(options, ("prompt", "reset_mask"))
+        mask, prompt = options.get("reset_mask"), options.get("prompt")
+        seeds = seeds_of_rows(seed, self.num_envs)
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(self._checked_mask(mask))
         if mask is not None and len(self._pending):
             raise RuntimeError("reset of some rows while steps wait to be scored; call score_deferred() first")
@@ -260,7 +256,7 @@ class TextGenVectorEnv(VectorEnv):
         self._round = None
         self._pending.clear()  # of episodes that are given up
         self._reported = None
-        self._seed_rows(seed, rows)
+        self._seed_rows(seeds, rows)
         if self._reward.needs_calibration:
             calibrate(
                 self._reward,
@@ -288,9 +284,11 @@ class TextGenVectorEnv(VectorEnv):
         :param log_probs: ``(N,)`` log-probabilities, in nats, under which the agent drew them; left out, the agent
             counts as deterministic (log π = 0)
         :return: observation, rewards ``(N,)`` float64, terminated and truncated ``(N,)`` bool, infos
+        :raises TypeError: if actions or log-probabilities are of a kind that can't hold numbers
+        :raises ValueError: if one is no token id or no log-probability, or there are not N of them
         """
         self._check_ready("step")
-        actions = self._checked_actions(actions)
+        actions = token_ids("actions", actions, (self.num_envs,), self.vocab_size)
         if log_probs is not None:
             self.report_log_probs(log_probs)
         log_prob = np.zeros(self.num_envs) if self._reported is None else self._reported
@@ -674,17 +672,11 @@ class TextGenVectorEnv(VectorEnv):
             chat_template_kwargs=self.options.chat_template_kwargs,
         )
 
-    def _seed_rows(self, seed: Any, rows: np.ndarray) -> None:
-        if seed is None and self._seeds is None and self.options.seed is not None:
-            seed = self.options.seed  # the option seeds the first reset
-        if seed is None and self._seeds is None:
-            seed = [None] * self.num_envs
+    def _seed_rows(self, seed: list[int | None] | None, rows: np.ndarray) -> None:
+        if seed is None and self._seeds is None:  # the option seeds the first reset
+            seed = seeds_of_rows(self.options.seed, self.num_envs) or [None] * self.num_envs
         if seed is None:
             return
-        if isinstance(seed, int | np.integer):
-            seed = [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"seed has {len(seed)} entries, expected one number or num_envs={self.num_envs}")
         seeds = list(self._seeds or [None] * self.num_envs)
         for row in rows.tolist():
             if seed[row] is not None or seeds[row] is None:  # a row without a new seed goes on as it is
@@ -704,40 +696,31 @@ class TextGenVectorEnv(VectorEnv):
     def _fixed_prompts(self, prompt: Any, rows: np.ndarray) -> list[PromptRow | None] | None:
         if prompt is None:
             return None
+        name = "options['prompt']"
         alone = isinstance(prompt, str) or is_one_conversation(prompt)
+        several = "" if self.num_envs == 1 else f", or {self.num_envs} of them with None for one that is drawn"
+        problem = f"{name}={shown(prompt)} must be a non-empty text or a conversation{several}"
+        if not alone and not isinstance(prompt, list | tuple):
+            raise TypeError(problem)
         given = [prompt] * self.num_envs if alone else prompt
-        if (
-            not isinstance(given, list | tuple)
-            or len(given) != self.num_envs
-            or not all(one is None or (one and (isinstance(one, str) or is_one_conversation(one))) for one in given)
-        ):
-            several = "" if self.num_envs == 1 else f", or {self.num_envs} of them with None for one that is drawn"
-            raise ValueError(f"options['prompt']={prompt!r} must be a non-empty text or a conversation{several}")
+        if len(given) != self.num_envs:
+            raise ValueError(f"{problem}; it has {len(given)} entries")
         made: dict[int, PromptRow | None] = {id(None): None}  # of each object once: one may stand for all rows
-        for one in given:
+        for row, one in enumerate(given):
             if id(one) not in made:
-                row = PromptRow(one) if isinstance(one, str) else one
-                made[id(one)] = read_prompt(row, "options['prompt']", self.tokenizer)
+                where = name if alone else f"{name}[{row}]"
+                check_start(where, one)
+                made[id(one)] = read_prompt(PromptRow(one) if isinstance(one, str) else one, where, self.tokenizer)
         return [made[id(given[row])] for row in rows]
 
     def _checked_mask(self, mask: Any) -> np.ndarray:
         if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
-            raise TypeError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},), got {mask!r}")
+            raise TypeError(
+                f"options['reset_mask']={shown(mask)} must be a bool array (NumPy) of shape ({self.num_envs},)"
+            )
         if not mask.any():
             raise ValueError("options['reset_mask'] selects no row")
         return mask
-
-    def _checked_actions(self, actions: Any) -> np.ndarray:
-        array = np.asarray(actions)
-        if array.shape != (self.num_envs,):
-            raise ValueError(f"actions has shape {array.shape}, expected ({self.num_envs},)")
-        if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"actions must be whole numbers (token ids), got {array.dtype}")
-        wrong = np.flatnonzero((array < 0) | (array >= self.vocab_size))
-        if len(wrong):
-            row = int(wrong[0])
-            raise ValueError(f"actions[{row}]={array[row]} is not a token id: expected 0 to {self.vocab_size - 1}")
-        return array.astype(np.int64)
 
     def _check_open(self, what: str) -> None:
         if self.closed:
