@@ -101,10 +101,12 @@ class LanguageModel:
         self._runs_own_head: bool = False  # whether another head than that is needed
         self._runs_own_head = self._needs_own_head() if like is None else like._runs_own_head
         name = f"language_model={self.name}"
-        stepped = SteppedModel(
-            model, name, self.vocab_size, lambda hidden: self._computed_logits(hidden).float(), self._last_logits
-        )
+        stepped = SteppedModel(model, name, self.vocab_size, self._float_logits, self._last_logits)
         self._stepping: Stepping = Stepping(stepped, None if like is None else like._stepping)
+
+    def _float_logits(self, hidden: Tensor) -> Tensor:
+        """A method, as a function made in place could not be pickled."""
+        return self._computed_logits(hidden).float()
 
     @torch.no_grad()
     def _needs_own_head(self) -> bool:
