@@ -34,9 +34,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.progress import TrainingProgress
 from textgym.agents.state_files import read_state, write_state
 from textgym.checkpoint_folders import CheckpointError, check_manifest, superfluous, write_whole
 from textgym.checks import check_int
@@ -164,7 +165,7 @@ def _callbacks(callback: Any) -> Iterator[BaseCallback]:
     for part in callback if isinstance(callback, Sequence) else [callback]:
         if isinstance(part, CallbackList):
             yield from _callbacks(part)
-        elif isinstance(part, BaseCallback) and not isinstance(part, ProgressBarCallback):
+        elif isinstance(part, BaseCallback) and not isinstance(part, TrainingProgress):
             yield part
             yield from _callbacks(getattr(part, "callback", None))
             yield from _callbacks(getattr(part, "callback_on_new_best", None))

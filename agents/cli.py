@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args, get_type_hints
 
 try:
     import typer
@@ -76,8 +76,9 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
             kind = Optional[kind]  # noqa: UP045  the type is an object here
         default = field.default
         shown = False if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        flags = ("--set",) if field.name == "agent_options" else ()
         option = typer.Option(
-            help=field.metadata["help"], rich_help_panel=field.metadata["section"], show_default=shown
+            *flags, help=field.metadata["help"], rich_help_panel=field.metadata["section"], show_default=shown
         )
         hints[field.name] = Annotated[kind, option]
         parameter = inspect.Parameter(
@@ -93,7 +94,12 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_run_options
 def train(
-    algorithm: Annotated[Algorithm, typer.Argument(help="the agent")] = "ppo",
+    algorithm: Annotated[
+        str,
+        typer.Argument(
+            help=f"the agent: {', '.join(get_args(Algorithm))}, or your own as file.py:Class or module:Class"
+        ),
+    ] = "ppo",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML or JSON file with options; flags win")
     ] = None,
@@ -130,16 +136,17 @@ def train(
                     f"--resume goes on with the run as it was begun; {', '.join(others)} can't be changed, "
                     "only --timesteps can"
                 )
-            _, begun = run_config(resume)
+            begun_with, begun = run_config(resume)
             check_model_code(begun, resume, trust_code)
-            check_code([begun.reward], resume, trust_code)
+            check_code([begun.reward, begun_with], resume, trust_code)
             run = Run.resumed(resume, given.get("timesteps"))
         else:
             from_file = {} if config is None else read_config(config)
             algorithm = from_file.pop("algorithm", algorithm)
             merged = RunConfig.from_mapping({**from_file, **given}, "the configuration")
             processes = Processes.join(merged.process_timeout, cpu=merged.device == "cpu")
-            run = Run(algorithm, merged, processes.on_main(lambda: output or next_free("runs", algorithm)))
+            name = _folder_name(str(algorithm))
+            run = Run(algorithm, merged, processes.on_main(lambda: output or next_free("runs", name)))
         folder = run.folder.path
         if not run.processes.is_main:
             console.quiet = True
@@ -172,6 +179,11 @@ def train(
         console.print("metrics.csv, and best/ and model/ (Hugging Face checkpoints that textgym opens as agents, too)")
     else:
         console.print(f"Stopped at {run.agent.num_timesteps:,} tokens; go on with: textgym train --resume {folder}")
+
+
+def _folder_name(algorithm: str) -> str:
+    """What runs of an agent are called: its name, or that of its class."""
+    return algorithm.rpartition(":")[2].lower()
 
 
 def _show_progress(evaluations: list[dict[str, Any]], held_out: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
@@ -27,6 +27,7 @@ from textgym.agents.distributed import Processes
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.exploration import Exploration
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
+from textgym.agents.progress import TrainingProgress
 from textgym.agents.saved_agent import SavedAgent
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.checks import check_bool, check_choice, check_int, check_mapping, check_number, check_schedule, check_seed
@@ -135,6 +136,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
     processes: Processes
     finished_episodes: list[dict[str, Any]]
     exploration: Exploration | None = None  # set by Explore, a callback
+    _progress: TrainingProgress | None = None  # while learn shows it
     _last_obs: Any
 
     def __init__(
@@ -350,6 +352,15 @@ class TextOnPolicyAlgorithm(SavedAgent):
         if self.device.type == "cpu":
             keep_freed_memory()
         return super()._setup_learn(*args, **kwargs)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        # In the place of SB3's, whose bar stands still while an update runs and counts only this process's rows.
+        callback = super()._init_callback(callback, progress_bar=False)
+        if progress_bar:
+            self._progress = TrainingProgress()
+            callback = CallbackList([callback, self._progress])
+            callback.init_callback(self)
+        return callback
 
     # Rollouts
 
@@ -632,11 +643,17 @@ class TextOnPolicyAlgorithm(SavedAgent):
         :param log_interval: rollouts between two entries of the log
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: begin anew; False goes on where the last call ended
-        :param progress_bar: whether to show one
+        :param progress_bar: whether to show a bar, or lines where output is kept
+            (:class:`~textgym.agents.progress.TrainingProgress`)
         :return: this agent
         :raises DivergedError: if a loss, a gradient, a reward, an advantage or a weight is not finite
         """
-        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        try:
+            super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
+                self._progress = None
         self.check_finite()
         return self
 
@@ -894,7 +911,16 @@ class TextOnPolicyAlgorithm(SavedAgent):
     # Saving
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["exploration", "finished_episodes", "_row_kl", "_pending_log", "_unscored", "processes", "_all_rows"]
+        own = [
+            "_progress",
+            "exploration",
+            "finished_episodes",
+            "_row_kl",
+            "_pending_log",
+            "_unscored",
+            "processes",
+            "_all_rows",
+        ]
         return [*super()._excluded_save_params(), *own]
 
 

@@ -279,12 +279,6 @@ def test_stable_baselines3_callbacks_work_untouched(tmp_path):
     assert max(values_of(logs, "train/ratio_first")) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:rich is experimental")
-def test_the_progress_bar_works(capsys):
-    tiny_ppo(tiny_vector_env(2)).learn(24, progress_bar=True)
-    assert "24/24" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("scoring", ["deferred", "instant"])
 @pytest.mark.parametrize("reset_num_timesteps", [True, False])
 def test_a_rollout_stopped_by_a_callback_can_be_gone_on_from(scoring, reset_num_timesteps):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -25,6 +26,7 @@ def _option(default: Any, section: str, text: str) -> Any:
 
 
 MODEL, DATA, REWARD, EPISODE, ALGORITHM, RUN = "Model", "Prompts", "Reward and KL", "Episodes", "Agent", "Run"
+FURTHER = "Further arguments of the agent"
 
 
 @dataclass
@@ -221,6 +223,12 @@ class RunConfig:
         None, ALGORITHM, "newest episodes that rollout/* are averaged over; default about as many as a rollout has"
     )
 
+    agent_options: list[str] | None = _option(
+        None,
+        FURTHER,
+        "name=value, for what its constructor takes besides these options, such as target_kl=0.02; several times",
+    )
+
     timesteps: int = _option(49_152, RUN, "tokens to train on, of all processes")
     seed: int = _option(0, RUN, "of everything random")
     threads: int | None = _option(None, RUN, "CPU threads; default what torch chooses")
@@ -239,9 +247,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
-        given: Any = self.chat_template_kwargs  # in a file it may be a mapping; JSON is YAML
-        if isinstance(given, Mapping):
-            self.chat_template_kwargs = [f"{name}={json.dumps(value)}" for name, value in given.items()]
+        for name in ("chat_template_kwargs", "agent_options"):
+            given = getattr(self, name)  # in a file it may be a mapping; JSON is YAML
+            if isinstance(given, Mapping):
+                setattr(self, name, [f"{key}={json.dumps(value)}" for key, value in given.items()])
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), kinds[field.name]))
         for name in ("rows", "timesteps", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints"):
@@ -270,6 +279,7 @@ class RunConfig:
             raise ValueError(f"reward_every={self.reward_every!r} must be a whole number of at least 1, or 'end'")
 
         self.template_arguments()  # wrong ones are errors now
+        self.agent_arguments()
 
     def template_arguments(self) -> dict[str, Any]:
         """The variables of the chat template that ``chat_template_kwargs`` names, with their values.
@@ -277,6 +287,13 @@ class RunConfig:
         :raises ValueError: if an entry is not ``name=value``, or its value is not YAML
         """
         return template_arguments(self.chat_template_kwargs)
+
+    def agent_arguments(self) -> dict[str, Any]:
+        """The arguments of the agent's constructor that ``agent_options`` names, with their values.
+
+        :raises ValueError: if an entry is not ``name=value``, or its value is not YAML
+        """
+        return _named_values("agent_options", self.agent_options, "temperature=0.5")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
@@ -315,16 +332,23 @@ def template_arguments(options: Sequence[str] | None) -> dict[str, Any]:
 
     :raises ValueError: if an entry is not ``name=value``, its value is not YAML, or a name comes twice
     """
+    return _named_values("chat_template_kwargs", options, "enable_thinking=false")
+
+
+def _named_values(option: str, entries: Sequence[str] | None, example: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for option in options or []:
-        name, equals, text = option.partition("=")
+    for entry in entries or []:
+        name, equals, text = entry.partition("=")
         if not equals or name in found:
-            problem = "names one twice" if equals else "must be name=value, such as enable_thinking=false"
-            raise ValueError(f"chat_template_kwargs={option!r} {problem}")
+            problem = "names one twice" if equals else f"must be name=value, such as {example}"
+            raise ValueError(f"{option}={entry!r} {problem}")
         try:
             found[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"chat_template_kwargs={option!r}: the value is not YAML: {error}") from error
+            raise ValueError(f"{option}={entry!r}: the value is not YAML: {error}") from error
+        if isinstance(found[name], str):  # YAML takes 1e-4 for a text
+            with contextlib.suppress(ValueError):
+                found[name] = float(found[name])
     return found
 
 

@@ -75,12 +75,13 @@ def open_subject(path: str, trusted: bool, template: Mapping[str, Any] | None = 
     """
     folder = RunFolder(path)
     if folder.config.is_file():
-        config = _with_template(run_config(path)[1], template)
+        algorithm, begun = run_config(path)
+        config = _with_template(begun, template)
         check_model_code(config, path, trusted)
         for part in (folder.model, folder.best):
             if part.is_dir():
                 return _subject(path, load(str(part), config), config, folder.path, part)
-        check_code([config.reward], path, trusted)
+        check_code([config.reward, algorithm], path, trusted)
         policy = policy_of(path)  # no agent was written yet, but a checkpoint
         model = load_language_model(policy.language_model, chat_template_kwargs=config.template_arguments())
         subject = _subject(path, model, config, folder.path, None)

@@ -25,7 +25,7 @@ from textgym.agents.learning_rewards import LearningRewards
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.plots import plot_runs
 from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.runs.agents import agent_class, arguments_of, resolved
+from textgym.agents.runs.agents import agent_class, agent_name, arguments_of, resolved
 from textgym.agents.runs.changes import check_changes
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, write_csv
@@ -92,11 +92,14 @@ def device_of(config: RunConfig, processes: Processes) -> str:
 
 
 def make_agent(
-    algorithm: str, config: RunConfig, envs: TextGenVectorEnv, processes: Processes | None = None
+    algorithm: str | type[TextOnPolicyAlgorithm],
+    config: RunConfig,
+    envs: TextGenVectorEnv,
+    processes: Processes | None = None,
 ) -> TextOnPolicyAlgorithm:
     """The agent, with the environment's language model as its policy.
 
-    :param algorithm: ``"ppo"``, ``"grpo"`` ...
+    :param algorithm: ``"ppo"``, ``"grpo"`` ..., ``"file.py:Class"``, or a class
     :param config: may leave the agent's own options open
     :raises ValueError: if it has an option that the agent doesn't have
     """
@@ -131,28 +134,36 @@ class Run:
     Under ``accelerate launch`` every process has its own environment and its own share of the prompts, and the first
     one alone writes to the folder (:mod:`textgym.agents.distributed`).
 
-    :param algorithm: ``"ppo"``, ``"a2c"``, ``"reinforce"``, ``"rloo"``, ``"grpo"`` ...
+    :param algorithm: ``"ppo"``, ``"a2c"``, ``"reinforce"``, ``"rloo"``, ``"grpo"`` ..., a class of your own, or where
+        one is: ``"file.py:Class"`` or ``"module:Class"``
     :param config: its options
     :param path: its folder
     :param resume: go on from the newest checkpoint in the folder; else the folder must be empty, or hold no more than a
         run that ended before its first checkpoint
     """
 
-    def __init__(self, algorithm: str, config: RunConfig, path: str | Path, resume: bool = False) -> None:
-        config = resolved(algorithm, config if resume else with_absolute_paths(config))
-        self.algorithm, self.config, self.folder = algorithm, config, RunFolder(path)
+    def __init__(
+        self,
+        algorithm: str | type[TextOnPolicyAlgorithm],
+        config: RunConfig,
+        path: str | Path,
+        resume: bool = False,
+    ) -> None:
+        agent = agent_class(algorithm)
+        config = resolved(agent, config if resume else with_absolute_paths(config))
+        self.algorithm, self.config, self.folder = agent_name(algorithm), config, RunFolder(path)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.processes = Processes.join(config.process_timeout, cpu=config.device == "cpu")
         self._lock: FolderLock | None = None
         self.resumed_from: Path | None = None
         try:
-            self._prepare(resume)
+            self._prepare(agent, resume)
         except BaseException:
             self._unlock()
             raise
 
-    def _prepare(self, resume: bool) -> None:
+    def _prepare(self, agent: type[TextOnPolicyAlgorithm], resume: bool) -> None:
         config, checkpoint = self.config, None
         if resume:
             self.processes.on_main(self._take_over)
@@ -166,7 +177,7 @@ class Run:
             prompts = SharedPrompts(train, config.seed, self.processes)
         self.envs = make_envs(config, prompts, self.processes)
         judge_lengths(held_out, self.envs.vocabulary, self.envs.max_prompt_tokens, config.prompt_overflow)
-        self.agent = make_agent(self.algorithm, config, self.envs, self.processes)
+        self.agent = make_agent(agent, config, self.envs, self.processes)
         if not resume:
             self.processes.on_main(self._create)
         held_out_rows: list[PromptRow] = list(held_out)
@@ -194,7 +205,7 @@ class Run:
             write_text_whole(self.folder.config, text)
             write_prompt_record(self.folder.held_out, train, recorded)
             if not resume:
-                self._note({"code": seals([config.reward])})
+                self._note({"code": seals([config.reward, self.algorithm])})
         self._note({"status": "running", "reason": None, "processes": self.processes.world_size})
 
     def _create(self) -> None:
@@ -223,11 +234,17 @@ class Run:
             self._lock.release()
 
     @classmethod
-    def resumed(cls, path: str | Path, timesteps: int | None = None) -> Run:
+    def resumed(
+        cls,
+        path: str | Path,
+        timesteps: int | None = None,
+        agent: type[TextOnPolicyAlgorithm] | None = None,
+    ) -> Run:
         """A run that was stopped, at its newest whole checkpoint; one without any begins anew.
 
         :param path: its folder
         :param timesteps: another number of tokens to train on, counted from the run's beginning
+        :param agent: its class; default what its configuration names, whose code is run if it is your own
         :raises FileNotFoundError: if it has no configuration
         :raises FileExistsError: if another process is at work in the folder
         :raises CheckpointError: if it has checkpoints, and none is whole
@@ -236,7 +253,7 @@ class Run:
         algorithm, config = run_config(path)
         if timesteps is not None:
             config.timesteps = timesteps
-        return cls(algorithm, config, path, resume=True)
+        return cls(agent or algorithm, config, path, resume=True)
 
     def train(self, progress_bar: bool = False) -> bool:
         """Train to the end, or until Ctrl-C or SIGTERM, which end it at the next boundary between rollouts.

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import os
 import re
-import sys
-import traceback
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from textgym.named_objects import object_named
 from textgym.rewards.base import Reward, as_reward
 from textgym.rewards.expressions import EMBEDDED, parse_reward
 from textgym.rewards.reward_directory import open_reward
@@ -103,67 +98,13 @@ def names_code(text: str) -> bool:
 
 def _object_in(where: str, name: str, text: str) -> Reward:
     """The reward called ``name`` in a Python file or a module."""
-    module = _module_of_file(where, text) if where.endswith(".py") else _module_named(where, text)
-    if not hasattr(module, name):
-        raise ValueError(f"reward={text!r}: {where} has nothing named {name!r}")
-    found: Any = getattr(module, name)
+    found: Any = object_named(where, name, f"reward={text!r}")
     if inspect.isclass(found):
         found = _instance_of(found, text)
     try:
         return as_reward(found)
     except TypeError as error:
         raise ValueError(f"reward={text!r}: {name} in {where} can't be used: {error}") from error
-
-
-def _module_of_file(where: str, text: str) -> ModuleType:
-    path = Path(where).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"reward={text!r}: there is no file {where}")
-    digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    specification = importlib.util.spec_from_file_location(f"textgym_reward_{path.stem}_{digest}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    _look_in(path.parent)  # stays there: functions may import when they are called
-    sys.modules[specification.name] = module
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[specification.name]
-        raise _cannot_import(text, where, error) from error
-    return module
-
-
-def _module_named(where: str, text: str) -> ModuleType:
-    _look_in(Path.cwd())
-    try:
-        return importlib.import_module(where)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and where.startswith(error.name):
-            raise ValueError(
-                f"reward={text!r}: {error}, here or among what is installed; give file.py:function or module:object"
-            ) from error
-        raise _cannot_import(text, where, error) from error
-
-
-def _look_in(folder: Path) -> None:
-    """Let Python find modules in a folder, as it does in that of a script it runs."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-        importlib.invalidate_caches()
-
-
-def _cannot_import(text: str, where: str, error: Exception) -> ValueError:
-    """Says which line failed: the innermost one outside of Python's own import machinery."""
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    lines = [frame for frame in lines if Path(frame.filename) != Path(__file__)]
-    place = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
-    if isinstance(error, SyntaxError):
-        place = f"{error.filename}, line {error.lineno}: "
-        problem = error.msg
-    else:
-        problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return ValueError(f"reward={text!r}: {where} can't be imported; {place}{problem}")
 
 
 def _instance_of(kind: Any, text: str) -> Any:
