@@ -148,7 +148,7 @@ class DPO(TextEpisodeAlgorithm):
         assert self.env is not None
         segments, to_go = self.rewards_to_go(buffer)
         paid = rewards_without_kl(buffer, segments, TextEnvironment(self.env).kl_coef)
-        marks = best_and_worst(paid, self.group_size, self.min_margin)
+        marks = best_and_worst(paid, self.group_size, self.min_margin, self.judged(segments))
         self.fill(buffer, segments, np.broadcast_to(marks[:, None], to_go.shape), to_go)
         self.logger.record("rollout/pair_share", self.processes.mean(np.abs(marks)) * self.group_size / 2)
 

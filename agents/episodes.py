@@ -152,6 +152,14 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
                 to_go[row, t] = following
         return segments, to_go
 
+    def judged(self, segments: list[Segment]) -> np.ndarray:
+        """``(E,)`` bool, which episodes of a round the reward said something about.
+
+        Those for which it was None, "not applicable", are no part of a baseline and teach nothing.
+        """
+        unjudged = {(e["row"], e["step"]) for e in self.finished_episodes if not e.get("applies", True)}
+        return np.array([(segment.row, segment.start + segment.steps - 1) not in unjudged for segment in segments])
+
     def fill(self, buffer: EpisodeBuffer, segments: list[Segment], advantages: np.ndarray, returns: np.ndarray) -> None:
         """Put advantages and returns, ``(E, T)`` each by episode, where the buffer has its transitions."""
         at = buffer.places(segments)

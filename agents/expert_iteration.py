@@ -103,11 +103,13 @@ class ExpertIteration(TextEpisodeAlgorithm):
         """1 for the tokens of targets and 0 for the others."""
         segments, to_go = self.rewards_to_go(buffer)
         returns = to_go[:, 0]
-        chosen = best_of_groups(returns, self.group_size, self.keep)
+        judged = self.judged(segments)
+        chosen = best_of_groups(returns, self.group_size, self.keep, judged)
         if self.threshold is not None:
             chosen &= returns >= self.threshold
         if self.quantile is not None:
-            chosen &= returns >= np.quantile(np.concatenate(self.processes.gather(returns)), self.quantile)
+            all_judged = np.concatenate(self.processes.gather(returns[judged]))
+            chosen &= returns >= (np.quantile(all_judged, self.quantile) if len(all_judged) else np.inf)
         self.fill(buffer, segments, np.broadcast_to(chosen[:, None], to_go.shape), to_go)
         number, total, best = self.processes.total([chosen.sum(), len(chosen), returns[chosen].sum()])
         self.logger.record("rollout/target_share", number / total)

@@ -25,7 +25,7 @@ def by_credit(to_go: np.ndarray, credit: str) -> np.ndarray:
     return to_go if credit == "token" else np.broadcast_to(to_go[:, :1], to_go.shape)
 
 
-def leave_one_out_advantages(returns: np.ndarray, group_size: int) -> np.ndarray:
+def leave_one_out_advantages(returns: np.ndarray, group_size: int, judged: np.ndarray | None = None) -> np.ndarray:
     """``(E, T)`` each return minus the mean of the others of its group.
 
     Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
@@ -33,40 +33,69 @@ def leave_one_out_advantages(returns: np.ndarray, group_size: int) -> np.ndarray
 
         >>> leave_one_out_advantages(np.array([[1.0], [2.0], [6.0]]), 3).ravel()
         array([-3. , -1.5,  4.5])
+        >>> leave_one_out_advantages(np.array([[1.0], [0.0], [6.0]]), 3, np.array([True, False, True])).ravel()
+        array([-5.,  0.,  5.])
 
     :param returns: ``(E, T)``, the K completions of a prompt in a row
     :param group_size: K, at least 2
+    :param judged: ``(E,)`` bool, completions to which the reward applies; the others are left out and have 0, as has
+        one that nothing is left to be compared with. None for all
     """
-    groups = returns.reshape(-1, group_size, returns.shape[1])
-    others = (groups.sum(1, keepdims=True) - groups) / (group_size - 1)
-    advantages: np.ndarray = (groups - others).reshape(returns.shape)
+    groups = returns.reshape(-1, group_size, returns.shape[1])  # (G, K, T)
+    counted = _counted(judged, groups)
+    number = counted.sum(1, keepdims=True)
+    others = ((groups * counted).sum(1, keepdims=True) - groups) / np.maximum(number - 1, 1)
+    advantages: np.ndarray = np.where(counted & (number > 1), groups - others, 0.0).reshape(returns.shape)
     return advantages
 
 
 def group_relative_advantages(
-    judged: np.ndarray, returns: np.ndarray, group_size: int, scale: str = "group"
+    values: np.ndarray,
+    returns: np.ndarray,
+    group_size: int,
+    scale: str = "group",
+    judged: np.ndarray | None = None,
 ) -> np.ndarray:
     """``(E, T)`` each return minus the mean of its group, over a standard deviation of completions' returns.
 
     Shao et al. 2024, "DeepSeekMath", section 4.1.2 (https://arxiv.org/abs/2402.03300); without the scale, Liu et al.
     2025, "Understanding R1-Zero-Like Training" (https://arxiv.org/abs/2503.20783). The deviation is the unbiased one,
-    plus
-    10⁻⁴, as in TRL. It is that of whole completions for rewards-to-go, too: late places have few completions left. ::
+    plus 10⁻⁴, as in TRL. It is that of whole completions for rewards-to-go, too: late places have few completions
+    left. ::
 
-        >>> judged = np.array([[1.0], [2.0], [6.0]])
-        >>> group_relative_advantages(judged, judged[:, 0], 3).ravel().round(3)
+        >>> values = np.array([[1.0], [2.0], [6.0]])
+        >>> group_relative_advantages(values, values[:, 0], 3).ravel().round(3)
         array([-0.756, -0.378,  1.134])
 
-    :param judged: ``(E, T)`` from :func:`by_credit`, the K completions of a prompt in a row
+    :param values: ``(E, T)`` from :func:`by_credit`, the K completions of a prompt in a row
     :param returns: ``(E,)`` of the completions
     :param group_size: K, at least 2
     :param scale: ``"group"``: the deviation of the K returns of the prompt; ``"batch"``: of all returns; ``"none"``
+    :param judged: ``(E,)`` bool, completions to which the reward applies; the others are no part of mean and deviation
+        and have 0. None for all
     """
-    groups = judged.reshape(-1, group_size, judged.shape[1])
-    advantages: np.ndarray = (groups - groups.mean(1, keepdims=True)).reshape(judged.shape)
+    groups = values.reshape(-1, group_size, values.shape[1])  # (G, K, T)
+    counted = _counted(judged, groups)
+    means = (groups * counted).sum(1, keepdims=True) / np.maximum(counted.sum(1, keepdims=True), 1)
+    advantages: np.ndarray = np.where(counted, groups - means, 0.0).reshape(values.shape)
     if scale == "group":
-        deviations = returns.reshape(-1, group_size).std(1, ddof=1)
+        deviations = _deviations(returns.reshape(-1, group_size), counted[:, :, 0])
         advantages = advantages / (np.repeat(deviations, group_size)[:, None] + EPSILON)
     elif scale == "batch":
-        advantages = advantages / (returns.std(ddof=1) + EPSILON)
+        advantages = advantages / (_deviations(returns[None], counted.reshape(1, -1)) + EPSILON)
     return advantages
+
+
+def _counted(judged: np.ndarray | None, groups: np.ndarray) -> np.ndarray:
+    """``(G, K, 1)`` bool, which completions of the groups the reward applies to."""
+    shape = (*groups.shape[:2], 1)
+    return np.ones(shape, dtype=bool) if judged is None else np.asarray(judged, dtype=bool).reshape(shape)
+
+
+def _deviations(returns: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Unbiased standard deviations ``(G,)`` of those of ``(G, K)`` returns that count; 0 for a single one."""
+    number = counted.sum(1, keepdims=True)
+    means = (returns * counted).sum(1, keepdims=True) / np.maximum(number, 1)
+    squares = np.where(counted, (returns - means) ** 2, 0.0).sum(1)
+    deviations: np.ndarray = np.sqrt(squares / np.maximum(number[:, 0] - 1, 1))
+    return deviations

@@ -124,8 +124,8 @@ class GRPO(TextEpisodeAlgorithm):
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
         """Returns, or rewards-to-go, minus the mean of the group, scaled."""
         segments, to_go = self.rewards_to_go(buffer)
-        judged = by_credit(to_go, self.credit)
-        advantages = group_relative_advantages(judged, to_go[:, 0], self.group_size, self.scale)
+        values, judged = by_credit(to_go, self.credit), self.judged(segments)
+        advantages = group_relative_advantages(values, to_go[:, 0], self.group_size, self.scale, judged)
         self.fill(buffer, segments, advantages, to_go)
 
     def loss(self, batch: SegmentSamples) -> Loss:

@@ -83,7 +83,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
     in Stable-Baselines3; a step is a token.
 
     - ``finished_episodes``: the episodes that ended in the last rollout, each with ``r`` (return), ``l``
-      (tokens), ``kl`` (nats), ``score``, ``finish_reason``, ``prompt`` and ``completion``
+      (tokens), ``kl`` (nats), ``score``, ``applies`` (False where the reward was None), ``finish_reason``, ``prompt``
+      and ``completion``
     - ``processes``: those that learn together (:mod:`textgym.agents.distributed`), in most cases one alone. Rows are
       each process's own; ``num_timesteps`` counts the tokens of all, and ``ep_info_buffer``, which ``rollout/*`` are
       means of, has everybody's episodes
@@ -516,7 +517,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 bootstrap[step] = self.gamma * self._values_where_truncated(dones, infos)
             if deferred is None:
                 rollout_buffer.kl[step] = [info.get("kl", np.nan) for info in infos]
-                self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts))
+                self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts, step))
             # Before the callback, unlike SB3: a rollout that a callback stops can be gone on from.
             self._last_obs, self._last_episode_starts = new_obs, dones
 
@@ -853,18 +854,19 @@ class TextOnPolicyAlgorithm(SavedAgent):
     # Statistics
 
     def _episodes_in(
-        self, infos: list[dict[str, Any]], dones: np.ndarray, episode_starts: np.ndarray
+        self, infos: list[dict[str, Any]], dones: np.ndarray, episode_starts: np.ndarray, step: int
     ) -> list[dict[str, Any]]:
         """The episodes that ended with this step, from instantly scored infos."""
         self._row_kl[episode_starts] = 0.0
         self._row_kl += [info.get("kl", np.nan) for info in infos]
-        names = ("score", "finish_reason", "prompt", "completion", "is_success")
+        names = ("score", "applies", "finish_reason", "prompt", "completion", "is_success")
         return [
             {
                 **infos[row].get("episode", {}),
                 **{name: infos[row][name] for name in names if name in infos[row]},
                 "kl": float(self._row_kl[row]),
                 "row": int(row),
+                "step": step,
             }
             for row in np.flatnonzero(dones)
         ]

@@ -20,7 +20,7 @@ def rewards_without_kl(buffer: EpisodeBuffer, segments: Sequence[Segment], kl_co
     return np.array([rewards[s.start : s.start + s.steps, s.row].sum(dtype=np.float64) for s in segments])
 
 
-def best_of_groups(returns: np.ndarray, group_size: int, keep: int) -> np.ndarray:
+def best_of_groups(returns: np.ndarray, group_size: int, keep: int, judged: np.ndarray | None = None) -> np.ndarray:
     """``(E,)`` bool: the ``keep`` highest of each group; of equal ones the first.
 
     ::
@@ -31,14 +31,20 @@ def best_of_groups(returns: np.ndarray, group_size: int, keep: int) -> np.ndarra
     :param returns: ``(E,)``, the K completions of a prompt in a row
     :param group_size: K
     :param keep: 1 to K
+    :param judged: ``(E,)`` bool, completions to which the reward applies; the others are never among the best. None for
+        all
     """
+    judged = np.ones(len(returns), dtype=bool) if judged is None else judged
+    returns = np.where(judged, returns, -np.inf)
     order = np.argsort(-returns.reshape(-1, group_size), axis=1, kind="stable")
     best = np.zeros(order.shape, dtype=bool)
     np.put_along_axis(best, order[:, :keep], True, axis=1)
-    return best.reshape(-1)
+    return best.reshape(-1) & judged
 
 
-def best_and_worst(paid: np.ndarray, group_size: int, min_margin: float = 0.0) -> np.ndarray:
+def best_and_worst(
+    paid: np.ndarray, group_size: int, min_margin: float = 0.0, judged: np.ndarray | None = None
+) -> np.ndarray:
     """``(E,)`` 1 for the best of each group, -1 for its worst, 0 for the others and where these two are about equal.
 
     ::
@@ -49,9 +55,11 @@ def best_and_worst(paid: np.ndarray, group_size: int, min_margin: float = 0.0) -
     :param paid: ``(E,)``, the K completions of a prompt in a row
     :param group_size: K, at least 2
     :param min_margin: the two must differ by more
+    :param judged: ``(E,)`` bool, completions to which the reward applies; the others are neither. None for all
     """
     groups = paid.reshape(-1, group_size)
-    best, worst = groups.argmax(1), groups.argmin(1)
+    counted = np.ones(groups.shape, dtype=bool) if judged is None else judged.reshape(groups.shape)
+    best, worst = np.where(counted, groups, -np.inf).argmax(1), np.where(counted, groups, np.inf).argmin(1)
     rows = np.arange(len(groups))
     differ = groups[rows, best] - groups[rows, worst] > min_margin
     marks = np.zeros(groups.shape)

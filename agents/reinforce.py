@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
@@ -96,7 +97,11 @@ class REINFORCE(TextEpisodeAlgorithm):
         segments, to_go = self.rewards_to_go(buffer)
         if self.baseline == "mean" and len(segments) < 2:
             raise ValueError("baseline='mean' compares episodes with each other; the rollout has one: take more rows")
-        advantages = to_go if self.baseline == "none" else leave_one_out_advantages(to_go, len(segments))
+        judged = self.judged(segments)
+        if self.baseline == "none":
+            advantages = np.where(judged[:, None], to_go, 0.0)
+        else:
+            advantages = leave_one_out_advantages(to_go, len(segments), judged)
         self.fill(buffer, segments, advantages, to_go)
 
     def loss(self, batch: SegmentSamples) -> Loss:

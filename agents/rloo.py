@@ -101,7 +101,7 @@ class RLOO(TextEpisodeAlgorithm):
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
         """Returns, or rewards-to-go, minus the mean of the others of the group."""
         segments, to_go = self.rewards_to_go(buffer)
-        advantages = leave_one_out_advantages(by_credit(to_go, self.credit), self.group_size)
+        advantages = leave_one_out_advantages(by_credit(to_go, self.credit), self.group_size, self.judged(segments))
         self.fill(buffer, segments, advantages, to_go)
 
     def loss(self, batch: SegmentSamples) -> Loss:

@@ -86,6 +86,7 @@ class PendingSteps:
                     "r": stretch.return_before + float(rewards.sum(dtype=np.float64)),
                     "l": stretch.end,
                     "score": stretch.score,
+                    "applies": stretch.applies,
                     "kl": stretch.kl_before + float(kl.sum(dtype=np.float64)),  # NaN without a reference model
                     "finish_reason": stretch.finish_reason,
                     "prompt": stretch.prompt,

@@ -72,7 +72,8 @@ class TextGenEnv(gym.Env):
     ## Information
     At reset ``prompt`` (text). At each step ``reward_model`` (the Φ part of the reward), ``kl`` and ``ref_log_prob``
     (nats; left out where ``kl_coef=0`` has loaded no reference model), ``missing_eos_penalty`` where that is set. At the end
-    ``finish_reason`` (``"eos"``, ``"stop"`` or ``"length"``), ``prompt``, ``completion`` (texts) and ``score`` (Φ(x, y)).
+    ``finish_reason`` (``"eos"``, ``"stop"`` or ``"length"``), ``prompt``, ``completion`` (texts) ``score`` (Φ(x, y))
+    and ``applies`` (False where the reward is None, "not applicable", and counts 0).
 
     ## Arguments
     | option | default | meaning |

@@ -14,15 +14,15 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from textgym.envs.fonts import runs, text_font
+
 if TYPE_CHECKING:
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
 Colour = tuple[int, int, int]
 
@@ -108,8 +108,9 @@ def render_ansi(episode: RenderedEpisode) -> str:
 def render_rgb(episode: RenderedEpisode, width: int = 640, height: int = 240) -> npt.NDArray[np.uint8]:
     """The same as a picture, of the same size for every episode, as videos need it.
 
-    Where the text is longer than the picture, the beginning scrolls out of it. The font is DejaVu Sans, which
-    has Latin, Greek and Cyrillic, but no Chinese, Japanese or Korean: those characters are shown as boxes.
+    Where the text is longer than the picture, the beginning scrolls out of it. The font is DejaVu Sans; what
+    it lacks, such as Chinese, is drawn with an installed font that has it. Where there is none, boxes are shown, and a
+    warning names fonts to install.
 
     :param width: in pixels, at least 400
     :param height: in pixels, at least 120
@@ -239,31 +240,24 @@ class _Piece(NamedTuple):
     width: float
 
 
-@lru_cache(maxsize=8)
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib
-    from PIL import ImageFont
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
-
-
 def _draw_text(draw: ImageDraw.ImageDraw, episode: RenderedEpisode, width: int, bottom: int) -> None:
     lines = _lines(episode, width - 2 * _MARGIN)
     room = (bottom - _MARGIN // 2) // _LINE_HEIGHT
     if len(lines) > room:
         lines = lines[-room:]
-        draw.text((_MARGIN // 2, 4), "⋮", font=_font(12), fill=_GREY, anchor="mt")
+        draw.text((_MARGIN // 2, 4), "⋮", font=text_font(12), fill=_GREY, anchor="mt")
     for row, line in enumerate(lines):
         middle = _MARGIN // 2 + row * _LINE_HEIGHT + _LINE_HEIGHT // 2
         for piece in line:
             left, right = _MARGIN + piece.x, _MARGIN + piece.x + piece.width
-            font, ink = _font(_FONT_SIZE, bold=piece.token < 0), _INK
+            ink = _INK
             if piece.token >= 0 and (background := _background(episode.rewards[piece.token], episode.scale)):
                 ink = _foreground(background)
                 box = (left - 1, middle - 11, right, middle + 11)
                 draw.rounded_rectangle(box, radius=4, fill=background)
-            draw.text((left, middle), piece.text, font=font, fill=ink, anchor="lm")
+            for text, font in runs(piece.text, _FONT_SIZE, bold=piece.token < 0):
+                draw.text((left, middle), text, font=font, fill=ink, anchor="lm")
+                left += font.getlength(text)
 
 
 def _lines(episode: RenderedEpisode, width: int) -> list[list[_Piece]]:
@@ -320,7 +314,7 @@ def _is_whole_token(episode: RenderedEpisode, index: int) -> bool:
 
 
 def _text_width(text: str, index: int) -> float:
-    return _font(_FONT_SIZE, bold=index < 0).getlength(text)
+    return sum(font.getlength(part) for part, font in runs(text, _FONT_SIZE, bold=index < 0))
 
 
 def _draw_status(draw: ImageDraw.ImageDraw, episode: RenderedEpisode, width: int, top: int) -> None:
@@ -328,7 +322,7 @@ def _draw_status(draw: ImageDraw.ImageDraw, episode: RenderedEpisode, width: int
     # The legend is left out where the picture is too narrow for both.
     has_legend = width >= 600
     entries = _status(episode)
-    label, bold = _font(11), _font(14, bold=True)
+    label, bold = text_font(11), text_font(14, bold=True)
     room = width - 2 * _MARGIN - (_LEGEND_WIDTH + _MARGIN if has_legend else 0)
     widths = [max(label.getlength(name), bold.getlength(value)) for name, value in entries]
     gap = max((room - sum(widths)) / len(entries), 8.0)
@@ -347,7 +341,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, scale: float, left: int, top: int) -
         colour = _between(NEUTRAL, POSITIVE if share > 0 else NEGATIVE, abs(share))
         draw.line((left + step, top + 31, left + step, top + 42), fill=colour)
     right = left + _LEGEND_WIDTH
-    font = _font(11)
+    font = text_font(11)
     draw.text((left, top + 18), _signed(-scale), font=font, fill=_GREY, anchor="lm")
     draw.text(((left + right) / 2, top + 18), "reward", font=font, fill=_GREY, anchor="mm")
     draw.text((right, top + 18), _signed(scale), font=font, fill=_GREY, anchor="rm")

@@ -22,7 +22,7 @@ from textgym.kl import kl_estimate
 from textgym.language_model import LanguageModel
 from textgym.prompts import as_columns
 from textgym.rewards import PrefixBatch, Reward
-from textgym.rewards.base import payable_potentials, payable_prefix_potentials
+from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
 from textgym.vocabulary import Vocabulary
 
 SCORE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass; bounds memory, not results
@@ -35,7 +35,8 @@ class DeferredScores:
     ``rewards``, ``reward_model``, ``kl`` and ``ref_log_prob`` are ``(S, N)`` float32; KL and log-probabilities in nats,
     NaN without a reference model. Each episode is a dictionary with ``row``, ``step`` (in which of the S steps it
     ended), ``r`` (its return, with what it earned before these steps), ``l`` (tokens), ``score`` (Φ of the text),
-    ``kl`` (sum, nats), ``finish_reason``, ``prompt`` and ``completion``.
+    ``applies`` (False where the reward is None, "not applicable", which is paid as 0), ``kl`` (sum, nats),
+    ``finish_reason``, ``prompt`` and ``completion``.
     """
 
     rewards: np.ndarray
@@ -62,6 +63,7 @@ class Stretch:
     return_before: float  # what the episode's earlier steps earned
     kl_before: float  # and their KL, nats
     score: float = float("nan")  # Φ of the complete text, once known
+    applies: bool = True  # whether that is a number, and not None
 
     @property
     def end(self) -> int:
@@ -99,6 +101,8 @@ class Scorer:
         self.context = context
         # Φ last scored of the running episode of each row; the next difference is taken from it.
         self.potential = np.zeros(num_rows)
+        # Whether it was a number, and not None, "not applicable", which is paid as 0.
+        self.applies = np.ones(num_rows, dtype=bool)
 
     @property
     def pays_differences(self) -> bool:
@@ -122,7 +126,7 @@ class Scorer:
 
     def start_rows(self, batch: PrefixBatch) -> None:
         """Note Φ(x, ∅) of rows that begin an episode."""
-        self.potential[batch.rows] = payable_potentials(self.reward, batch) if self.pays_differences else 0.0
+        self.potential[batch.rows] = np.nan_to_num(self._potentials(batch)) if self.pays_differences else 0.0
 
     def reward_step(self, batch: PrefixBatch, due: np.ndarray) -> np.ndarray:
         """The reward-model part of one step.
@@ -134,10 +138,16 @@ class Scorer:
         paid = np.zeros(len(batch))
         if due.any():
             scored = batch if due.all() else batch.at(np.flatnonzero(due), batch.completion_lengths[due])
-            potential = payable_potentials(self.reward, scored)
+            potential = self._potentials(scored)
+            self.applies[scored.rows] = ~np.isnan(potential)
+            potential = np.nan_to_num(potential)
             paid[due] = potential - self.potential[scored.rows]
             self.potential[scored.rows] = potential
         return paid
+
+    def _potentials(self, batch: PrefixBatch) -> np.ndarray:
+        """``(B,)`` Φ, NaN where the reward does not apply."""
+        return payable(self.reward, potentials_of(self.reward, batch), batch)
 
     def kl(self, log_prob: np.ndarray, ref_log_prob: np.ndarray) -> np.ndarray:
         """KL estimate of each token in nats; NaN without a reference model."""
@@ -199,8 +209,12 @@ class Scorer:
         taken = np.zeros(shape, dtype=bool)  # a step that only resets a row (autoreset in the next step) earns nothing
         ref_log_prob = np.full(shape, np.nan)
         batch = _as_batch(stretches, vocabulary)
-        potentials = payable_prefix_potentials(self.reward, batch, [self._scoring_points(s) for s in stretches])
-        for stretch, values in zip(stretches, potentials, strict=True):
+        potentials = prefix_potentials_of(self.reward, batch, [self._scoring_points(s) for s in stretches])
+        for i, (stretch, values) in enumerate(zip(stretches, potentials, strict=True)):
+            if len(values):
+                self.applies[stretch.row] = not np.isnan(payable(self.reward, values, batch, i)[-1])
+            stretch.applies = bool(self.applies[stretch.row])
+            values = np.nan_to_num(values)
             points = self._scoring_points(stretch)
             if len(points) and points[0] == stretch.start:  # Φ of the prompt, where the episode begins here
                 previous, points, values = values[0], points[1:], values[1:]

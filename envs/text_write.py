@@ -71,7 +71,8 @@ class TextWriteEnv(TextGenEnv):
     ``token_rewards`` (one for each of them), ``unused`` (text that found no room, mostly ``""``), and summed over the
     tokens ``reward_model``, ``kl`` and ``ref_log_prob`` (nats; left out where ``kl_coef=0`` has loaded no reference
     model) and ``missing_eos_penalty`` where that is set. At the end ``finish_reason`` (``"eos"``, ``"stop"`` or
-    ``"length"``), ``prompt``, ``completion`` (texts) and ``score`` (Φ(x, y)).
+    ``"length"``), ``prompt``, ``completion`` (texts), ``score`` (Φ(x, y)) and
+    ``applies`` (False where the reward is None, "not applicable").
 
     ## Arguments
     | option | default | meaning |

@@ -589,7 +589,9 @@ class TextGenVectorEnv(VectorEnv):
             infos.put("ref_log_prob", rows, ref_log_prob)
         if self.options.missing_eos_penalty:
             infos.put("missing_eos_penalty", rows, penalty)
-        infos.put("score", rows[texts.done[rows]], self._scorer.potential[rows[texts.done[rows]]])
+        ended = rows[texts.done[rows]]
+        infos.put("score", ended, self._scorer.potential[ended])
+        infos.put("applies", ended, self._scorer.applies[ended], bool)
         return reward
 
     def _end_episodes(self, rows: np.ndarray, infos: VectorInfos) -> None:

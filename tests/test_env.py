@@ -125,6 +125,7 @@ def test_rewards_and_flags_are_plain_python_and_infos_scalars():
         "ref_log_prob": float,
         "missing_eos_penalty": float,
         "score": float,
+        "applies": bool,
         "finish_reason": str,
         "prompt": str,
         "completion": str,

@@ -188,6 +188,7 @@ def test_a_picture_shows_the_status():
         assert not np.array_equal(same, render_rgb(episode(**change)))
 
 
+@pytest.mark.filterwarnings("ignore:no installed font has:UserWarning")
 @pytest.mark.parametrize("token", ["w" * 500, "电影" * 100, " " * 300, "\n" * 200, "a b " * 100])
 def test_no_token_runs_over_the_margin_of_a_picture(token):
     text = render_rgb(episode([token], [1.0]))[:180]

@@ -537,9 +537,11 @@ def test_a_subclass_that_overrides_potentials_is_used_and_checked_inside_sums(ba
         def prefix_potentials(self, batch, at):
             return [np.zeros(1) for _ in at]
 
-    with pytest.raises(RewardError, match=r"'Short': potentials has shape \(2,\); expected \(3,\)"):
+    with pytest.raises(RewardError, match=r"'Short': potentials returned .* of shape \(2,\); expected shape \(3,\)"):
         (Short(0.0) + 1).potentials(batch)
-    with pytest.raises(RewardError, match=r"'Short': prefix_potentials returned \[1, 1, 1\] .* \[6, 3, 4\]"):
+    with pytest.raises(
+        RewardError, match=r"'Short': prefix_potentials returned .* of shape \(1,\); expected shape \(6,\)"
+    ):
         (Short(0.0) + 1).prefix_potentials(batch, at)
 
 

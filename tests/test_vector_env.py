@@ -494,7 +494,7 @@ def test_infos_of_finished_episodes_are_the_same_except_for_what_is_not_known_ye
     actions = np.array([EOS, GOOD])
     got, expected = later.step(actions)[4], now.step(actions)[4]
     assert set(expected["final_info"]) - set(got["final_info"]) == {
-        name for key in ("reward_model", "kl", "ref_log_prob", "score") for name in (key, f"_{key}")
+        name for key in ("reward_model", "kl", "ref_log_prob", "score", "applies") for name in (key, f"_{key}")
     }
     for name, values in got["final_info"].items():
         assert values.tolist() == expected["final_info"][name].tolist()

@@ -24,6 +24,7 @@ from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval,
 from textgym.prompt_fitting import as_chat, fit_prompt
 from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import PrefixBatch, Reward
+from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
 from textgym.sampling import SamplingSettings
 
 MASK_ELEMENTS = 2**25  # most entries of a mask held at once while scoring (32 MiB); bounds memory, not results
@@ -264,7 +265,8 @@ def evaluate(
             for each in _log_probs((model, reference), batch, sampling.temperature, masks)
         )
         reward.forget(batch.rows)  # what was scored before must not show, not even in the last bits
-        parts.append((batch, reward.potentials(batch), log_prob - ref_log_prob, ref_log_prob))
+        scores = np.nan_to_num(payable(reward, potentials_of(reward, batch), batch))
+        parts.append((batch, scores, log_prob - ref_log_prob, ref_log_prob))
         finish_reasons += reasons
         if progress is not None:
             progress(len(finish_reasons), len(rows))
@@ -368,7 +370,11 @@ def score_tokens(
             own, other = _log_probs((model, reference), batch, sampling.temperature, masks)
             kl = [a - b for a, b in zip(own, other, strict=True)]
         reward.forget(batch.rows)
-        potentials = reward.prefix_potentials(batch, [np.arange(n + 1) for n in batch.completion_lengths.tolist()])
+        every = [np.arange(n + 1) for n in batch.completion_lengths.tolist()]
+        potentials = [
+            np.nan_to_num(payable(reward, values, batch, i))
+            for i, values in enumerate(prefix_potentials_of(reward, batch, every))
+        ]
         for i, (values, token_kl, reason) in enumerate(zip(potentials, kl, reasons, strict=True)):
             scored.append(
                 ScoredCompletion(

@@ -1,6 +1,7 @@
 """Numbers that describe generated text: diversity, repetition, length, and how sure a mean is.
 
-Words are what stands between white space; case and punctuation count.
+Words are what stands between white space, and single characters in scripts without spaces, such as Chinese; case and
+punctuation count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from textgym.checks import check_int, check_number, check_texts
+from textgym.rewards.text_units import units_of
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
@@ -66,7 +68,7 @@ def mean_length(texts: Sequence[str]) -> float:
     >>> mean_length(["a good film", "good"])
     2.0
     """
-    return float(np.mean([len(text.split()) for text in _checked(texts, 1)]))
+    return float(np.mean([len(units_of(text)) for text in _checked(texts, 1)]))
 
 
 def bootstrap_interval(
@@ -180,7 +182,7 @@ def _group_of_each(groups: Sequence[Any] | np.ndarray | None, size: int) -> np.n
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
+    words = units_of(text)
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 

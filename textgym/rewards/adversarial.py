@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import re
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from textgym.checks import check_choice, check_int, check_number
 from textgym.rewards.base import Reward, potentials_of, prefix_potentials_of
 from textgym.rewards.learning import LearningReward
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.text_units import pieces_of, units_of
 
 Output = Literal["probability", "log", "logit"]
-_WORD_AND_SPACE = re.compile(r"\S+\s*")
 
 
 class Discriminator(Protocol):
@@ -90,10 +90,9 @@ class AdversarialReward(LearningReward):
         self.human_texts = [text for text in human_texts if text.split()]
         if not self.human_texts:
             raise ValueError("human_texts has no text with a word in it; give texts that people wrote")
-        if output not in get_args(Output):
-            raise ValueError(f"output={output!r} must be one of {', '.join(get_args(Output))}")
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs} must be at least 1")
+        check_choice("output", output, get_args(Output))
+        check_int("epochs", epochs, low=1)
+        check_int("seed", seed, low=0)
         self.discriminator: Discriminator = HashingDiscriminator() if discriminator is None else discriminator
         self.output = output
         self.epochs = epochs
@@ -184,10 +183,9 @@ class HashingDiscriminator:
     reward: Reward | None = None
 
     def __init__(self, size: int = 1 << 15, learning_rate: float = 0.5, l2: float = 1e-4, seed: int = 0) -> None:
-        if size < 2:
-            raise ValueError(f"size={size} must be at least 2")
-        if not (learning_rate > 0 and l2 >= 0):
-            raise ValueError(f"learning_rate={learning_rate} must be positive, l2={l2} not negative")
+        check_int("size", size, low=2)
+        check_number("learning_rate", learning_rate, low=0.0, open_low=True)
+        check_number("l2", l2, low=0.0)
         self.size = size
         self.learning_rate = learning_rate
         self.l2 = l2
@@ -203,7 +201,7 @@ class HashingDiscriminator:
         loss = float(np.mean(np.logaddexp(0.0, np.where(labels == 1, -1.0, 1.0) * self.logits(texts))))
         for i in self._rng.permutation(len(texts)).tolist():
             self._step(texts[i], labels[i])
-            words = _WORD_AND_SPACE.findall(texts[i])
+            words = pieces_of(texts[i])
             self._step("".join(words[: int(self._rng.integers(1, len(words) + 1))]), labels[i])
         return loss
 
@@ -231,7 +229,7 @@ class HashingDiscriminator:
 
     def _features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Columns and values of the features that a text has, bias included."""
-        words = text.lower().split()
+        words = units_of(text.lower())
         grams = [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
         hashes = [zlib.crc32(gram.encode("utf-8", "surrogatepass")) % self.size for gram in grams]
         columns, counts = np.unique(np.array(hashes, dtype=np.int64), return_counts=True)
@@ -241,7 +239,7 @@ class HashingDiscriminator:
 
 def _of_one_length(human: str, policy: str) -> tuple[str, str]:
     """Both texts cut to the number of words of the shorter one."""
-    words = [_WORD_AND_SPACE.findall(text) for text in (human, policy)]
+    words = [pieces_of(text) for text in (human, policy)]
     shorter = min(map(len, words))
     first, second = ("".join(some[:shorter]).rstrip() for some in words)
     return first, second

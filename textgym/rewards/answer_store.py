@@ -21,6 +21,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from textgym.checks import check_bool, check_number, shown
+
 # The order of what is compared is not kept: whoever asks shows both in an order of its own.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (
@@ -103,9 +105,12 @@ class AnswerStore:
     def add_score(self, prompt: str, completion: str, score: float) -> None:
         """Remember a score.
 
+        :raises TypeError: if it is not a number, or prompt or completion is not a text
+        :raises ValueError: if it is not finite
         :raises AnswerStoreError: if it can't be written; it is then in a file beside the store
         """
-        self._add("scores", [prompt, completion], [float(score)])
+        texts = [_text_given("prompt", prompt), _text_given("completion", completion)]
+        self._add("scores", texts, [check_number("score", score)])
 
     def add_comparison(self, prompt: str, chosen: str, rejected: str, tie: bool = False) -> None:
         """Remember which of two completions of a prompt is the better one.
@@ -113,7 +118,9 @@ class AnswerStore:
         :param tie: neither is
         :raises AnswerStoreError: as :meth:`add_score`
         """
-        self._add("comparisons", [prompt, chosen, rejected], [int(tie)])
+        given = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        texts = [_text_given(name, text) for name, text in given.items()]
+        self._add("comparisons", texts, [int(check_bool("tie", tie))])
 
     # Exports
 
@@ -227,6 +234,12 @@ class AnswerStore:
                 self._insert(answers)
                 beside.unlink(missing_ok=True)
         self._unsaved = False
+
+
+def _text_given(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={shown(value)} must be a text (str)")
+    return value  # lone surrogates are kept, too
 
 
 def _blob(text: str) -> bytes:

@@ -6,7 +6,6 @@ pass.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.checks import check_number, shown
 from textgym.rewards.base import (
     FunctionReward,
     Reward,
@@ -140,8 +140,8 @@ class Clipped(Composed):
     """A reward limited to [low, high]; None stays None."""
 
     def __init__(self, reward: Reward, low: float, high: float) -> None:
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"clip needs finite low < high, got low={low}, high={high}")
+        if check_number("low", low) >= check_number("high", high):
+            raise ValueError(f"low={low} must be less than high={high}")
         super().__init__([reward], f"{_within(reward, _ATOM)}.clip({low:g}, {high:g})")
         self.low, self.high = low, high
 
@@ -163,10 +163,8 @@ class Normalized(Composed):
         if (mean is None) != (std is None):
             raise ValueError(f"normalized needs mean and std or neither of them, got mean={mean}, std={std}")
         if mean is not None and std is not None:
-            if not math.isfinite(mean):
-                raise ValueError(f"mean must be finite, got {mean}")
-            if not (math.isfinite(std) and std > 0):
-                raise ValueError(f"std must be finite and positive, got {std}")
+            check_number("mean", mean)
+            check_number("std", std, low=0.0, open_low=True)
         given = "" if mean is None else f"{mean:g}, {std:g}"
         super().__init__([reward], f"{_within(reward, _ATOM)}.normalized({given})")
         self.mean, self.std = mean, std
@@ -281,14 +279,13 @@ def _combinable(value: Any) -> bool:
 
 
 def _operand(value: Any) -> Reward:
-    return value if isinstance(value, Reward) else FunctionReward(value)
+    if isinstance(value, Reward) or callable(value):
+        return value if isinstance(value, Reward) else FunctionReward(value)
+    raise TypeError(f"rewards combine with rewards, functions and finite numbers, not with {shown(value)}")
 
 
 def _number(value: Real) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"rewards combine with finite numbers, got {number}")
-    return number
+    return check_number("a number that rewards are combined with", value)
 
 
 def _within(reward: Reward, binding: int) -> str:

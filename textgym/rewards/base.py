@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.chat import MESSAGES
+from textgym.checks import check_choice, shown
 from textgym.rewards.errors import RewardError, RewardValueError
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.waiting import wait_for
@@ -29,8 +32,27 @@ if TYPE_CHECKING:
 
 __all__ = ["FunctionReward", "PrefixBatch", "Reward", "RewardError", "as_reward"]
 
-LARGEST_POTENTIAL = float(np.finfo(np.float32).max) / 2  # of which differences are float32, too
+LARGEST_POTENTIAL = float(np.finfo(np.float32).max) / 4  # so that differences and penalties fit, too
 _EXPECTED = "expected one finite number or None for each completion"
+
+
+def _with_checked_texts(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A reward's ``__call__`` that takes lists of one length only.
+
+    :raises TypeError: in the call, if prompts or completions are a single text, or no list
+    :raises ValueError: in the call, if there are not as many of the one as of the other
+    """
+
+    @functools.wraps(call)
+    def checked(self: Reward, /, *, prompts: Any, completions: Any, **columns: Any) -> Any:
+        for name, texts in (("prompts", prompts), ("completions", completions)):
+            if isinstance(texts, str) or not isinstance(texts, Sequence):
+                raise TypeError(f"{name}={shown(texts)} must be a list of texts, one for each row")
+        if len(prompts) != len(completions):
+            raise ValueError(f"there are {len(prompts)} prompts for {len(completions)} completions; expected as many")
+        return call(self, prompts=prompts, completions=completions, **columns)
+
+    return checked
 
 
 class Reward(ABC):
@@ -51,6 +73,11 @@ class Reward(ABC):
 
     max_batch: int = 1024
     """Most prefixes that :meth:`prefix_potentials` scores in one call."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "__call__" in cls.__dict__:
+            cls.__call__ = _with_checked_texts(cls.__dict__["__call__"])  # type: ignore[method-assign]
 
     # Lets `np.float64(2) * reward` reach __rmul__ instead of being spread over an array.
     __array_ufunc__ = None
@@ -201,21 +228,37 @@ class FunctionReward(Reward):
     """A plain function, or any callable, with TRL's signature; ``async`` ones are waited for.
 
     It is called with keyword arguments only: ``prompts``, ``completions``, ``completion_ids`` and every extra
-    column. A function without ``**kwargs`` gets those that its signature names. Completions are texts;
-    functions for conversations, which read ``completion[0]["content"]``, do not fit.
+    column. A function without ``**kwargs`` gets those that its signature names.
+
+    Completions are texts, unless the function reads *messages*: it is annotated so, as TRL's own are,
+    ``completions: list[list[dict[str, str]]]``, or ``reads="messages"`` says it. Then each completion is a list of one
+    assistant's message, ``completion[0]["content"]``, and each prompt a list of messages: the row's conversation, or
+    one of a user with the prompt's text. ::
+
+        >>> def politeness(completions: list[list[dict[str, str]]]) -> list[float]:
+        ...     return [float("please" in completion[0]["content"]) for completion in completions]
+        >>> FunctionReward(politeness)(prompts=["What now?"], completions=[" Wait, please."])
+        [1.0]
+        >>> shorter = FunctionReward(lambda completions: [-len(c[0]["content"]) for c in completions], reads="messages")
+        >>> shorter(prompts=["What now?"], completions=["Wait."])
+        [-5.0]
 
     :param fn: the callable
     :param name: what errors call it; by default its own name
+    :param reads: ``"texts"`` or ``"messages"``; None for what the annotation of ``completions`` says, else texts
     :raises TypeError: if ``fn`` is a class or not callable
+    :raises ValueError: if ``reads`` is none of these
     """
 
-    def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
+    def __init__(self, fn: Callable[..., Any], name: str | None = None, *, reads: str | None = None) -> None:
         if inspect.isclass(fn):
             raise TypeError(f"reward is the class {fn.__name__}; pass an instance of it: {fn.__name__}(...)")
         if not callable(fn):
             raise TypeError(f"a reward function must be callable, got {type(fn).__name__} {fn!r}")
         self.fn = fn
         self._name = name or _name_of(fn)
+        check_choice("reads", reads, (None, "texts", "messages"))
+        self.reads_messages = _is_annotated_with_messages(fn) if reads is None else reads == "messages"
         try:
             parameters = list(inspect.signature(fn).parameters.values())
         except (TypeError, ValueError):  # some C functions have no signature
@@ -242,6 +285,9 @@ class FunctionReward(Reward):
             one finite number or None for each completion
         """
         given = {"prompts": prompts, "completions": completions, **columns}
+        if self.reads_messages:
+            given["completions"] = [[{"role": "assistant", "content": completion}] for completion in completions]
+            given["prompts"] = columns.get(MESSAGES) or [[{"role": "user", "content": prompt}] for prompt in prompts]
         missing = [name for name in self._required if name not in given]
         if missing:
             raise RewardError(
@@ -306,48 +352,46 @@ def potentials_of(reward: Reward, batch: PrefixBatch) -> np.ndarray:
     """Φ of each prefix ``(B,)``, checked, with NaN where the reward does not apply."""
     if type(reward).potentials is Reward.potentials:
         return reward._evaluate(batch)
-    return _checked_values(reward, reward.potentials(batch), batch)
+    return _checked_values(reward, "potentials", reward.potentials(batch), len(batch), batch)
 
 
 def prefix_potentials_of(reward: Reward, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Φ of many prefixes of each row, checked, with NaN where the reward does not apply."""
     if type(reward).prefix_potentials is Reward.prefix_potentials:
         return reward._evaluate_prefixes(batch, at)
-    return _checked_rows(reward, reward.prefix_potentials(batch, at), wanted_per_row(batch, at), batch)
+    counts = wanted_per_row(batch, at)
+    values: Any = reward.prefix_potentials(batch, at)
+    if not isinstance(values, Sequence) or len(values) != len(counts):
+        raise RewardError(
+            reward.name,
+            f"prefix_potentials returned {_described(values)}; expected {len(counts)} arrays in a list, one a row",
+        )
+    return [
+        _checked_values(reward, "prefix_potentials", row, count, batch, i)
+        for i, (row, count) in enumerate(zip(values, counts, strict=True))
+    ]
 
 
-def payable_potentials(reward: Reward, batch: PrefixBatch) -> np.ndarray:
-    """:meth:`Reward.potentials` ``(B,)`` as environments pay it: checked, whatever a reward overrides.
+def payable(reward: Reward, potentials: np.ndarray, batch: PrefixBatch, row: int | None = None) -> np.ndarray:
+    """Potentials whose differences the environment can pay as float32.
 
-    :raises RewardError: if one is not finite, or beyond ``LARGEST_POTENTIAL``
+    :param potentials: ``(B,)`` of the rows of a batch, or ``(K,)`` of prefixes of one of its rows; NaN where the reward
+        does not apply
+    :param row: which one
+    :return: the potentials
+    :raises RewardError: if one is too large
     """
-    values = _checked_values(reward, reward.potentials(batch), batch)
-    _check_payable(reward, values, batch.rows, batch)
-    return values
-
-
-def payable_prefix_potentials(reward: Reward, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """:meth:`Reward.prefix_potentials` as environments pay it: checked, whatever a reward overrides.
-
-    :raises RewardError: if one is not finite, or beyond ``LARGEST_POTENTIAL``
-    """
-    values = _checked_rows(reward, reward.prefix_potentials(batch, at), wanted_per_row(batch, at), batch)
-    if values:
-        rows = np.repeat(batch.rows, [len(row) for row in values])
-        _check_payable(reward, np.concatenate(values), rows)
-    return values
-
-
-def _check_payable(reward: Reward, values: np.ndarray, rows: np.ndarray, batch: PrefixBatch | None = None) -> None:
-    too_large = np.flatnonzero(np.abs(values) > LARGEST_POTENTIAL)
-    if len(too_large):
-        i = int(too_large[0])
+    large = np.flatnonzero(np.abs(potentials) > LARGEST_POTENTIAL)
+    if len(large):
+        i = int(large[0]) if row is None else row
         raise RewardValueError(
             reward.name,
-            f"returned {values[i]:g}; expected at most {LARGEST_POTENTIAL:.2g} in size, because rewards are float32",
-            row=int(rows[i]),
-            completion=None if batch is None else batch.completions[i],
+            f"returned {potentials[large[0]]:g}; rewards are paid as float32, so at most {LARGEST_POTENTIAL:.2g} "
+            "either way: clip or scale it",
+            row=int(batch.rows[i]),
+            completion=batch.completions[i],
         )
+    return potentials
 
 
 def scores_of(
@@ -382,10 +426,14 @@ def checked_scores(name: str, result: Any, completions: Sequence[str], rows: np.
     :return: ``(B,)`` float64, NaN for None
     :raises RewardError: if ``result`` is anything but one finite number or None for each completion
     """
-    if hasattr(result, "detach"):  # a torch tensor, wherever it lives and whatever its precision
-        result = result.detach().cpu().double()
-    if hasattr(result, "__array__"):
-        result = np.asarray(result)
+    if hasattr(result, "detach") or hasattr(result, "__array__"):
+        try:
+            # A torch tensor, wherever it lives and whatever its precision, or what NumPy takes for an array.
+            result = np.asarray(result.detach().cpu().double() if hasattr(result, "detach") else result)
+        except Exception as error:  # sparse tensors, those without memory, arrays of other libraries
+            raise RewardError(
+                name, f"returned {_described(result)}, whose numbers can't be read ({error}); {_EXPECTED}"
+            ) from error
         if result.ndim != 1:
             raise RewardError(name, f"returned an array of shape {result.shape}; {_EXPECTED}")
         result = result.tolist()
@@ -411,43 +459,26 @@ def wanted_per_row(batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[int]:
     return [len(row) for row in at]
 
 
-def _checked_rows(reward: Reward, values: Any, counts: list[int], batch: PrefixBatch) -> list[np.ndarray]:
-    """What ``prefix_potentials`` returned, as arrays with as many finite numbers as were wanted."""
-    try:
-        arrays = [np.asarray(row, dtype=np.float64) for row in values]
-    except (TypeError, ValueError) as error:
-        problem = f"prefix_potentials returned {_described(values)}; expected an array of numbers for each row"
-        raise RewardError(reward.name, problem) from error
-    if [row.shape for row in arrays] != [(count,) for count in counts]:
-        raise RewardError(
-            reward.name, f"prefix_potentials returned {[row.size for row in arrays]} values, expected {counts}"
-        )
-    for i, row in enumerate(arrays):
-        if not np.isfinite(row).all():
-            raise RewardValueError(
-                reward.name,
-                f"prefix_potentials returned {row}; expected finite numbers",
-                row=int(batch.rows[i]),
-                completion=batch.completions[i],
-            )
-    return arrays
-
-
-def _checked_values(reward: Reward, values: Any, batch: PrefixBatch) -> np.ndarray:
-    """What ``potentials`` returned, as an array with a finite number for each row."""
+def _checked_values(
+    reward: Reward, method: str, values: Any, count: int, batch: PrefixBatch, row: int | None = None
+) -> np.ndarray:
+    """What a reward's own ``potentials`` or ``prefix_potentials`` gave of a batch, or of one of its rows."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        problem = f"potentials returned {_described(values)}; expected an array of ({len(batch)},) numbers"
+        problem = f"{method} returned {_described(values)}; expected an array of finite numbers"
         raise RewardError(reward.name, problem) from error
-    if array.shape != (len(batch),):
-        raise RewardError(reward.name, f"potentials has shape {array.shape}; expected ({len(batch)},)")
+    if array.shape != (count,):
+        raise RewardError(
+            reward.name,
+            f"{method} returned {_described(values)} of shape {array.shape}; expected shape ({count},)",
+        )
     wrong = np.flatnonzero(~np.isfinite(array))
     if len(wrong):
-        i = int(wrong[0])
+        i = int(wrong[0]) if row is None else row
         raise RewardValueError(
             reward.name,
-            f"potentials returned {array[i]}; expected finite numbers",
+            f"{method} returned {array[wrong[0]]}; expected finite numbers",
             row=int(batch.rows[i]),
             completion=batch.completions[i],
         )
@@ -489,6 +520,16 @@ def _arithmetic() -> ModuleType:
     from textgym.rewards import arithmetic  # it builds on this module
 
     return arithmetic
+
+
+def _is_annotated_with_messages(fn: Callable[..., Any]) -> bool:
+    """Whether the parameter ``completions`` is annotated as lists of messages, ``list[list[dict[str, str]]]``."""
+    inner = fn.func if isinstance(fn, functools.partial) else fn
+    named = inner if inspect.isroutine(inner) else type(inner).__call__
+    annotation = getattr(named, "__annotations__", {}).get("completions")
+    written = annotation if isinstance(annotation, str) else str(annotation)
+    written = re.sub(r"\s|typing\.|collections\.abc\.", "", written).lower()
+    return re.match(r"(?:list|sequence)\[(?:list|sequence)\[", written) is not None
 
 
 def _name_of(fn: Callable[..., Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,16 @@ import numpy as np
 from textgym.rewards.base import Reward
 from textgym.rewards.embedding import Encoder, open_encoder, unit_vectors
 from textgym.rewards.likelihood import ModelSpec, TextLikelihood
-from textgym.rewards.text_units import sentences_of
+from textgym.rewards.text_units import clauses_of, sentences_of
 
 
 class EmbeddingCoherence(Reward):
     """Mean cosine of the embeddings of neighbouring sentences, from −1 to 1.
 
     Φ = (1/P) Σ_i cos(e(s_i), e(s_{i+1})) over the P pairs of neighbours, of which the first is the prompt's last
-    sentence and the completion's first; 0.0 without a pair. Foltz, Kintsch and Landauer, "The Measurement of Textual
-    Coherence with Latent Semantic Analysis" (1998). A sentence that is repeated is perfectly coherent: combine it with
-    :class:`~textgym.rewards.Repetition`.
+    sentence and the completion's first. A text of one sentence is divided at its commas instead; 0.0 without a pair.
+    Foltz, Kintsch and Landauer, "The Measurement of Textual Coherence with Latent Semantic Analysis" (1998). A sentence
+    that is repeated is perfectly coherent: combine it with :class:`~textgym.rewards.Repetition`.
 
     :param encoder: ``"minilm"``, a directory or a hub id, or a function from N texts to ``(N, D)``; see
         :class:`~textgym.rewards.SentenceEncoder`
@@ -91,18 +92,25 @@ def _neighbours(
 ) -> tuple[list[tuple[str, str]], list[int]]:
     """Pairs of neighbouring sentences, and the row that each belongs to.
 
-    Where the prompt ends within a sentence the completion goes on with it, so that one is not divided.
+    Where the prompt ends within a sentence the completion goes on with it, so that one is not divided. A text of one
+    sentence has no pair; then its clauses are compared, of which Chinese strings many together.
     """
     pairs, rows = [], []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if with_prompt:
-            before = len(sentences_of(prompt))
-            sentences = sentences_of(prompt + completion)[max(before - 1, 0) :] if sentences_of(completion) else []
-        else:
-            sentences = sentences_of(completion)
+        sentences = _parts(sentences_of, prompt, completion, with_prompt)
+        if len(sentences) == 1:
+            sentences = _parts(clauses_of, prompt, completion, with_prompt)
         pairs += list(itertools.pairwise(sentences))
         rows += [row] * max(len(sentences) - 1, 0)
     return pairs, rows
+
+
+def _parts(divide: Callable[[str], list[str]], prompt: str, completion: str, with_prompt: bool) -> list[str]:
+    """The completion's sentences or clauses, from the prompt's last one on."""
+    if not with_prompt:
+        return divide(completion)
+    before = len(divide(prompt))
+    return divide(prompt + completion)[max(before - 1, 0) :] if divide(completion) else []
 
 
 def _means(values: list[float], rows: list[int], count: int) -> list[float | None]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from textgym.checks import check_choice, check_number
 from textgym.rewards.arithmetic import Composed
 from textgym.rewards.base import as_reward
 
@@ -42,19 +43,17 @@ class Constraint(Composed):
         at_most: float | None = None,
         form: Literal["bonus", "penalty", "distance"] = "penalty",
     ) -> None:
-        if form not in ("bonus", "penalty", "distance"):
-            raise ValueError(f"form must be 'bonus', 'penalty' or 'distance', got {form!r}")
+        self.form = check_choice("form", form, ("bonus", "penalty", "distance"))
         given = {"at_least": at_least, "at_most": at_most}
         if at_least is None and at_most is None:
             raise ValueError("give at_least=, at_most= or both")
         for name, value in given.items():
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
+            if value is not None:
+                check_number(name, value)
         self.low = -math.inf if at_least is None else float(at_least)
         self.high = math.inf if at_most is None else float(at_most)
         if self.low > self.high:
             raise ValueError(f"at_least={at_least} lies above at_most={at_most}: nothing could be allowed")
-        self.form = form
         part = as_reward(reward)
         limits = "".join(f", {name}={value:g}" for name, value in given.items() if value is not None)
         super().__init__([part], f"Constraint({part.name}{limits})")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_number
 from textgym.rewards.arithmetic import Composed
 from textgym.rewards.base import as_reward, prefix_potentials_of
 from textgym.rewards.errors import RewardError
@@ -46,8 +47,7 @@ class DiscountedPotential(Composed):
     """
 
     def __init__(self, reward: Any, gamma: float) -> None:
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma={gamma} must be greater than 0 and at most 1")
+        check_number("gamma", gamma, low=0.0, high=1.0, open_low=True)
         inner = as_reward(reward)
         super().__init__([inner], f"discounted({inner.name}, {gamma:g})")
         self.gamma = float(gamma)

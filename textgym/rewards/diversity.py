@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_int
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
 from textgym.rewards.extras import import_extra
 from textgym.rewards.prefixes import PrefixBatch
-from textgym.rewards.text_units import well_formed
+from textgym.rewards.text_units import spaced, well_formed
 
 
 class GroupReward(Reward):
@@ -107,20 +108,19 @@ class SelfBLEU(GroupReward):
         >>> SelfBLEU()(prompts=["the", "a", "this"], completions=texts)  # other prompts' completions are no peers
         [1.0, 1.0, 1.0]
 
-    :param max_order: longest n-gram, in words
+    :param max_order: longest n-gram, in words; in scripts without spaces each character is one
     :raises ModuleNotFoundError: if sacrebleu is not installed
     :raises ValueError: if ``max_order`` is not at least 1
     """
 
     def __init__(self, max_order: int = 4) -> None:
-        if max_order < 1:
-            raise ValueError(f"max_order={max_order} must be at least 1")
+        check_int("max_order", max_order, low=1)
         metrics = import_extra("sacrebleu.metrics", "metrics", "SelfBLEU")
         self._bleu = metrics.BLEU(effective_order=True, max_ngram_order=max_order)
 
     def compare(self, texts: list[str], peers: list[list[str]]) -> np.ndarray:
         scores = [
-            self._bleu.sentence_score(well_formed(text), [well_formed(peer) for peer in others]).score
+            self._bleu.sentence_score(spaced(well_formed(text)), [spaced(well_formed(peer)) for peer in others]).score
             for text, others in zip(texts, peers, strict=True)
         ]
         return np.clip(1 - np.array(scores) / 100, 0, 1)  # a copy's BLEU is 100.00000000000004

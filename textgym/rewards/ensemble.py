@@ -7,12 +7,12 @@ et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", https://ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from textgym.checks import check_choice, check_number, shown
 from textgym.rewards.arithmetic import Composed
 from textgym.rewards.base import as_reward, scores_of
 
@@ -53,6 +53,8 @@ class Ensemble(Composed):
     """
 
     def __init__(self, members: Sequence[Any], aggregate: Aggregate = "mean-std", k: float = 1.0) -> None:
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            raise TypeError(f"members={shown(members)} must be a list of at least two rewards")
         if len(members) < 2:
             raise ValueError(f"an ensemble has at least two members, got {len(members)}")
         check_aggregate(aggregate, k)
@@ -72,10 +74,8 @@ class Ensemble(Composed):
 
 def check_aggregate(aggregate: str, k: float) -> None:
     """:raises ValueError: if the aggregate is unknown or the weight negative or not finite"""
-    if aggregate not in get_args(Aggregate):
-        raise ValueError(f"aggregate={aggregate!r} must be one of {', '.join(get_args(Aggregate))}")
-    if not (math.isfinite(k) and k >= 0):
-        raise ValueError(f"k={k} must be finite and not negative")
+    check_choice("aggregate", aggregate, get_args(Aggregate))
+    check_number("k", k, low=0.0)
 
 
 def aggregated(scores: np.ndarray, aggregate: str, k: float) -> np.ndarray:

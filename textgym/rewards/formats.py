@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
+from textgym.checks import check_choice, check_texts, shown
 from textgym.rewards.text_rules import TextRule
 
 
@@ -40,10 +41,10 @@ class RegexMatch(TextRule):
         where: Literal["anywhere", "start", "whole"] = "anywhere",
         form: Literal["bonus", "penalty"] = "bonus",
     ) -> None:
-        if where not in ("anywhere", "start", "whole"):
-            raise ValueError(f"where must be 'anywhere', 'start' or 'whole', got {where!r}")
-        if form not in ("bonus", "penalty"):
-            raise ValueError(f"form must be 'bonus' or 'penalty', got {form!r}")
+        check_choice("where", where, ("anywhere", "start", "whole"))
+        check_choice("form", form, ("bonus", "penalty"))
+        if not isinstance(pattern, str | re.Pattern) or not isinstance(getattr(pattern, "pattern", pattern), str):
+            raise TypeError(f"pattern={shown(pattern)} must be a regular expression of texts")
         try:
             compiled = re.compile(pattern)
         except re.error as error:
@@ -80,9 +81,7 @@ class JsonFormat(TextRule):
     """
 
     def __init__(self, keys: Sequence[str] | None = None) -> None:
-        if isinstance(keys, str) or (keys is not None and not keys):
-            raise ValueError(f"keys must be a list of at least one key, got {keys!r}")
-        self.keys = None if keys is None else tuple(keys)
+        self.keys = None if keys is None else tuple(check_texts("keys", keys, least=1))
 
     def score(self, completion: str) -> float:
         try:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TextIO, get_args
 
 import numpy as np
 
+from textgym.checks import check_choice, check_int, check_number
 from textgym.rewards.answer_store import AnswerStore, AnswerStoreError
 from textgym.rewards.base import (
     Reward,
@@ -63,8 +64,8 @@ class TerminalAsker:
     def __init__(
         self, low: float = -1.0, high: float = 1.0, input: TextIO | None = None, output: TextIO | None = None
     ) -> None:
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"low={low} must be less than high={high}, both finite")
+        if check_number("low", low) >= check_number("high", high):
+            raise ValueError(f"low={low} must be less than high={high}")
         self.low = low
         self.high = high
         self._input = input
@@ -158,12 +159,10 @@ class HumanReward(Reward):
         ask_about: Literal["complete", "all"] = "complete",
         questions_per_call: int | None = None,
     ) -> None:
-        if mode not in get_args(HumanMode):
-            raise ValueError(f"mode={mode!r} must be one of {', '.join(get_args(HumanMode))}")
-        if ask_about not in ("complete", "all"):
-            raise ValueError(f"ask_about={ask_about!r} must be 'complete' or 'all'")
-        if questions_per_call is not None and questions_per_call < 0:
-            raise ValueError(f"questions_per_call={questions_per_call} must not be negative")
+        check_choice("mode", mode, get_args(HumanMode))
+        check_choice("ask_about", ask_about, ("complete", "all"))
+        if questions_per_call is not None:
+            check_int("questions_per_call", questions_per_call, low=0)
         self.store = store if isinstance(store, AnswerStore) else AnswerStore(store)
         self.ask: Asker | None = ask
         self.mode = mode

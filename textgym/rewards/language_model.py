@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,6 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from textgym.cached_model import WeightsVersion
+from textgym.checks import check_choice, check_number, check_text, shown
+from textgym.language_model import load_vocabulary
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.columns import column_of, texts_of
 from textgym.rewards.errors import RewardError
@@ -212,8 +215,7 @@ class LogProbReward(CompletionLikelihood):
     """
 
     def __init__(self, model: ModelSpec = "embedded", *, normalize: Normalize = "mean", **options: Any) -> None:
-        if normalize not in ("mean", "sum"):
-            raise ValueError(f"normalize must be 'mean' or 'sum', got {normalize!r}")
+        check_choice("normalize", normalize, ("mean", "sum"))
         super().__init__(model, **options)
         self.normalize = normalize
 
@@ -240,8 +242,8 @@ class Fluency(CompletionLikelihood):
     """
 
     def __init__(self, model: ModelSpec = "embedded", *, worst: float | None = None, **options: Any) -> None:
-        if worst is not None and not (math.isfinite(worst) and worst > 1):
-            raise ValueError(f"worst is a perplexity: a finite number above 1, got {worst}")
+        if worst is not None:
+            check_number("worst", worst, low=1.0, open_low=True)
         super().__init__(model, **options)
         self.worst = float(self.likelihood.language_model.vocab_size if worst is None else worst)
 
@@ -317,8 +319,9 @@ class TargetLikelihood(Reward):
         measure: Literal["log_prob", "match"] = "log_prob",
         **options: Any,
     ) -> None:
-        if measure not in ("log_prob", "match"):
-            raise ValueError(f"measure must be 'log_prob' or 'match', got {measure!r}")
+        check_choice("measure", measure, ("log_prob", "match"))
+        check_text("column", column, empty=False)
+        check_text("before", before)
         self.likelihood = TextLikelihood(model, **options)
         self.column = column
         self.before = before
@@ -357,7 +360,7 @@ class TokenMatch(Reward):
     Tokens are the policy's, as in ``completion_ids``; nothing is paid behind the target's end. None where the column
     has None.
 
-    :param tokenizer: the policy's tokenizer
+    :param tokenizer: the policy's tokenizer, or the name or directory of its model
     :param column: the column with the targets, texts or lists of token ids
 
     >>> from textgym.embedded import LANGUAGE_MODEL
@@ -368,9 +371,12 @@ class TokenMatch(Reward):
     [0.5]
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, column: str = "target") -> None:
-        self.tokenizer = tokenizer
-        self.column = column
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str], *, column: str = "target") -> None:
+        named = isinstance(tokenizer, str | os.PathLike)
+        self.tokenizer: Any = load_vocabulary(tokenizer).tokenizer if named else tokenizer
+        if not callable(self.tokenizer):
+            raise TypeError(f"tokenizer={shown(tokenizer)} must be a tokenizer, or the name or directory of its model")
+        self.column = check_text("column", column, empty=False)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         targets = self._targets(columns, completions)

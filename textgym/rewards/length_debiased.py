@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from textgym.checks import check_choice, check_number
 from textgym.rewards.arithmetic import Composed, Normalized
 from textgym.rewards.base import as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.text_units import units_of
 
 LengthUnit = Literal["words", "characters", "tokens"]
 
@@ -34,19 +35,17 @@ class LengthDebiased(Composed):
 
     :param reward: what is debiased
     :param slope: a, in Φ per unit of length; None to measure it
-    :param unit: ``"words"`` (between white space), ``"characters"``, or ``"tokens"`` of the policy, which costs
-        nothing on prefixes, and needs ``completion_ids`` where the reward is called on texts
+    :param unit: ``"words"`` (between white space; characters in scripts without spaces), ``"characters"``, or
+        ``"tokens"`` of the policy, which costs nothing on prefixes, and needs ``completion_ids`` where the reward is
+        called on texts
     :raises ValueError: if the slope is not finite or the unit unknown
     """
 
     def __init__(self, reward: Any, slope: float | None = None, unit: LengthUnit = "words") -> None:
-        if slope is not None and not math.isfinite(slope):
-            raise ValueError(f"slope={slope} must be finite")
-        if unit not in get_args(LengthUnit):
-            raise ValueError(f"unit={unit!r} must be one of {', '.join(get_args(LengthUnit))}")
+        check_choice("unit", unit, get_args(LengthUnit))
         inner = as_reward(reward)
         super().__init__([inner], f"length_debiased({inner.name})")
-        self.slope = None if slope is None else float(slope)
+        self.slope = None if slope is None else check_number("slope", slope)
         self.unit = unit
 
     def uncalibrated(self) -> list[Normalized]:
@@ -125,4 +124,4 @@ class LengthDebiased(Composed):
         return np.array([self._length(text) for text in batch.completions], dtype=np.float64)
 
     def _length(self, text: Any) -> int:
-        return len(text.split()) if self.unit == "words" else len(text)
+        return len(units_of(text)) if self.unit == "words" else len(text)

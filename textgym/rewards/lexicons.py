@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class LanguageIdentity(TextRule):
 
     Lui and Baldwin, "langid.py: An Off-the-shelf Language Identification Tool" (2012): a naive Bayes classifier over
     byte n-grams, for 140 languages. A few words are too little: their probability is spread over related languages;
-    give ``among`` where only some can occur. 0.0 for a completion without a letter.
+    give ``among`` where only some can occur. Text in Chinese characters is Chinese or Japanese, and ``"zh"`` is
+    all of Chinese, Wu and Cantonese included. 0.0 for a completion without a letter.
 
     :param language: ISO 639 code, such as ``"en"``
     :param among: codes of the languages that are told apart; by default all
@@ -67,7 +69,24 @@ class LanguageIdentity(TextRule):
     def score(self, completion: str) -> float:
         if not any(letter.isalpha() for letter in completion):
             return 0.0
-        return min(max(float(dict(self.identifier.rank(well_formed(completion)))[self.language]), 0.0), 1.0)
+        ranks = {language: float(p) for language, p in self.identifier.rank(well_formed(completion))}
+        if _is_east_asian(completion):  # a few of these characters look like many languages to a table of bytes
+            possible = {language: p for language, p in ranks.items() if language in _EAST_ASIAN}
+            total = sum(possible.values())
+            ranks = {language: p / total for language, p in possible.items()} if total > 0 else ranks
+        meant = {self.language, *_INCLUDED.get(self.language, ())}
+        return min(max(sum(ranks.get(language, 0.0) for language in meant), 0.0), 1.0)
+
+
+# Languages that ISO 639-3 counts to another one, which is written alike.
+_INCLUDED = {"zh": ("wuu", "yue"), "ar": ("ary", "arz"), "no": ("nn",), "ku": ("sdh",), "uz": ("uzs",), "lv": ("ltg",)}
+_EAST_ASIAN = ("zh", "wuu", "yue", "ja")
+_EAST_ASIAN_LETTER = re.compile("[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+def _is_east_asian(text: str) -> bool:
+    """Whether most letters are Han or kana."""
+    return 2 * len(_EAST_ASIAN_LETTER.findall(text)) > sum(letter.isalpha() for letter in text)
 
 
 @functools.cache
@@ -94,7 +113,7 @@ class Profanity(TextRule):
 
     def __init__(self, words: Iterable[str] | None = None) -> None:
         if isinstance(words, str):
-            raise ValueError(f"words must be a list of words, got the text {words!r}")
+            raise TypeError(f"words={words!r} must be a list of words, not a text")
         phrases = (tuple(words_of(word.casefold())) for word in (_default_words() if words is None else words))
         self.words = frozenset(phrase for phrase in phrases if phrase)
         if not self.words:

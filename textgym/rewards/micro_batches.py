@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from textgym.checks import check_int
+
 BATCH_TOKENS = 16_384  # most tokens, padding included, in one pass; bounds memory, not results
 
 
 def check_batch_tokens(max_batch_tokens: int) -> None:
     """:raises ValueError: if it is less than one token"""
-    if max_batch_tokens < 1:
-        raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+    check_int("max_batch_tokens", max_batch_tokens, low=1)
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> Iterator[np.ndarray]:

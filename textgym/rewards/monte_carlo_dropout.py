@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from textgym.checks import check_int, check_number
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import Reward, as_list, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
 from textgym.rewards.ensemble import Aggregate, aggregated, check_aggregate, spread_of
 from textgym.rewards.prefixes import PrefixBatch
 
@@ -44,7 +45,7 @@ class MonteCarloDropout(Composed):
         >>> unsure(**texts)[0] < model(**texts)[0]
         True
 
-    :param reward: a reward with a ``model``, such as a causal reward model or a classifier
+    :param reward: a reward with a ``model``, such as a causal reward model or a classifier, or the directory of one
     :param passes: number of networks
     :param aggregate: what to make of their scores, see :class:`~textgym.rewards.ensemble.Ensemble`
     :param k: weight of the penalty
@@ -56,7 +57,7 @@ class MonteCarloDropout(Composed):
 
     def __init__(
         self,
-        reward: Reward,
+        reward: Any,
         passes: int = 8,
         aggregate: Aggregate = "mean-std",
         k: float = 1.0,
@@ -64,10 +65,10 @@ class MonteCarloDropout(Composed):
         seed: int = 0,
     ) -> None:
         check_aggregate(aggregate, k)
-        if passes < 2:
-            raise ValueError(f"passes={passes} must be at least 2: one network has no spread")
-        if not 0 <= head_dropout < 1:
-            raise ValueError(f"head_dropout={head_dropout} must be at least 0 and less than 1")
+        check_int("passes", passes, low=2, also="as one network has no spread")
+        check_number("head_dropout", head_dropout, low=0.0, high=1.0, open_high=True)
+        check_int("seed", seed, low=0)
+        reward = as_reward(reward)
         model = getattr(reward, "model", None)
         if not isinstance(model, nn.Module):
             raise TypeError(f"reward {reward.name!r} has no model to drop features of; give a reward model")

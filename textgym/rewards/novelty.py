@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Any, Literal, get_args
 
+from textgym.checks import check_choice, check_int
 from textgym.rewards.learning import LearningReward
-from textgym.rewards.text_units import ngrams_of
+from textgym.rewards.text_units import ngrams_of, units_of
 
 NoveltyUnit = Literal["words", "characters"]
 
@@ -35,21 +36,16 @@ class NoveltyReward(LearningReward):
     :param n: length of the n-grams
     :param memory: completions remembered
     :param floor: n-grams that a text is taken to have at least
-    :param unit: what n-grams consist of: ``"words"`` (between white space), or ``"characters"`` for languages without
-        spaces
+    :param unit: what n-grams consist of: ``"words"`` (between white space; characters in scripts without spaces), or
+        ``"characters"``
     :raises ValueError: if a number is not at least 1, or the unit unknown
     """
 
     def __init__(self, n: int = 2, memory: int = 4096, floor: int = 8, unit: NoveltyUnit = "words") -> None:
-        for name, value in (("n", n), ("memory", memory), ("floor", floor)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if unit not in get_args(NoveltyUnit):
-            raise ValueError(f"unit={unit!r} must be one of {', '.join(get_args(NoveltyUnit))}")
-        self.n = n
-        self.memory = memory
-        self.floor = floor
-        self.unit = unit
+        self.n = check_int("n", n, low=1)
+        self.memory = check_int("memory", memory, low=1)
+        self.floor = check_int("floor", floor, low=1)
+        self.unit = check_choice("unit", unit, get_args(NoveltyUnit))
         self._texts: deque[str] = deque()
         self._counts: Counter[tuple[str, ...]] = Counter()  # n-gram to number of remembered texts that have it
 
@@ -83,7 +79,7 @@ class NoveltyReward(LearningReward):
         self.observe(prompts=[], completions=state["texts"])
 
     def _ngrams(self, text: str) -> list[tuple[str, ...]]:
-        return ngrams_of(text.split() if self.unit == "words" else text, self.n)
+        return ngrams_of(units_of(text) if self.unit == "words" else text, self.n)
 
     def _novelty(self, text: str) -> float:
         ngrams = self._ngrams(text)

@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
+from textgym.checks import check_bool, check_choice, check_text, shown
 from textgym.rewards.base import Reward
 from textgym.rewards.columns import texts_of
 from textgym.rewards.extras import import_extra
-from textgym.rewards.text_units import words_of
+from textgym.rewards.text_units import has_unspaced, is_chinese, spaced, units_of, words_of
 
 EXTRA = "metrics"
 
@@ -52,7 +53,8 @@ class Bleu(ReferenceMetric):
 
     The geometric mean of the n-gram precisions up to 4, times the brevity penalty. N-grams without a match are smoothed
     ("exp" halves what is counted for each, method 3 of Chen and Cherry 2014), and only the orders that the completion
-    is long enough for are used. 0.0 for an empty completion.
+    is long enough for are used. 0.0 for an empty completion. Where the references are Chinese, sacrebleu's tokenizer
+    ``"zh"`` is used unless ``tokenize`` names another one; in other scripts without spaces each character is a word.
 
     :param column: the column with the references, each a text or a list of texts
     :param options: of ``sacrebleu.BLEU``: ``smooth_method``, ``smooth_value``, ``max_ngram_order``, ``lowercase``,
@@ -68,9 +70,17 @@ class Bleu(ReferenceMetric):
         super().__init__(column)
         sacrebleu = import_extra("sacrebleu", EXTRA, "Bleu")
         self.metric = sacrebleu.BLEU(**{"effective_order": True, **options})
+        chinese = {"effective_order": True, **options, "tokenize": "zh"}
+        self._chinese = None if "tokenize" in options else sacrebleu.BLEU(**chinese)
 
     def score(self, completion: str, references: tuple[str, ...]) -> float:
-        return float(self.metric.sentence_score(completion, list(references)).score)
+        metric = self.metric
+        if self._chinese is not None and any(map(has_unspaced, references)):
+            if all(map(is_chinese, references)):
+                metric = self._chinese
+            else:
+                completion, references = spaced(completion), tuple(map(spaced, references))
+        return float(metric.sentence_score(completion, list(references)).score)
 
 
 class ChrF(ReferenceMetric):
@@ -99,7 +109,8 @@ class Ter(ReferenceMetric):
 
     Minus what ``sacrebleu.sentence_ter`` returns, as fewer edits are better: insertions, deletions, substitutions and
     shifts of words for each 100 words of the reference (Snover et al. 2006). It is made for sentences: two texts
-    of 1,700 random words took minutes.
+    of 1,700 random words took minutes. In scripts without spaces, such as Chinese, each character is a word, unless
+    ``asian_support`` says what to do.
 
     :param column: the column with the references, each a text or a list of texts
     :param options: of ``sacrebleu.TER``: ``normalized``, ``no_punct``, ``asian_support``, ``case_sensitive``
@@ -111,8 +122,11 @@ class Ter(ReferenceMetric):
     def __init__(self, column: str = "reference", **options: Any) -> None:
         super().__init__(column)
         self.metric = import_extra("sacrebleu", EXTRA, "Ter").TER(**options)
+        self._spaced = "asian_support" not in options
 
     def score(self, completion: str, references: tuple[str, ...]) -> float:
+        if self._spaced and any(map(has_unspaced, references)):
+            completion, references = spaced(completion), tuple(map(spaced, references))
         return -float(self.metric.sentence_score(completion, list(references)).score)
 
 
@@ -120,13 +134,15 @@ class Rouge(ReferenceMetric):
     """ROUGE from 0 to 1, as ``rouge_score`` returns it (Lin 2004); of several references the best.
 
     ``"rouge1"`` and ``"rouge2"`` count n-grams, ``"rougeL"`` is the longest common subsequence of words,
-    ``"rougeLsum"`` the same sentence by sentence, one a line. Words are runs of a to z and 0 to 9: other scripts
-    score 0.
+    ``"rougeLsum"`` the same sentence by sentence, one a line. ``rouge_score`` knows words of a to z and 0 to 9 only.
+    Here a word in another script than Latin is one, too, and so is each character in scripts without spaces, such as
+    Chinese.
 
     :param variant: ``"rouge1"`` to ``"rouge9"``, ``"rougeL"`` or ``"rougeLsum"``
     :param column: the column with the references, each a text or a list of texts
     :param measure: ``"fmeasure"``, ``"precision"`` or ``"recall"``
-    :param stemmer: whether words are compared by their Porter stems
+    :param stemmer: whether English words are compared by their Porter stems
+    :param tokenizer: turns a text into its words, in place of all that
 
     >>> texts = {"prompts": ["p"], "completions": ["the cat is on the mat"], "answer": ["the cat sat on the mat"]}
     >>> for variant in ("rouge1", "rouge2", "rougeL"):
@@ -143,14 +159,18 @@ class Rouge(ReferenceMetric):
         *,
         measure: Literal["fmeasure", "precision", "recall"] = "fmeasure",
         stemmer: bool = False,
+        tokenizer: Callable[[str], list[str]] | None = None,
     ) -> None:
         super().__init__(column)
-        if not re.fullmatch(r"rouge([1-9]|L|Lsum)", variant):
-            raise ValueError(f"variant must be 'rouge1' to 'rouge9', 'rougeL' or 'rougeLsum', got {variant!r}")
-        if measure not in ("fmeasure", "precision", "recall"):
-            raise ValueError(f"measure must be 'fmeasure', 'precision' or 'recall', got {measure!r}")
+        if not re.fullmatch(r"rouge([1-9]|L|Lsum)", check_text("variant", variant)):
+            raise ValueError(f"variant={variant!r} must be 'rouge1' to 'rouge9', 'rougeL' or 'rougeLsum'")
+        check_choice("measure", measure, ("fmeasure", "precision", "recall"))
+        check_bool("stemmer", stemmer)
+        if tokenizer is not None and not callable(tokenizer):
+            raise TypeError(f"tokenizer={shown(tokenizer)} must be a function from a text to the list of its words")
         scorer = import_extra("rouge_score.rouge_scorer", EXTRA, "Rouge")
-        self.scorer = scorer.RougeScorer([variant], use_stemmer=stemmer)
+        latin = import_extra("rouge_score.tokenizers", EXTRA, "Rouge").DefaultTokenizer(stemmer)
+        self.scorer = scorer.RougeScorer([variant], tokenizer=_Words(tokenizer or _all_scripts(latin.tokenize)))
         self.variant = variant
         self.measure = measure
 
@@ -231,7 +251,7 @@ class TokenF1(ReferenceMetric):
 
 def token_f1(completion: str, reference: str) -> float:
     """F1 of the words of two texts, as SQuAD's evaluation computes it."""
-    words, expected = squad_answer(completion).split(), squad_answer(reference).split()
+    words, expected = units_of(squad_answer(completion)), units_of(squad_answer(reference))
     common = sum((Counter(words) & Counter(expected)).values())
     if common == 0:
         return float(words == expected)  # "no answer" is right where there is none
@@ -249,6 +269,27 @@ def squad_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_marks).split())
 
 
+class _Words:
+    """What rouge_score calls a tokenizer."""
+
+    def __init__(self, tokenize: Callable[[str], list[str]]) -> None:
+        self.tokenize = tokenize
+
+
+def _all_scripts(latin: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    """A tokenizer that leaves Latin script to another one, and takes words of other scripts as they are."""
+
+    def tokenize(text: str) -> list[str]:
+        words: list[str] = []
+        start = 0
+        for match in _OTHER_SCRIPT.finditer(text):
+            words += [*latin(text[start : match.start()]), *words_of(match[0].lower())]
+            start = match.end()
+        return words + latin(text[start:])
+
+    return tokenize
+
+
 class _NoSynonyms:
     """What METEOR asks WordNet, answered with nothing."""
 
@@ -256,4 +297,6 @@ class _NoSynonyms:
         return []
 
 
-_PUNCTUATION = frozenset(string.punctuation)
+# That of scripts without spaces, too: 答案。 is the answer 答案.
+_PUNCTUATION = frozenset(string.punctuation) | frozenset("，。、；：？！（）《》〈〉「」『』【】")
+_OTHER_SCRIPT = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff](?:\w|[^\w\s\u0000-\u02ff])*")

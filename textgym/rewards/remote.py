@@ -19,6 +19,7 @@ from http.client import HTTPException
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
+from textgym.checks import check_choice, check_int, check_number, check_text
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 
@@ -85,13 +86,12 @@ class RemoteReward(Reward):
         max_bytes: int = 1 << 24,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        parts = urlsplit(url)
+        parts = urlsplit(check_text("url", url, empty=False))
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(f"url={url!r} must begin with http:// or https:// and name a host")
         if "@" in parts.netloc:
             raise ValueError("url holds a name or password, which would show in messages; send them as headers=")
-        if protocol not in get_args(Protocol):
-            raise ValueError(f"protocol={protocol!r} must be one of {', '.join(get_args(Protocol))}")
+        check_choice("protocol", protocol, get_args(Protocol))
         for name, number, least in [
             ("batch_size", batch_size, 1),
             ("concurrency", concurrency, 1),
@@ -99,11 +99,9 @@ class RemoteReward(Reward):
             ("label", label, 0),
             ("max_bytes", max_bytes, 1),
         ]:
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"{name}={number!r} must be a whole number, at least {least}")
+            check_int(name, number, low=least)
         for name, seconds in (("timeout", timeout), ("pause", pause), ("max_pause", max_pause)):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"{name}={seconds} must be finite and positive, in seconds")
+            check_number(name, seconds, low=0.0, open_low=True, unit="seconds")
         self.url = url
         self.protocol = protocol
         self.label_column = label_column

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_bool, check_text, shown
 from textgym.rewards.arithmetic import Composed
 from textgym.rewards.base import Reward, as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
 from textgym.rewards.errors import RewardError
@@ -39,6 +40,10 @@ class Router(Composed):
     """
 
     def __init__(self, column: str, routes: Mapping[Any, Any], default: Any = None, normalise: bool = True) -> None:
+        check_text("column", column, empty=False)
+        check_bool("normalise", normalise)
+        if not isinstance(routes, Mapping):
+            raise TypeError(f"routes={shown(routes)} must be a dictionary with a reward for each value of the column")
         if not routes:
             raise ValueError("routes is empty; give a reward for each value of the column: {'task': reward}")
         self.column = column

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from textgym.checks import check_int, check_number
 from textgym.rewards.base import as_list, as_reward, scores_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.extras import import_extra
@@ -56,12 +56,8 @@ class RequestLimits:
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_texts", "max_requests"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name}={number!r} must be a whole number, at least 1")
-        seconds = self.timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-            raise ValueError(f"timeout={seconds!r} must be finite and positive, in seconds")
+            check_int(name, getattr(self, name), low=1)
+        check_number("timeout", self.timeout, low=0.0, open_low=True, unit="seconds")
 
 
 class _BadRequest(Exception):

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from textgym.checks import check_bool, check_choice, check_int, check_number, check_texts
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.columns import column_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
-from textgym.rewards.text_units import ngrams_of, sentences_of, words_of
+from textgym.rewards.text_units import keyword_pattern, ngrams_of, sentences_of, units_of, words_of
 
 
 class TextRule(Reward):
@@ -41,7 +42,8 @@ class LengthTarget(Reward):
 
     Φ = max(0, 1 − |n − target| / target): 0 for the empty completion, 1 at the target, 0 again from twice the
     target on. Within ``tolerance`` of the target it is 1. Counted are the policy's tokens, an end-of-sequence token
-    included, or words between white space, or characters. With tokens no text is decoded.
+    included, or words between white space, or characters; in scripts without spaces, such as Chinese, each character
+    is a word. With tokens no text is decoded.
 
     :param target: the length that is wanted
     :param unit: ``"tokens"``, ``"words"`` or ``"characters"``
@@ -55,22 +57,16 @@ class LengthTarget(Reward):
     def __init__(
         self, target: float, unit: Literal["tokens", "words", "characters"] = "tokens", *, tolerance: float = 0.0
     ) -> None:
-        if unit not in ("tokens", "words", "characters"):
-            raise ValueError(f"unit must be 'tokens', 'words' or 'characters', got {unit!r}")
-        if not (np.isfinite(target) and target > 0):
-            raise ValueError(f"target must be finite and positive, got {target}")
-        if not 0 <= tolerance < target:
-            raise ValueError(f"tolerance must be at least 0 and less than target={target}, got {tolerance}")
-        self.target = target
-        self.unit = unit
-        self.tolerance = tolerance
+        self.unit = check_choice("unit", unit, ("tokens", "words", "characters"))
+        self.target = check_number("target", target, low=0.0, open_low=True)
+        self.tolerance = check_number("tolerance", tolerance, low=0.0, high=self.target, open_high=True)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """:raises RewardError: if tokens are counted and there are no ``completion_ids``"""
         if self.unit == "tokens":
             lengths = [len(ids) for ids in column_of(self.name, "completion_ids", columns, completions)]
         elif self.unit == "words":
-            lengths = [len(completion.split()) for completion in completions]
+            lengths = [len(units_of(completion)) for completion in completions]
         else:
             lengths = [len(completion) for completion in completions]
         return list(self._value(np.array(lengths, dtype=np.float64)).tolist())
@@ -94,7 +90,8 @@ class Repetition(TextRule):
     """Minus the share of n-grams that occurred before in the completion: from above −1 to 0.
 
     Φ = −(1 − distinct / all), minus "seq-rep-n" of Welleck et al., "Neural Text Generation with Unlikelihood Training"
-    (2020); 0.0 for a completion with fewer than n units. Words are what stands between white space.
+    (2020); 0.0 for a completion with fewer than n units. Words are what stands between white space,
+    and characters in scripts without spaces, such as Chinese.
 
     :param n: units in an n-gram
     :param unit: ``"words"`` or ``"characters"``
@@ -107,7 +104,7 @@ class Repetition(TextRule):
         self.n, self.unit = _checked_ngrams(n, unit)
 
     def score(self, completion: str) -> float:
-        grams = ngrams_of(completion.split() if self.unit == "words" else completion, self.n)
+        grams = ngrams_of(units_of(completion) if self.unit == "words" else completion, self.n)
         return (len(set(grams)) - len(grams)) / max(len(grams), 1)
 
 
@@ -115,7 +112,8 @@ class DistinctN(TextRule):
     """Distinct n-grams of the completion divided by all of them, from 0 to 1.
 
     Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016), within one text;
-    0.0 for a completion with fewer than n units. Words are what stands between white space. One word is perfectly
+    0.0 for a completion with fewer than n units. Words are what stands between white space, and characters in scripts
+    without spaces, such as Chinese. One word is perfectly
     distinct: combine it with :class:`LengthTarget`.
 
     :param n: units in an n-gram
@@ -129,7 +127,7 @@ class DistinctN(TextRule):
         self.n, self.unit = _checked_ngrams(n, unit)
 
     def score(self, completion: str) -> float:
-        grams = ngrams_of(completion.split() if self.unit == "words" else completion, self.n)
+        grams = ngrams_of(units_of(completion) if self.unit == "words" else completion, self.n)
         return len(set(grams)) / max(len(grams), 1)
 
 
@@ -141,7 +139,8 @@ class KeywordPresence(Reward):
 
     :param keywords: the keywords, the same for all rows
     :param column: or the column that has a list of them, or one, for each row
-    :param whole_words: whether a keyword inside a longer word is none. Switch it off for languages without spaces
+    :param whole_words: whether a keyword inside a longer word is none. Where there are no spaces between words, as in
+        Chinese, one is found anywhere
 
     >>> reward = KeywordPresence(["warm", "very funny"])
     >>> reward(prompts=["p"] * 3, completions=[" Warm and warm!", " warmth", " a very funny, warm film"])
@@ -155,7 +154,7 @@ class KeywordPresence(Reward):
             raise ValueError(f"give keywords= or column=, got keywords={keywords!r} and column={column!r}")
         self.keywords = None if keywords is None else _checked_keywords(keywords)
         self.column = column
-        self.whole_words = whole_words
+        self.whole_words = check_bool("whole_words", whole_words)
         self._patterns: dict[str, re.Pattern[str]] = {}
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -174,8 +173,8 @@ class KeywordPresence(Reward):
 
     def _pattern(self, keyword: str) -> re.Pattern[str]:
         if keyword not in self._patterns:
-            text = re.escape(keyword.casefold())
-            self._patterns[keyword] = re.compile(rf"(?<!\w){text}(?!\w)" if self.whole_words else text)
+            text = keyword.casefold()
+            self._patterns[keyword] = keyword_pattern(text) if self.whole_words else re.compile(re.escape(text))
         return self._patterns[keyword]
 
     def _words(self, columns: dict[str, Any], completions: list[str]) -> list[tuple[str, ...] | None]:
@@ -221,9 +220,7 @@ class Readability(TextRule):
     """
 
     def __init__(self, measure: Literal["ease", "grade"] = "ease") -> None:
-        if measure not in ("ease", "grade"):
-            raise ValueError(f"measure must be 'ease' or 'grade', got {measure!r}")
-        self.measure = measure
+        self.measure = check_choice("measure", measure, ("ease", "grade"))
 
     def score(self, completion: str) -> float:
         words = words_of(completion)
@@ -282,11 +279,9 @@ class Grammar(TextRule):
     """
 
     def __init__(self, rules: Sequence[str] | None = None) -> None:
-        rules = tuple(_RULES) if rules is None else tuple(rules)
-        unknown = sorted(set(rules) - set(_RULES))
-        if unknown or not rules:
-            raise ValueError(f"rules must be some of {', '.join(_RULES)}, got {', '.join(unknown) or 'none'}")
-        self.rules = rules
+        self.rules = tuple(_RULES) if rules is None else tuple(check_texts("rules", rules, least=1))
+        for rule in self.rules:
+            check_choice("rules", rule, tuple(_RULES))
 
     def score(self, completion: str) -> float:
         words = len(words_of(completion))
@@ -354,11 +349,7 @@ _RULES: dict[str, Callable[[str], int]] = {
 
 
 def _checked_ngrams(n: int, unit: Any) -> tuple[int, Any]:
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if unit not in ("words", "characters"):
-        raise ValueError(f"unit must be 'words' or 'characters', got {unit!r}")
-    return n, unit
+    return check_int("n", n, low=1), check_choice("unit", unit, ("words", "characters"))
 
 
 def _checked_keywords(keywords: Any) -> tuple[str, ...]:
