@@ -197,11 +197,11 @@ def test_wrong_states_and_arguments_are_refused():
         causal().load_state_dict({"weights": {}})
     with pytest.raises(ValueError, match="human_texts has no text with a word"):
         AdversarialReward(["", " "])
-    with pytest.raises(TypeError, match="human_texts is one text"):
+    with pytest.raises(TypeError, match="human_texts='.*' must be a list of texts"):
         AdversarialReward("the film")
     with pytest.raises(ValueError, match="output='odds'"):
         AdversarialReward(HUMAN, output="odds")
-    with pytest.raises(ValueError, match="learning_rate=0, .* must be positive"):
+    with pytest.raises(ValueError, match="learning_rate=0 must be a finite number greater than 0"):
         CausalDiscriminator(tiny_causal_reward_model(), TOKENIZER, learning_rate=0)
 
 

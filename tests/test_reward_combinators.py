@@ -101,9 +101,9 @@ def test_a_penalised_ensemble_never_scores_above_its_mean(batch):
     ("arguments", "complaint"),
     [
         (([characters],), "at least two members, got 1"),
-        (([characters, words], "max"), "aggregate='max' must be one of mean, min"),
-        (([characters, words], "mean-std", -1.0), "k=-1.0 must be finite and not negative"),
-        (([characters, words], "mean-std", math.nan), "k=nan must be finite"),
+        (([characters, words], "max"), "aggregate='max' must be one of 'mean', 'min'"),
+        (([characters, words], "mean-std", -1.0), "k=-1.0 must be a finite number at least 0"),
+        (([characters, words], "mean-std", math.nan), "k=nan must be a finite number"),
     ],
 )
 def test_impossible_ensembles_are_refused(arguments, complaint):
@@ -173,9 +173,9 @@ def test_dropout_needs_a_model_with_something_to_drop():
         MonteCarloDropout(llama)
     with pytest.raises(TypeError, match="'characters' has no model"):
         MonteCarloDropout(FunctionReward(characters))
-    with pytest.raises(ValueError, match="passes=1 must be at least 2"):
+    with pytest.raises(ValueError, match="passes=1 must be a whole number, at least 2"):
         MonteCarloDropout(llama, passes=1, head_dropout=0.1)
-    with pytest.raises(ValueError, match=r"head_dropout=1.0 must be at least 0 and less"):
+    with pytest.raises(ValueError, match=r"head_dropout=1.0 must be a finite number at least 0 and less"):
         MonteCarloDropout(llama, head_dropout=1.0)
     llama.model.head = llama.model.score
     llama.model.score = nn.Identity()
@@ -236,9 +236,9 @@ def test_length_debiasing_says_what_it_lacks(batch):
         score(LengthDebiased(words, slope=1.0, unit="tokens"))
     with pytest.raises(RewardError, match="the 1 texts to measure the slope on have one length in words"):
         LengthDebiased(words).calibrate_on(batch.at([0], [2]))
-    with pytest.raises(ValueError, match="unit='lines' must be one of words"):
+    with pytest.raises(ValueError, match="unit='lines' must be one of 'words'"):
         LengthDebiased(words, unit="lines")
-    with pytest.raises(ValueError, match="slope=inf must be finite"):
+    with pytest.raises(ValueError, match="slope=inf must be a finite number"):
         LengthDebiased(words, slope=math.inf)
     assert score(LengthDebiased(never, slope=1.0), ["a"]) == [None]
 
@@ -275,7 +275,7 @@ def test_discounted_potentials_need_tokens_and_a_discount():
     with pytest.raises(RewardError, match="needs the tokens of a text"):
         score(DiscountedPotential(words, 0.9))
     for gamma in (0.0, 1.1, math.nan):
-        with pytest.raises(ValueError, match="gamma=.* must be greater than 0"):
+        with pytest.raises(ValueError, match="gamma=.* must be a finite number greater than 0"):
             DiscountedPotential(words, gamma)
 
 

@@ -162,9 +162,9 @@ def test_what_is_written_again_and_again_loses_its_novelty():
 
 def test_impossible_memories_are_refused():
     for name in ("n", "memory", "floor"):
-        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be a whole number, at least 1"):
             NoveltyReward(**{name: 0})
-    with pytest.raises(ValueError, match="unit='tokens' must be one of words, characters"):
+    with pytest.raises(ValueError, match="unit='tokens' must be one of 'words', 'characters'"):
         NoveltyReward(unit="tokens")
     with pytest.raises(ValueError, match="another reward's"):
         NoveltyReward().load_state_dict({"mean": 0.0})

@@ -255,9 +255,9 @@ def test_impossible_answers_and_arguments_are_named(path):
     with pytest.raises(RewardError, match="the answer is 'left'; expected first, second, tie or None"):
         score(reward, "a", "b")
     for arguments, complaint in [
-        ({"mode": "rank"}, "mode='rank' must be one of score, compare"),
-        ({"ask_about": "some"}, "ask_about='some' must be 'complete' or 'all'"),
-        ({"questions_per_call": -1}, "questions_per_call=-1 must not be negative"),
+        ({"mode": "rank"}, "mode='rank' must be one of 'score', 'compare'"),
+        ({"ask_about": "some"}, "ask_about='some' must be one of 'complete', 'all'"),
+        ({"questions_per_call": -1}, "questions_per_call=-1 must be a whole number, at least 0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             HumanReward(path, **arguments)

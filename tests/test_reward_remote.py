@@ -293,16 +293,17 @@ def test_nobody_there_is_an_error_that_says_so():
         ({"url": "ftp://host/"}, "must begin with http:// or https://"),
         ({"url": "http:///path"}, "name a host"),
         ({"url": "http://me:secret@host/"}, "url holds a name or password"),
-        ({"protocol": "grpc"}, "protocol='grpc' must be one of openrlhf, vllm"),
+        ({"protocol": "grpc"}, "protocol='grpc' must be one of 'openrlhf', 'vllm'"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
         ({"retries": -1}, "retries=-1"),
         ({"concurrency": 1.5}, "concurrency=1.5"),
-        ({"timeout": 0}, "timeout=0 must be finite and positive"),
+        ({"url": 3}, "url=3 must be a text"),
+        ({"timeout": 0}, "timeout=0 must be a finite number greater than 0, in seconds"),
         ({"pause": math.inf}, "pause=inf"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, complaint):
-    with pytest.raises(ValueError, match=complaint) as caught:
+    with pytest.raises((TypeError, ValueError), match=complaint) as caught:
         RemoteReward(**{"url": "http://host/", **arguments})
     assert "secret" not in str(caught.value)
 

@@ -290,7 +290,7 @@ def test_division_is_by_numbers_only():
 def test_rewards_combine_with_rewards_callables_and_finite_numbers_only():
     for other in ("text", None, [1.0], {}):
         for combine in (lambda o: A + o, lambda o: o - A, lambda o: A * o, lambda o: A / o):
-            with pytest.raises(TypeError):
+            with pytest.raises(TypeError, match=r"rewards combine with rewards, functions|can't divide by"):
                 combine(other)
     for number in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite"):
@@ -306,7 +306,7 @@ def test_overflow_is_an_error(batch):
 
 @pytest.mark.parametrize("bounds", [(1, 1), (2, 1), (0, math.inf), (math.nan, 1)])
 def test_clip_needs_finite_increasing_bounds(bounds):
-    with pytest.raises(ValueError, match="clip needs finite low < high"):
+    with pytest.raises(ValueError, match="low|high"):
         A.clip(*bounds)
 
 

@@ -181,8 +181,8 @@ def test_an_unknown_label_is_an_error_that_lists_the_labels():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"output": "logits"}, "output must be 'logit', 'probability' or 'activation', got 'logits'"),
-        ({"reads": "prompt"}, "reads must be .* got 'prompt'"),
+        ({"output": "logits"}, "output='logits' must be one of 'logit', 'probability', 'activation'"),
+        ({"reads": "prompt"}, "reads='prompt' must be one of"),
         ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'"),
         ({"max_length": 0}, "max_length must lie between 1 and 128, .* got 0"),
         ({"max_length": 129}, "max_length must lie between 1 and 128, .* got 129"),
@@ -461,11 +461,11 @@ def test_process_reward_arguments_are_checked():
     model = token_classifier("llama")
     with pytest.raises(ValueError, match="has 2 labels: give label=, one of 0 \\('LABEL_0'\\), 1 \\('LABEL_1'\\)"):
         ProcessReward(model, TOKENIZER)
-    with pytest.raises(ValueError, match="reduce must be one of mean, last, min, product, got 'sum'"):
+    with pytest.raises(ValueError, match="reduce='sum' must be one of 'mean', 'last', 'min', 'product'"):
         ProcessReward(model, TOKENIZER, label=0, reduce="sum")
-    with pytest.raises(ValueError, match="output must be 'logit' or 'probability', got 'score'"):
+    with pytest.raises(ValueError, match="output='score' must be one of 'logit', 'probability'"):
         ProcessReward(model, TOKENIZER, label=0, output="score")
-    with pytest.raises(ValueError, match="separator must not be empty"):
+    with pytest.raises(ValueError, match="separator='' must not be empty"):
         ProcessReward(model, TOKENIZER, label=0, separator="")
 
 

@@ -164,20 +164,20 @@ def test_micro_batches_change_nothing(batch):
     )
     for a, b in zip(whole, small, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    with pytest.raises(ValueError, match="max_batch_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_batch_tokens=0 must be a whole number, at least 1"):
         LogProbReward(model, tokenizer=TOKENIZER, max_batch_tokens=0)
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="normalize must be 'mean' or 'sum', got 'median'"):
+    with pytest.raises(ValueError, match="normalize='median' must be one of 'mean', 'sum'"):
         LogProbReward(tiny_model("llama"), tokenizer=TOKENIZER, normalize="median")
-    with pytest.raises(ValueError, match="worst is a perplexity: .* got 1"):
+    with pytest.raises(ValueError, match="worst=1.* must be a finite number greater than 1"):
         Fluency(tiny_model("llama"), tokenizer=TOKENIZER, worst=1)
     with pytest.raises(ValueError, match="pass its tokenizer too"):
         LogProbReward(tiny_model("llama"))
     with pytest.raises(ValueError, match="CUDA devices"):
         LogProbReward("embedded", device="cuda:99")
-    with pytest.raises(ValueError, match="measure must be 'log_prob' or 'match', got 'ppl'"):
+    with pytest.raises(ValueError, match="measure='ppl' must be one of 'log_prob', 'match'"):
         TargetLikelihood(tiny_model("llama"), tokenizer=TOKENIZER, measure="ppl")
 
 

@@ -76,10 +76,10 @@ def test_within_the_tolerance_the_length_is_right(unit, text):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((0,), "target must be finite and positive, got 0"),
-        ((np.inf,), "target must be finite and positive, got inf"),
-        ((5, "lines"), "unit must be 'tokens', 'words' or 'characters', got 'lines'"),
-        ((5, "words", 5), "tolerance must be at least 0 and less than target=5, got 5"),
+        ((0,), "target=0 must be a finite number greater than 0"),
+        ((np.inf,), "target=inf must be a finite number"),
+        ((5, "lines"), "unit='lines' must be one of 'tokens', 'words', 'characters'"),
+        ((5, "words", 5), "tolerance=5 must be a finite number at least 0 and less than 5"),
     ],
 )
 def test_length_arguments_are_checked(arguments, complaint):
@@ -101,7 +101,7 @@ def test_repetition_and_distinct_n_are_those_of_the_metrics_module(text, n):
 def test_characters_are_counted_for_languages_without_spaces():
     assert score(DistinctN(1, "characters"), "好好好看") == [0.5]
     assert score(Repetition(1, "characters"), "好好好看") == [-0.5]
-    for arguments, complaint in (((0,), "n must be at least 1, got 0"), ((1, "lines"), "unit must be .* got 'lines'")):
+    for arguments, complaint in (((0,), "n=0 must be a whole number"), ((1, "lines"), "unit='lines' must be one of")):
         for rule in (DistinctN, Repetition):
             with pytest.raises(ValueError, match=complaint):
                 rule(*arguments)
@@ -151,7 +151,7 @@ def test_readability_is_flesch_and_kincaid():
     assert score(Readability("grade"), text, "") == [pytest.approx(grade), 0.0]
     assert score(Readability(), "Go.") == [pytest.approx(121.22)]
     assert score(Readability("grade"), "Go.") == [pytest.approx(-3.40)]
-    with pytest.raises(ValueError, match="measure must be 'ease' or 'grade', got 'smog'"):
+    with pytest.raises(ValueError, match="measure='smog' must be one of 'ease', 'grade'"):
         Readability("smog")
 
 
@@ -191,9 +191,10 @@ def test_each_rule_finds_its_fault_and_leaves_the_rest_alone(rule, right, wrong)
 def test_grammar_counts_violations_per_word():
     assert score(Grammar(["article", "repeated"]), " a apple is is an pear now") == [pytest.approx(1 - 3 / 7)]
     assert score(Grammar(["end"]), "no end", "One.", "One") == [0.5, 1.0, 0.0]
-    for rules, named in ((["spelling"], "spelling"), ([], "none")):
-        with pytest.raises(ValueError, match=f"rules must be some of capital, end, .* got {named}"):
-            Grammar(rules)
+    with pytest.raises(ValueError, match="rules='spelling' must be one of 'capital', 'end', "):
+        Grammar(["spelling"])
+    with pytest.raises(ValueError, match=r"rules=\[\] must have at least 1 text"):
+        Grammar([])
 
 
 # --- formats
@@ -207,9 +208,9 @@ def test_regular_expressions_in_both_forms():
         assert score(negative, "aab", "abc", "cab", "ba") == [-x for x in expected]
     with pytest.raises(ValueError, match=r"pattern '\(' is no regular expression: .*unterminated"):
         RegexMatch("(")
-    with pytest.raises(ValueError, match="where must be .* got 'end'"):
+    with pytest.raises(ValueError, match="where='end' must be one of"):
         RegexMatch("a", where="end")
-    with pytest.raises(ValueError, match="form must be .* got 'negative'"):
+    with pytest.raises(ValueError, match="form='negative' must be one of"):
         RegexMatch("a", form="negative")
 
 
@@ -231,8 +232,8 @@ def test_json_is_what_rfc_8259_says():
     texts = ("NaN", "[Infinity]", "{'a': 1}", '{"a": 1,}', "[" * 100_000, "1" * 10_000, '"\\ud800"', "nul")
     assert score(JsonFormat(), *texts) == [0, 0, 0, 0, 0, 1, 1, 0]
     assert score(JsonFormat(["a", "b", "c"]), '{"a": 1, "d": 2}', "{}", "3", "") == [pytest.approx(2 / 3), 0.5, 0, 0]
-    for keys in ("a", []):
-        with pytest.raises(ValueError, match="keys must be a list of at least one key"):
+    for keys, error in (("a", TypeError), ([], ValueError), (3, TypeError)):
+        with pytest.raises(error, match="^keys="):
             JsonFormat(keys)
 
 
@@ -250,12 +251,13 @@ def test_tags_are_opened_and_closed_once_in_their_order():
     }
     assert score(XmlTags(), *texts) == list(texts.values())
     for tags, complaint in (
-        ("think", "list of names"),
-        ([], "list of names"),
-        (["<a>"], "list of names"),
+        ("think", "tags='think' must be a list"),
+        ([], "at least 1 text"),
+        (3, "tags=3 must be a list"),
+        (["<a>"], "must be names such as 'think'"),
         (["a", "a"], "differ"),
     ):
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises((TypeError, ValueError), match=complaint):
             XmlTags(tags)
 
 
@@ -307,11 +309,11 @@ def test_profanity_counts_words_and_the_longest_phrases():
     for text in ("a lovely film", "what the hell is this", "pure crap", "an ass in a classroom", "Scunthorpe"):
         assert (score(default, text)[0] < 0) == profanity.contains_profanity(text)
     for words, complaint in (
-        ("damn", "must be a list of words, got the text 'damn'"),
+        ("damn", "words='damn' must be a list of texts"),
         ([], "holds no word"),
         ([" "], "holds no word"),
     ):
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises((TypeError, ValueError), match=complaint):
             Profanity(words)
 
 
@@ -337,8 +339,8 @@ def test_constraints_have_a_positive_a_negative_and_a_graded_form():
     [
         ({}, "give at_least=, at_most= or both"),
         ({"at_least": 2, "at_most": 1}, "at_least=2 lies above at_most=1"),
-        ({"at_most": np.nan}, "at_most must be finite, got nan"),
-        ({"at_least": 0, "form": "hard"}, "form must be 'bonus', 'penalty' or 'distance', got 'hard'"),
+        ({"at_most": np.nan}, "at_most=nan must be a finite number"),
+        ({"at_least": 0, "form": "hard"}, "form='hard' must be one of 'bonus', 'penalty', 'distance'"),
     ],
 )
 def test_constraint_arguments_are_checked(arguments, complaint):

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from textgym.checks import check_choice, check_int, check_number
+from textgym.checks import check_choice, check_int, check_number, check_texts
 from textgym.rewards.base import Reward, potentials_of, prefix_potentials_of
 from textgym.rewards.learning import LearningReward
 from textgym.rewards.prefixes import PrefixBatch
@@ -85,9 +85,10 @@ class AdversarialReward(LearningReward):
         epochs: int = 1,
         seed: int = 0,
     ) -> None:
-        if isinstance(human_texts, str):
-            raise TypeError("human_texts is one text; give a list of texts")
-        self.human_texts = [text for text in human_texts if text.split()]
+        given = (
+            list(human_texts) if isinstance(human_texts, Iterable) and not isinstance(human_texts, str) else human_texts
+        )
+        self.human_texts = [text for text in check_texts("human_texts", given) if text.split()]
         if not self.human_texts:
             raise ValueError("human_texts has no text with a word in it; give texts that people wrote")
         check_choice("output", output, get_args(Output))

@@ -231,8 +231,6 @@ def add(left: Any, right: Any) -> Reward:
     if isinstance(right, Real):
         number, reward = _number(right), _operand(left)
         return Shifted(reward, number, f"{reward.name} + {number:g}")
-    if not (_combinable(left) and _combinable(right)):
-        return NotImplemented
     return Sum(_operand(left), _operand(right), 1)
 
 
@@ -245,8 +243,6 @@ def subtract(left: Any, right: Any) -> Reward:
     if isinstance(right, Real):
         number, reward = _number(right), _operand(left)
         return Shifted(reward, -number, f"{reward.name} - {number:g}")
-    if not (_combinable(left) and _combinable(right)):
-        return NotImplemented
     return Sum(_operand(left), _operand(right), -1)
 
 
@@ -257,25 +253,17 @@ def multiply(left: Any, right: Any) -> Reward:
         factor, reward = _number(number), _operand(reward)
         text = "-" if factor == -1 else f"{factor:g} * "
         return Scaled(reward, factor, text + _within(reward, _ATOM))
-    if not (_combinable(left) and _combinable(right)):
-        return NotImplemented
     return Product(_operand(left), _operand(right))
 
 
 def divide(left: Any, right: Any) -> Reward:
     """``left / right`` of a reward and a number."""
     if not isinstance(right, Real):
-        if not _combinable(right):
-            return NotImplemented
         raise TypeError(f"can't divide by the reward {_operand(right).name!r}, which may be zero; divide by a number")
     divisor = _number(right)
     if divisor == 0:
         raise ZeroDivisionError(f"reward {left.name!r} divided by zero")
     return Scaled(left, divisor, f"{_within(left, _PRODUCT)} / {divisor:g}", divide=True)
-
-
-def _combinable(value: Any) -> bool:
-    return isinstance(value, Reward) or callable(value)
 
 
 def _operand(value: Any) -> Reward:

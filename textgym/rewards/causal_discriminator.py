@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.checks import check_int, check_number
 from textgym.rewards.base import Reward
 from textgym.rewards.causal import CausalRewardModel
 from textgym.rewards.errors import RewardError
@@ -54,11 +55,9 @@ class CausalDiscriminator:
         batch_size: int = 32,
         max_grad_norm: float = 1.0,
     ) -> None:
-        if not (learning_rate > 0 and max_grad_norm > 0 and batch_size >= 1):
-            raise ValueError(
-                f"learning_rate={learning_rate}, batch_size={batch_size} and max_grad_norm={max_grad_norm} "
-                "must be positive"
-            )
+        check_number("learning_rate", learning_rate, low=0.0, open_low=True)
+        check_int("batch_size", batch_size, low=1)
+        check_number("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
         if is_encoder_decoder(model.config):
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder; a discriminator reads a text from its first token on: "

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from textgym.chat import MESSAGES
+from textgym.checks import check_choice, check_text
 from textgym.exactness import SteppedModel, Stepping
 from textgym.messages import is_conversation
 from textgym.rewards.base import Reward, wanted_per_row
@@ -89,13 +90,11 @@ class ClassifierReward(Reward):
         truncation_side: Side = "left",
         max_batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        if output not in ("logit", "probability", "activation"):
-            raise ValueError(f"output must be 'logit', 'probability' or 'activation', got {output!r}")
+        check_choice("output", output, ("logit", "probability", "activation"))
         if output == "activation" and (activation_of(model) not in ACTIVATIONS):
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"reward_activation={activation_of(model)!r} in the configuration is none of {known}")
-        if reads not in ("text", "completion", "pair", "chat"):
-            raise ValueError(f"reads must be 'text', 'completion', 'pair' or 'chat', got {reads!r}")
+        check_choice("reads", reads, ("text", "completion", "pair", "chat"))
         if reads == "chat" and not getattr(tokenizer, "chat_template", None):
             raise ValueError("reads='chat' needs a tokenizer with a chat template, this one has none")
         self.label = label_index(model, label)
@@ -348,12 +347,9 @@ class ProcessReward(Reward):
         dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if output not in ("logit", "probability"):
-            raise ValueError(f"output must be 'logit' or 'probability', got {output!r}")
-        if reduce not in _REDUCTIONS:
-            raise ValueError(f"reduce must be one of {', '.join(_REDUCTIONS)}, got {reduce!r}")
-        if not separator:
-            raise ValueError("separator must not be empty: it is what stands between steps")
+        check_choice("output", output, ("logit", "probability"))
+        check_choice("reduce", reduce, tuple(_REDUCTIONS))
+        check_text("separator", separator, empty=False)  # it is what stands between steps
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} can't say which characters a token stands for; use a fast one"

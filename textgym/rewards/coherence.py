@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_bool
 from textgym.rewards.base import Reward
 from textgym.rewards.embedding import Encoder, open_encoder, unit_vectors
 from textgym.rewards.likelihood import ModelSpec, TextLikelihood
@@ -36,7 +37,7 @@ class EmbeddingCoherence(Reward):
 
     def __init__(self, encoder: Encoder | str | os.PathLike[str] = "minilm", *, with_prompt: bool = True) -> None:
         self.encoder = open_encoder(encoder)
-        self.with_prompt = with_prompt
+        self.with_prompt = check_bool("with_prompt", with_prompt)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         pairs, rows = _neighbours(prompts, completions, self.with_prompt)
@@ -68,7 +69,7 @@ class LikelihoodCoherence(Reward):
 
     def __init__(self, model: ModelSpec = "embedded", *, with_prompt: bool = True, **options: Any) -> None:
         self.likelihood = TextLikelihood(model, **options)
-        self.with_prompt = with_prompt
+        self.with_prompt = check_bool("with_prompt", with_prompt)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """:raises RewardError: if two neighbouring sentences are longer than the model's context"""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.checks import check_text
 from textgym.rewards.base import Reward
 from textgym.rewards.columns import texts_of
 from textgym.rewards.micro_batches import BATCH_TOKENS
@@ -101,7 +102,7 @@ class EmbeddingSimilarity(Reward):
     """
 
     def __init__(self, column: str = "reference", encoder: Encoder | str | os.PathLike[str] = "minilm") -> None:
-        self.column = column
+        self.column = check_text("column", column, empty=False)
         self.encoder = open_encoder(encoder)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:

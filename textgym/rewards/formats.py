@@ -117,8 +117,8 @@ class XmlTags(TextRule):
     """
 
     def __init__(self, tags: Sequence[str] = ("think", "answer")) -> None:
-        if isinstance(tags, str) or not tags or not all(re.fullmatch(r"[\w.:-]+", tag) for tag in tags):
-            raise ValueError(f"tags must be a list of names such as 'think', got {tags!r}")
+        if not all(re.fullmatch(r"[\w.:-]+", tag) for tag in check_texts("tags", tags, least=1)):
+            raise ValueError(f"tags={shown(tags)} must be names such as 'think'")
         if len(set(tags)) < len(tags):
             raise ValueError(f"tags must differ from each other, got {tags!r}")
         self.tags = tuple(tags)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from textgym.checks import check_text, check_texts
 from textgym.rewards.extras import import_extra
 from textgym.rewards.text_rules import TextRule
 from textgym.rewards.text_units import well_formed, words_of
@@ -58,7 +59,8 @@ class LanguageIdentity(TextRule):
     def __init__(self, language: str = "en", *, among: Iterable[str] | None = None) -> None:
         self.identifier = copy.copy(_identifier())  # which languages it tells apart is its own, the tables are shared
         known = set(self.identifier.labels)
-        wanted = known if among is None else {language, *among}
+        check_text("language", language)
+        wanted = known if among is None else {language, *check_texts("among", _listed(among))}
         unknown = sorted(({language} | wanted) - known)
         if unknown:
             raise ValueError(f"unknown language {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -112,9 +114,8 @@ class Profanity(TextRule):
     """
 
     def __init__(self, words: Iterable[str] | None = None) -> None:
-        if isinstance(words, str):
-            raise TypeError(f"words={words!r} must be a list of words, not a text")
-        phrases = (tuple(words_of(word.casefold())) for word in (_default_words() if words is None else words))
+        given = _default_words() if words is None else words if isinstance(words, str) else _listed(words)
+        phrases = (tuple(words_of(word.casefold())) for word in check_texts("words", given))
         self.words = frozenset(phrase for phrase in phrases if phrase)
         if not self.words:
             raise ValueError("words holds no word; give at least one")
@@ -130,6 +131,11 @@ class Profanity(TextRule):
             profane += found
             place += max(found, 1)
         return 0.0 - profane / max(len(words), 1)
+
+
+def _listed(values: Any) -> Any:
+    """The values of a set or a generator as a list; what has none is left to the check of its kind."""
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else values
 
 
 def _default_words() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from textgym.checks import check_text
 from textgym.rewards.base import Reward, as_reward
 from textgym.rewards.columns import column_of
 from textgym.rewards.errors import RewardError
@@ -39,8 +40,8 @@ class PredictedDifference(Reward):
 
     def __init__(self, model: Any, column: str = "target", separator: str = SEPARATOR) -> None:
         self.model = as_reward(model)
-        self.column = column
-        self.separator = separator
+        self.column = check_text("column", column, empty=False)
+        self.separator = check_text("separator", separator)
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ class ReferenceMetric(Reward):
     """
 
     def __init__(self, column: str = "reference") -> None:
-        self.column = column
+        self.column = check_text("column", column, empty=False)
 
     @abstractmethod
     def score(self, completion: str, references: tuple[str, ...]) -> float:
@@ -226,6 +226,7 @@ class ExactMatch(ReferenceMetric):
 
     def __init__(self, column: str = "reference", *, normalize: bool = True) -> None:
         super().__init__(column)
+        check_bool("normalize", normalize)
         self._compared: Callable[[str], str] = squad_answer if normalize else str.strip
 
     def score(self, completion: str, references: tuple[str, ...]) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_bool
 from textgym.rewards.arithmetic import Normalized
 from textgym.rewards.base import as_reward, scores_of
 from textgym.rewards.errors import RewardError
@@ -39,6 +40,7 @@ class RunningNormalized(Normalized, LearningReward):
     """
 
     def __init__(self, reward: Any, warm_up: bool = True) -> None:
+        check_bool("warm_up", warm_up)
         super().__init__(as_reward(reward))
         self._name = f"running_normalized({self.reward.name})"
         self.count = 0
