@@ -186,7 +186,7 @@ def test_an_unknown_label_is_an_error_that_lists_the_labels():
         ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'"),
         ({"max_length": 0}, "max_length must lie between 1 and 128, .* got 0"),
         ({"max_length": 129}, "max_length must lie between 1 and 128, .* got 129"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, got 0"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens=0 must be a whole number, at least 1"),
         ({"device": "cuda:99"}, "device='cuda:99': this machine has"),
         ({"dtype": "int8"}, "dtype='int8' is no floating-point type"),
     ],

@@ -62,7 +62,8 @@ def test_bleu_chrf_and_ter_are_those_of_sacrebleu():
 def test_rouge_is_the_best_of_rouge_score_over_references(variant, measure):
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer([variant], use_stemmer=True)
     expected = [max(getattr(scorer.score(r, c)[variant], measure) for r in references) for c, references in TEXTS]
-    assert Rouge(variant, measure=measure, stemmer=True)(**GIVEN) == expected
+    latin = [completion.replace("א", "") for completion in COMPLETIONS]  # other scripts are rouge_score's nothing
+    assert Rouge(variant, measure=measure, stemmer=True)(**{**GIVEN, "completions": latin}) == expected
     assert max(expected) == 1.0
 
 
