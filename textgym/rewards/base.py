@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FunctionReward", "PrefixBatch", "Reward", "RewardError", "as_reward"]
 
-LARGEST_POTENTIAL = float(np.finfo(np.float32).max) / 4  # so that differences and penalties fit, too
+LARGEST_POTENTIAL = float(np.finfo(np.float32).max) / 2  # of which differences are float32, too
 _EXPECTED = "expected one finite number or None for each completion"
 
 
