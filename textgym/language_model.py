@@ -97,7 +97,8 @@ class LanguageModel:
         self._multiplier = _number(config, "logit_scale") / _number(config, "logits_scaling")
         if getattr(config, "scale_decoder_outputs", False):  # T5, but not T5 1.1
             self._multiplier *= float(config.d_model) ** -0.5
-        self.hidden_size: int = head.weight.shape[-1] if like is None else like.hidden_size
+        weight: Any = head.weight
+        self.hidden_size: int = int(weight.shape[-1]) if like is None else like.hidden_size
         self._runs_own_head: bool = False  # whether another head than that is needed
         self._runs_own_head = self._needs_own_head() if like is None else like._runs_own_head
         name = f"language_model={self.name}"
@@ -382,11 +383,12 @@ def load_language_model(
             raise ValueError(
                 f"language_model is a {type(spec).__name__} object: pass its tokenizer too (tokenizer=...)"
             )
-        name = spec.config.name_or_path or None
-        model = spec
-        if is_peft_model(spec) or carries_adapter(spec):
-            name = f"{name or type(spec).__name__} with its adapter"  # without it, it is another model
-            model = _with_adapter_merged(spec, name)
+        given: Any = spec
+        name = given.config.name_or_path or None
+        model = given
+        if is_peft_model(given) or carries_adapter(given):
+            name = f"{name or type(given).__name__} with its adapter"  # without it, it is another model
+            model = _with_adapter_merged(given, name)
         opened = with_template_arguments(_open_tokenizer(tokenizer, trust_remote_code), fixed)
         return LanguageModel(model, opened, name)
     if not isinstance(spec, str | Path):

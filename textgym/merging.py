@@ -51,7 +51,7 @@ def without_adapter(model: PreTrainedModel | PeftModel, name: str) -> PreTrained
     :param name: what messages call it
     :raises ValueError: if they can't be merged, or the merged model computes something else
     """
-    inner: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model  # type: ignore[assignment, operator]
+    inner: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         raise ValueError(f"{name} carries a prompt adapter of peft, which can't become part of its weights")
     plain = copy_sharing_weights(inner.eval())

@@ -374,14 +374,14 @@ def read_prompt(
     place = where if prompt_column is None else f"{where}: {read.source!r}"
     columns = dict(read.columns)
     prompt: Any = given if read.prompt is None else read.prompt
-    if isinstance(read.prompt, list):
+    if isinstance(messages := read.prompt, list):
         if isinstance(given, str) and stored_messages(given, place) is given:
             read = replace(read, written=given)
-            if not has_template(tokenizer) and sum(message["role"] != "system" for message in read.prompt) > 1:
+            if not has_template(tokenizer) and sum(message["role"] != "system" for message in messages) > 1:
                 read = replace(read, completion=None)  # it answers a later turn
         prompt = read.prompt_text(tokenizer, place)
         if has_template(tokenizer):
-            columns.setdefault(MESSAGES, read.prompt)
+            columns.setdefault(MESSAGES, messages)
     check_prompt(prompt, place, tokenizer)
     for name, answer in ((COMPLETION, read.completion), ("chosen", read.chosen), ("rejected", read.rejected)):
         if answer is not None:
