@@ -81,7 +81,7 @@ def test_seeds_of_numpy_are_those_of_python():
 ODD = [None, "x", b"x", {}, [], [[1], [2, 3]], object(), 1j, np.array(["a"]), torch.ones(2, requires_grad=True)]
 
 
-@pytest.mark.parametrize("odd", [*ODD, 2**70, 1.0, True], ids=str)
+@pytest.mark.parametrize("odd", [*ODD, 2**70, 1.0, True], ids=lambda odd: type(odd).__name__)
 def test_odd_actions_are_errors_that_name_them(odd):
     env, envs = make(), make_vec(2)
     env.reset(seed=0)
@@ -94,7 +94,7 @@ def test_odd_actions_are_errors_that_name_them(odd):
     envs.step([5, 5])
 
 
-@pytest.mark.parametrize("odd", [*ODD, True], ids=str)
+@pytest.mark.parametrize("odd", [*ODD, True], ids=lambda odd: type(odd).__name__)
 def test_odd_log_probabilities_are_errors_that_name_them(odd):
     env, envs = make(), make_vec(2)
     env.reset(seed=0)

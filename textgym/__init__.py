@@ -29,7 +29,7 @@ __all__ = ["__version__", "agents", "embedded", "envs", "rewards"]
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.msg
+    return "gemm_4bit_forward" not in str(record.msg)
 
 
 # peft imports bitsandbytes wherever it is installed, and bitsandbytes then remarks, on processors with bf16 products,
