@@ -97,6 +97,7 @@ class SameInfoKeys(gym.Wrapper[Any, Any, Any, Any]):
     def _filled(self, info: dict[str, Any]) -> dict[str, Any]:
         rows: Any = self.unwrapped
         gaps: dict[str, Any] = dict.fromkeys(("prompt", "completion", "finish_reason"), "")
+        gaps["applies"] = True  # until the reward says otherwise
         gaps |= dict.fromkeys(("reward_model", "score"), np.nan)
         if rows.has_reference:
             gaps |= dict.fromkeys(("kl", "ref_log_prob"), np.nan)

@@ -100,6 +100,12 @@ class TextGenVectorEnv(VectorEnv):
         self.max_prompt_tokens = prompt_room(
             self.options.max_prompt_tokens, self.options.max_new_tokens, self.vocabulary.context_limit
         )
+        longest = self.vocabulary.completion_limit
+        if longest is not None and self.options.max_new_tokens > longest:
+            raise ValueError(
+                f"max_new_tokens={self.options.max_new_tokens} is more than the {longest} tokens that the model's "
+                "decoder has positions for"
+            )
         self._told_long, self._chat = False, False  # whether long prompts were told of, and all are conversations
         if (rows := self._prompts.rows) is not None:
             self._chat = all_chat(rows, self.vocabulary)

@@ -238,7 +238,7 @@ def test_no_test_prompt_begins_a_snippet_that_a_model_was_fitted_to():
 
 @pytest.mark.parametrize("split", ["validation", "", None, "Train"])
 def test_an_unknown_split_is_an_error_that_names_the_splits(split):
-    with pytest.raises(ValueError, match='"train" or "test"'):
+    with pytest.raises(ValueError, match="split=.* must be one of 'train', 'test'"):
         load_prompts(split)
 
 

@@ -166,7 +166,7 @@ def test_options_survive_saving(tmp_path):
     ],
 )
 def test_impossible_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         agent(options)
 
 

@@ -14,8 +14,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
+import torch
 from tiny_agents import count_liked, tiny_ppo, tiny_vector_env
 
 from textgym.rewards import FunctionReward, RemoteReward, RequestLimits, RewardError, RewardServer
@@ -481,9 +481,10 @@ def test_without_starlette_the_error_names_the_extra(monkeypatch):
 
 
 def test_a_training_survives_its_server():
-    """The server dies between two rollouts; training raises, and goes on when the server is back."""
+    """The server dies between two rollouts; training raises, and goes on with that rollout when the server is back."""
     local = tiny_ppo(tiny_vector_env(4, reward=count_liked))
-    local.learn(96)
+    local.learn(48)
+    local.learn(48, reset_num_timesteps=False)
     port = free_port()
     remote = RemoteReward(f"http://127.0.0.1:{port}/get_reward", retries=1, **FAST)
     env = tiny_vector_env(4, reward=remote)
@@ -492,14 +493,11 @@ def test_a_training_survives_its_server():
         model.learn(48)
     with pytest.raises(RewardError, match="did not answer"):
         model.learn(48, reset_num_timesteps=False)
-    assert model.num_timesteps == 96  # the rollout was taken, and waits to be scored
     with RewardServer(count_liked, port=port):
-        scores = env.score_deferred()
-        assert scores.rewards.shape == (12, 4)
-        env.defer_scoring(False)
         model.learn(48, reset_num_timesteps=False)
-    assert model.num_timesteps == 144
-    assert np.isfinite(scores.rewards).all()
+    assert model.num_timesteps == 96
+    for ours, undisturbed in zip(model.policy.parameters(), local.policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, undisturbed)
     env.close()
 
 

@@ -249,6 +249,12 @@ def check_prefixes(stepped: SteppedModel, limit: int | None) -> Tensor:
     :raises ValueError: if they don't
     """
     kind, advice = type(stepped.model).__name__, f"textgym needs {_wanted(stepped)} language model"
+    if "lsh" in (getattr(stepped.model.config, "attn_layers", None) or ()):
+        # Rows of more than one chunk show it, and those that are tried here are shorter.
+        raise ValueError(
+            f"{stepped.name}: the 'lsh' layers of {kind} hash tokens at random, so that its probabilities differ from "
+            f"one forward to the next; {advice} without them"
+        )
     ids, stages = _rows(stepped, limit)
     try:
         stepper = stepped.machines[-1](stepped.model, ids.shape[1])

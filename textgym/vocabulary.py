@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,9 @@ class Vocabulary:
         self.size = int(config.get_text_config().vocab_size)
         self.context_limit = position_limit(config)
         self._prompts_end = is_encoder_decoder(config)  # an encoder reads a prompt as a whole text
+        # LED's encoder and decoder have limits of their own; a completion begins behind a start token.
+        positions = getattr(config, "max_decoder_position_embeddings", None) if self._prompts_end else None
+        self.completion_limit: int | None = None if positions is None else int(positions) - 1
         self._known = set(tokenizer.get_vocab().values())
         tokens = max(len(self._known), max(self._known, default=-1) + 1)
         if tokens > self.size:
@@ -45,6 +49,19 @@ class Vocabulary:
         if tokenizer.eos_token_id is None:
             _set_eos_token(tokenizer, name)
         self.turns = TurnTokens(tokenizer, listed)
+        self._check_that_it_writes(name)
+
+    def _check_that_it_writes(self, name: str) -> None:
+        """:raises ValueError: if the tokenizer makes no token of a text that is made of its own"""
+        ordinary = [i for i in itertools.islice(self._known, 64) if i not in self.turns.special_ids]
+        text = str(self.tokenizer.decode(ordinary)).strip()
+        if text and not self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            kind = type(self.tokenizer).__name__
+            raise ValueError(
+                f"the tokenizer of {name}, a {kind}, makes no token of {text[:40]!r}, which is a text of its own "
+                "tokens: its files belong to another class than transformers opens them with for this model; pass a "
+                "tokenizer object (tokenizer=...)"
+            )
 
     @property
     def eos_token_id(self) -> int:

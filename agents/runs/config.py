@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,9 +346,8 @@ def _named_values(option: str, entries: Sequence[str] | None, example: str) -> d
             found[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{option}={entry!r}: the value is not YAML: {error}") from error
-        if isinstance(found[name], str):  # YAML takes 1e-4 for a text
-            with contextlib.suppress(ValueError):
-                found[name] = float(found[name])
+        if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", text.strip()):  # YAML takes 1e-4 for a text
+            found[name] = float(text)
     return found
 
 
