@@ -187,7 +187,7 @@ def test_a_finished_run_can_be_trained_further(finished: RunFolder, tmp_path: Pa
 def test_every_option_is_a_flag_and_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     text = invoke("train", "--help").output
     for name in RunConfig().as_dict():
-        assert f"--{name.replace('_', '-')}" in text
+        assert ("--set" if name == "agent_options" else f"--{name.replace('_', '-')}") in text
     (tmp_path / "c.json").write_text(json.dumps({**SMALL, "timesteps": 24, "kl_coef": 0.3, "vf_coef": 0.2}))
     result = invoke(
         "train", "ppo", "-c", str(tmp_path / "c.json"), "-o", str(tmp_path / "run"), "--kl-coef", "0.1",

@@ -409,7 +409,7 @@ def instant_and_deferred(options: dict[str, Any], seed: int, steps: int = 30, n:
         parts.append(merged)
         returns, lengths, kl = returns + reward, lengths + 1, kl + merged["kl"]
         for row in np.flatnonzero(done):
-            episode = {name: final[name][row] for name in ("finish_reason", "score", "prompt", "completion")}
+            episode = {name: final[name][row] for name in ("finish_reason", "score", "applies", "prompt", "completion")}
             episode |= {"row": row, "step": step, "r": returns[row], "l": lengths[row], "kl": kl[row]}
             episodes.append((later.scoring_deferred, episode))
         returns[done], lengths[done], kl[done] = 0, 0, 0
