@@ -431,7 +431,7 @@ def test_a_client_that_leaves_is_neither_scored_nor_logged(capfd):
         body = json.dumps({"query": ["gone"]})
         for promised in (len(body), 900):
             half_sent(server, f"{HEAD}Content-Length: {promised}\r\n\r\n{body}".encode()).close()
-        time.sleep(0.2)  # a server that has not seen them leave would answer them
+        time.sleep(1.0)  # a server that has not seen them leave would answer them
         go_on.set()
         first.join(60)
         assert post(server, {"query": ["last"]}) == (200, {"rewards": [0.0]})
