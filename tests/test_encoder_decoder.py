@@ -95,7 +95,9 @@ def plain_logits(model: PreTrainedModel, ids: np.ndarray, prompt_length: int) ->
     """Logits ``(T + 1, V)`` behind the start token and each token of the completion, from transformers alone."""
     decoder_ids = [model.config.decoder_start_token_id, *ids[prompt_length:].tolist()]
     return model(
-        input_ids=torch.as_tensor(ids[None, :prompt_length]), decoder_input_ids=torch.tensor([decoder_ids])
+        input_ids=torch.as_tensor(ids[None, :prompt_length]),
+        decoder_input_ids=torch.tensor([decoder_ids]),
+        use_cache=False,
     ).logits[0]
 
 
@@ -138,8 +140,10 @@ class Walk:
             self.lengths[row] = self.prompt_lengths[row] = self.rng.integers(1, width // 2)
 
 
-def assert_steps_are_exact(lm: LanguageModel, machine: EncoderDecoder, seed: int, steps: int) -> None:
-    walk = Walk(rows=5, width=machine.context, seed=seed)
+def assert_steps_are_exact(
+    lm: LanguageModel, machine: EncoderDecoder, seed: int, steps: int, kind: type[Walk] = Walk
+) -> None:
+    walk = kind(rows=5, width=machine.context, seed=seed)
     for _ in range(steps):
         rows = walk.rng.permutation(5)[: walk.rng.integers(1, 6)]
         if walk.rng.random() < 0.5:

@@ -11,16 +11,21 @@ So the last token of the prompt stands for the decoder's start token, and places
 
 A prompt is encoded once; after that, a slot keeps the keys and values that the decoder's cross-attention made of it,
 and those of the decoder's own tokens.
+
+A padding token may belong to the text: a policy samples it like any other. Some models then hide it or don't count it
+as a position, but do so only when they are given neither mask nor cache. They read such texts in that way here, too.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 
@@ -120,6 +125,7 @@ class EncoderDecoder(CachedModel):
         self.encoder: nn.Module = model.get_encoder()
         self.decoder: nn.Module = model.get_decoder()
         self._start_token = start_token_id(model)
+        self._pad_ids = pad_ids(model)
         self._prompt_lengths = np.zeros(0, dtype=np.int64)  # (S,) of the rows behind the cached states
 
     @cached_property
@@ -210,7 +216,24 @@ class EncoderDecoder(CachedModel):
         """The encoder's states ``(B, S, H)``."""
         ids = torch.as_tensor(parts.encoder_ids, device=self.device)
         states: Tensor = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        padded = np.flatnonzero((np.isin(parts.encoder_ids, self._pad_ids) & parts.encoder_mask).any(1))
+        if len(padded) and self._masks_change_prompts:
+            lengths = parts.encoder_mask.sum(1)
+            for group in groups(padded, lengths):
+                at = torch.as_tensor(group, device=self.device)
+                alone = self.encoder(input_ids=ids[at, : lengths[group[0]]]).last_hidden_state
+                states = states.index_copy(0, at, F.pad(alone, (0, 0, 0, states.shape[1] - alone.shape[1])))
         return states
+
+    @cached_property
+    def _masks_change_prompts(self) -> bool:
+        """Whether the encoder reads a prompt with a padding token otherwise where a mask says that all is text."""
+        size = int(self.model.config.get_text_config().vocab_size)
+        ids = torch.tensor([[size - 1, pad, size - 2] for pad in self._pad_ids], device=self.device) % size
+        with torch.no_grad():
+            told = self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            untold = self.encoder(input_ids=ids).last_hidden_state
+        return not torch.allclose(told, untold, rtol=0, atol=1e-3 * float(told.abs().max()))
 
     def _reserve(self, slots: int) -> None:
         pass  # nothing to keep beyond the last hidden states
@@ -243,10 +266,14 @@ class CachedEncoderDecoder(EncoderDecoder):
     Most of these decoders can't be told positions; they count them from what the cache says it has seen, one number
     for all rows. Rows of different lengths are served nevertheless: each row's keys are read such that its newest is
     the last, and the row looks as if it began later. Where only distances between tokens matter, as in T5, that changes
-    nothing.
+    nothing. T5Gemma's decoder is told positions.
 
     :param model: see :class:`EncoderDecoder`, like the other parameters
     """
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.decoder.forward).parameters
 
     def forget(self, rows: np.ndarray | None = None) -> None:
         """See :meth:`CachedModel.forget`."""
@@ -295,8 +322,6 @@ class CachedEncoderDecoder(EncoderDecoder):
         positions = end[:, None] - new + np.arange(new)  # (B, T) where each new token belongs
         real = positions >= start[:, None]
         read = end[:, None] - used + np.arange(used)  # (B, K) what stands in the columns to attend to
-        visible = (read[:, None, :] >= 0) & (read[:, None, :] <= positions[:, :, None])  # (B, T, K)
-        visible |= ~real[:, :, None]  # what is no token attends to anything: nobody reads what comes of it
         tokens = np.take_along_axis(parts.decoder_ids, positions.clip(0), axis=1)
         everyone = len(rows) == self._cache.slots and (rows == np.arange(len(rows))).all()
 
@@ -322,13 +347,16 @@ class CachedEncoderDecoder(EncoderDecoder):
             self._unread = states.new_zeros(1, 1, states.shape[-1])
         else:
             states = self._unread.expand(*mask.shape, -1)  # their shape is looked at, no more
+        # What is no token attends to something, too, if only to the first: no state is NaN, and nobody reads it.
+        queries = tensor(positions.clip(0))
         hidden = self.decoder(
             input_ids=tensor(tokens),
-            attention_mask=self._attention_mask(tensor(visible))[:, None],
+            attention_mask=self._masks(queries, tensor(read[:, None]), tensor(read[:, None] >= 0)),
             encoder_hidden_states=states,
             encoder_attention_mask=mask.long(),
             past_key_values=caches,
             use_cache=True,
+            **({"position_ids": queries} if self._takes_positions else {}),
         ).last_hidden_state  # (B, T, H)
         self._store(rows, hidden[:, -1])
 
@@ -341,6 +369,56 @@ class GroupedEncoderDecoder(CachedEncoderDecoder):
 
     def _together(self, rows: np.ndarray, start: np.ndarray, end: np.ndarray) -> list[np.ndarray]:
         return groups(rows, start, end)
+
+
+class PadTokensApart(CachedEncoderDecoder):
+    """For decoders that read padding tokens otherwise than with a cache when they have none, as M2M100's do.
+
+    Rows that have one in their completion are read as a whole at each step, and the others step with the cache.
+
+    :param model: see :class:`EncoderDecoder`, like the other parameters
+    """
+
+    def last_hidden(
+        self,
+        input_ids: np.ndarray | Tensor,
+        lengths: np.ndarray | Tensor,
+        rows: np.ndarray | None = None,
+        prompt_lengths: np.ndarray | None = None,
+    ) -> Tensor:
+        """See :meth:`EncoderDecoder.last_hidden`."""
+        hidden = super().last_hidden(input_ids, lengths, rows, prompt_lengths)
+        rows = np.arange(len(hidden)) if rows is None else np.asarray(rows)
+        self.forget(rows[self._padded(rows, as_numpy(input_ids), as_numpy(lengths))])  # it is not in the cache
+        return hidden
+
+    def _padded(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """``(B,)`` bool, the rows that have a padding token in their completion."""
+        places = np.arange(ids.shape[1])
+        written = (places >= self._prompt_lengths[rows, None]) & (places < lengths[:, None])
+        padded: np.ndarray = (np.isin(ids, self._pad_ids) & written).any(1)
+        return padded
+
+    def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
+        padded = self._padded(rows, ids, lengths)
+        if padded.any():
+            EncoderDecoder._compute(self, rows[padded], ids[padded], lengths[padded], common[padded])
+        if not padded.all():
+            super()._compute(rows[~padded], ids[~padded], lengths[~padded], common[~padded])
+
+
+class GroupedPadTokensApart(PadTokensApart, GroupedEncoderDecoder):
+    """The same for decoders that count positions from the beginning.
+
+    :param model: see :class:`EncoderDecoder`, like the other parameters
+    """
+
+
+def pad_ids(model: PreTrainedModel) -> list[int]:
+    """What an encoder-decoder and its parts take for padding where nothing tells them."""
+    configs = (model.config, *(getattr(part, "config", None) for part in (model.get_encoder(), model.get_decoder())))
+    found = {getattr(config.get_text_config(), "pad_token_id", None) for config in configs if config is not None}
+    return sorted(i for i in found if i is not None)
 
 
 def _rows_of(parts: EncoderDecoderInputs, rows: np.ndarray) -> EncoderDecoderInputs:

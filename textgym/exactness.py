@@ -7,7 +7,7 @@ through the model the plain way and through the machinery when it is opened, and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -17,7 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from textgym.cached_model import CachedModel
-from textgym.encoder_decoder import CachedEncoderDecoder, EncoderDecoder, GroupedEncoderDecoder, model_inputs
+from textgym.encoder_decoder import (
+    CachedEncoderDecoder,
+    EncoderDecoder,
+    GroupedEncoderDecoder,
+    GroupedPadTokensApart,
+    PadTokensApart,
+    model_inputs,
+)
 from textgym.grouped_model import GroupedModel
 from textgym.prefix_model import PrefixModel
 from textgym.shared_weights import copy_sharing_weights
@@ -30,6 +37,7 @@ PROMPT_TOKENS = np.array([3, 1])  # how many of these an encoder reads
 WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")  # what configurations call them
 SMALL_WINDOW = 2
 PAD_AT = [5, 4]  # where the rows have a padding token that belongs to the text, as sampling may draw it
+PAD_IN_PROMPT = 1  # and where the first has one that an encoder reads
 FAILURES = (
     TypeError,
     ValueError,
@@ -67,6 +75,11 @@ class SteppedModel:
         if is_encoder_decoder(self.model.config):
             return CachedEncoderDecoder, GroupedEncoderDecoder, EncoderDecoder
         return CachedModel, GroupedModel, PrefixModel
+
+    @property
+    def machines_for_pad_tokens(self) -> tuple[type[CachedModel], ...]:
+        """What may step it where those with a cache read padding tokens in the text otherwise than the model does."""
+        return (PadTokensApart, GroupedPadTokensApart) if is_encoder_decoder(self.model.config) else ()
 
 
 class Stepping:
@@ -212,12 +225,24 @@ def _fastest(stepped: SteppedModel, plain: Tensor, ids: Tensor, stages: np.ndarr
 
     :param plain: ``(S, 2, H)`` hidden states of the plain forwards
     """
-    logits = stepped.head(plain)  # (S, 2, V)
-    *fast, slow = stepped.machines
+    slow = stepped.machines[-1]
     if _limits_time_steps(stepped.model):
         return slow, "with a state it forgets its time_step_limit, as transformers applies that to whole texts only"
+    machine, reason = _first_exact(stepped, stepped.machines[:-1], plain, ids, stages)
+    if machine is None and stepped.machines_for_pad_tokens:
+        plain_text = _without_pads(stepped, ids)
+        states = _each_alone(stepped.model, plain_text, stages).to(stepped.model.dtype)
+        machine, _ = _first_exact(stepped, stepped.machines_for_pad_tokens, states, plain_text, stages)
+    return (slow, reason) if machine is None else (machine, None)
+
+
+def _first_exact(
+    stepped: SteppedModel, machines: Sequence[type[CachedModel]], plain: Tensor, ids: Tensor, stages: np.ndarray
+) -> tuple[type[CachedModel] | None, str | None]:
+    """The first machinery whose logits are those of plain forwards, or None and what is wrong with the last."""
+    logits = stepped.head(plain)  # (S, 2, V)
     reason = None
-    for machine in fast:
+    for machine in machines:
         try:
             # Some models note in their modules what they did with a cache, and would read it in the next forward.
             stepper = machine(copy_sharing_weights(stepped.model), ids.shape[1])
@@ -231,7 +256,7 @@ def _fastest(stepped: SteppedModel, plain: Tensor, ids: Tensor, stages: np.ndarr
         if error <= _tolerance(stepped, logits):
             return machine, None
         reason = f"with a cache of keys and values its logits differ by {error:.2g} from its plain forward"
-    return slow, reason
+    return None, reason
 
 
 def _limits_time_steps(model: PreTrainedModel) -> bool:
@@ -276,19 +301,35 @@ def check_prefixes(stepped: SteppedModel, limit: int | None) -> Tensor:
 
 def _rows(stepped: SteppedModel, limit: int | None) -> tuple[Tensor, np.ndarray]:
     """Two rows of random tokens ``(2, L)``, and the lengths ``(S, 2)`` they have at each stage of a rollout."""
-    longest = TOKENS if limit is None else min(limit, TOKENS)
+    least = PROMPT_TOKENS if is_encoder_decoder(stepped.model.config) else np.ones(2, dtype=int)
+    longest = TOKENS if limit is None else max(min(limit, TOKENS), int(least.max()))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, stepped.vocab_size, (2, longest), generator=generator).to(stepped.model.device)
-    pad = getattr(stepped.model.config.get_text_config(), "pad_token_id", None)
-    if pad is not None:
-        ids[ids == pad] = (pad + 1) % stepped.vocab_size
-        if longest == TOKENS and pad < stepped.vocab_size:
-            # Some models don't count such a token as a position or don't show it to others, without a cache or with
-            # one. It isn't the last of a stage: a sequence classifier looks for the last token that is none.
+    ids, pads = _without_pads(stepped, ids), _pads(stepped)
+    if longest == TOKENS:
+        # Some models don't count such a token as a position or don't show it to others, without a cache or with one. It
+        # isn't the last of a stage: a sequence classifier looks for the last token that is none.
+        for pad in pads:
             ids[[0, 1], PAD_AT] = pad
+            if is_encoder_decoder(stepped.model.config):
+                ids[0, PAD_IN_PROMPT] = pad
     # Two rows are begun, then go on from different places with different numbers of tokens, then with one each.
     stages = np.array([[longest - 3, 1], [longest - 1, longest - 2], [longest, longest - 1]])
-    return ids, stages.clip(1, longest)
+    return ids, stages.clip(least, longest)
+
+
+def _pads(stepped: SteppedModel) -> list[int]:
+    """The padding token, where there is one in the vocabulary."""
+    pad = getattr(stepped.model.config.get_text_config(), "pad_token_id", None)
+    return [pad] if pad is not None and pad < stepped.vocab_size else []
+
+
+def _without_pads(stepped: SteppedModel, ids: Tensor) -> Tensor:
+    """The same rows with other tokens in the places of padding tokens."""
+    ids = ids.clone()
+    for pad in _pads(stepped):
+        ids[ids == pad] = (pad + 1) % stepped.vocab_size
+    return ids
 
 
 def _wanted(stepped: SteppedModel) -> str:
