@@ -1,12 +1,24 @@
-"""Train a language model with RLOO: completions of one prompt compared with each other, and no critic.
+"""RLOO with credit by token: each token is judged by what it and its successors earn, against the prompt's other texts.
 
-    python examples/train_rloo.py --help
-    python examples/train_rloo.py --group-size 8 --credit token --output runs/mine
+There is no value head to learn: the baseline is the other completions of the same prompt.
 
-Everything else is as in train_ppo.py; it is the same code as the command ``textgym train rloo``.
+    python examples/train_rloo.py          # or with a budget of tokens: python examples/train_rloo.py 24576
 """
 
-from textgym.agents.cli import train_script
+import sys
 
-if __name__ == "__main__":
-    train_script("rloo")
+import gymnasium as gym
+
+from textgym.agents import RLOO
+
+TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 8_192
+
+envs = gym.make_vec("TextGen-v0", num_envs=32, max_new_tokens=16, kl_coef=0.05)
+model = RLOO("LanguageModelPolicy", envs, group_size=4, credit="token", learning_rate=3e-4, seed=0)
+model.learn(TOKENS)
+
+groups: dict[str, list[float]] = {}
+for episode in model.finished_episodes:  # of the last round: four completions of each of eight prompts
+    groups.setdefault(episode["prompt"], []).append(episode["score"])
+for prompt, scores in groups.items():
+    print(f"{prompt:>40} ...", " ".join(f"{score:+.2f}" for score in sorted(scores)))

@@ -20,7 +20,7 @@ from textgym.agents import PPO
 from textgym.agents.runs import Run, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"^(?P<skip><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -48,7 +48,7 @@ def blocks(page: Path) -> list[Block]:
 def pages_with(language: str) -> list[Any]:
     found = [page for page in PAGES if any(block.language == language for block in blocks(page))]
     marks = {page: [pytest.mark.slow] if page.name in SLOW and language == "python" else [] for page in found}
-    return [pytest.param(page, id=page.name, marks=marks[page]) for page in found]
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks[page]) for page in found]
 
 
 @pytest.fixture
