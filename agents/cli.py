@@ -303,11 +303,6 @@ add_train_reward(app, console, _plain_errors)
 add_warm_start(app, console, _plain_errors)
 
 
-def train_script(algorithm: str) -> None:
-    """What the example scripts run: the train command of one agent, with the script's arguments."""
-    app(["train", algorithm, *sys.argv[1:]])
-
-
 def main() -> None:
     """What the console command runs."""
     warnings.simplefilter("default", UserWarning)

@@ -1,7 +1,7 @@
 """Training in two processes on the CPU: what they exchange, what they write, how they stop and go on.
 
 The processes are real ones. Starting them, which imports everything for each, takes longer than what they do. So there
-is one ``accelerate launch``, of ``examples/train_ppo.py``, one of whose processes is killed; everything else is done,
+is one ``accelerate launch``, of ``textgym train ppo``, one of whose processes is killed; everything else is done,
 with replicated and with sharded weights, by this file as a script that imports once and forks.
 """
 
@@ -12,7 +12,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -40,7 +39,7 @@ from textgym.agents.sharded_weights import ShardedWeights
 from textgym.rewards import AdversarialReward, NoveltyReward
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ROOT / "examples" / "train_ppo.py"
+TRAIN = ["-m", "textgym.agents.cli", "train", "ppo"]  # what accelerate launches
 ROWS = {0: [0, 1, 2], 1: [3]}  # of the four rows of one process; three and one, so that a mean of means would be wrong
 SETTINGS: dict[str, dict[str, Any]] = {
     "minibatch": {"normalize_advantage": True},
@@ -187,8 +186,10 @@ def worker(folder: Path, rank: int) -> None:
     if processes.is_main:
         (folder / "found.json").write_text(json.dumps(found))
     with replicated_weights(), contextlib.suppress(SystemExit):
-        sys.argv = ["train_ppo.py", "--resume", str(folder / "killed"), "--no-progress"]
-        runpy.run_path(str(TRAIN), run_name="__main__")  # the script as a user starts it; it ends the connection
+        from textgym.agents.cli import app
+
+        # The command as a user starts it; it ends the connection.
+        app(["train", "--resume", str(folder / "killed"), "--no-progress"])
 
 
 def save_gradients(processes: Processes, rollout: dict[str, Any], folder: Path, kind: str) -> None:
@@ -327,7 +328,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
         part for name, value in run_options(folder).items() for part in (f"--{name.replace('_', '-')}", str(value))
     ]
     killed = RunFolder(folder / "killed")
-    arguments = launched("cpu.yaml", TRAIN, *flags, "--output", killed.path, "--no-progress")
+    arguments = launched("cpu.yaml", *TRAIN, *flags, "--output", killed.path, "--no-progress")
     died = run("-m", "accelerate.commands.accelerate_cli", "launch", *arguments)
     assert died.returncode != 0
     left = {

@@ -48,13 +48,27 @@ def test_custom_reward_trains_on_a_function(
 
 
 @pytest.mark.parametrize("algorithm", AGENTS)
-def test_every_agent_has_a_script_which_is_its_train_command(
-    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_agent_has_a_script_of_some_25_lines_that_trains_it_and_shows_what_it_learned(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    script = f"train_{algorithm}.py"
+    if algorithm == "trpo":
+        pytest.importorskip("sb3_contrib")
+    run(script, "256", monkeypatch=monkeypatch)
+    assert capsys.readouterr().out.strip()
+    lines = (EXAMPLES / script).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    assert f"{AGENTS[algorithm].__name__}(" in "".join(lines)
+
+
+@pytest.mark.parametrize("algorithm", AGENTS)
+def test_the_shell_trains_every_agent(algorithm: str, tmp_path: Path) -> None:
+    typer = pytest.importorskip("typer.testing")
+    from textgym.agents.cli import app
+
     options = ["--timesteps", "64", "--rows", "4", "--max-new-tokens", "8", "--eval-prompts", "2", "--no-progress"]
-    with pytest.raises(SystemExit) as stopped:
-        run(f"train_{algorithm}.py", *options, "--output", str(tmp_path / "run"), monkeypatch=monkeypatch)
-    assert stopped.value.code in (0, None)
+    done = typer.CliRunner().invoke(app, ["train", algorithm, *options, "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
     agent = json.loads((tmp_path / "run" / "model" / "agent.json").read_text(encoding="utf-8"))
     assert agent["agent"] == AGENTS[algorithm].__name__
     assert f"algorithm: {algorithm}" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009  a field's default is made by _option, which adds its help
 """The configuration of a training run: one flat table of options, from flags and from a YAML or JSON file.
 
-:class:`RunConfig` is the table. The command line, ``examples/train_ppo.py``, the configuration file and
+:class:`RunConfig` is the table. The command line, the configuration file and
 ``config.yaml`` in the run's folder all come from it, so an option exists once.
 """
 
