@@ -73,7 +73,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers.Trainer takes seconds to import, and who doesn't imitate does not need it.
+    # transformers.Trainer takes seconds to import, and only imitation needs it.
     if name not in ("WarmStartReport", "warm_start"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from textgym.agents import imitation

@@ -63,7 +63,7 @@ _Template = Annotated[
         "conversations",
     ),
 ]
-_Raw = Annotated[bool, typer.Option("--raw", help="texts are no conversations, whatever the run's prompts were")]
+_Raw = Annotated[bool, typer.Option("--raw", help="texts are not conversations, whatever the run's prompts were")]
 _TemplateArguments = Annotated[
     list[str] | None,
     typer.Option("--chat-template-kwargs", help="name=value, for variables of the chat template; default the run's"),

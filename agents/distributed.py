@@ -361,7 +361,7 @@ class SharedPrompts(PromptSource):
     of it that nobody has taken are dealt out in turn, so processes whose texts end sooner take more of them. Where one
     runs into the next pass while another has some of this one left, these come first in the next rollout.
 
-    :param prompts: whatever :func:`~textgym.prompts.as_prompt_source` takes, but no function
+    :param prompts: whatever :func:`~textgym.prompts.as_prompt_source` takes, except functions
     :param seed: of the order, the same in all processes
     :param processes: default those that this one was started with
     :raises TypeError: if the prompts are made by a function; those differ by the seeds of the rows

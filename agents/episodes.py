@@ -155,7 +155,7 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
     def judged(self, segments: list[Segment]) -> np.ndarray:
         """``(E,)`` bool, which episodes of a round the reward said something about.
 
-        Those for which it was None, "not applicable", are no part of a baseline and teach nothing.
+        Those for which it was None, "not applicable", are not part of a baseline and teach nothing.
         """
         unjudged = {(e["row"], e["step"]) for e in self.finished_episodes if not e.get("applies", True)}
         return np.array([(segment.row, segment.start + segment.steps - 1) not in unjudged for segment in segments])

@@ -71,7 +71,7 @@ def group_relative_advantages(
     :param returns: ``(E,)`` of the completions
     :param group_size: K, at least 2
     :param scale: ``"group"``: the deviation of the K returns of the prompt; ``"batch"``: of all returns; ``"none"``
-    :param judged: ``(E,)`` bool, completions to which the reward applies; the others are no part of mean and deviation
+    :param judged: ``(E,)`` bool, completions to which the reward applies; the others are not part of mean and deviation
         and have 0. None for all
     """
     groups = values.reshape(-1, group_size, values.shape[1])  # (G, K, T)

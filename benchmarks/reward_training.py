@@ -81,7 +81,7 @@ def chinese_reviews() -> Split:
             text = "".join(line.split())
             if len(text) > 1:
                 labels.setdefault(text, set()).add(label)
-    # One that is in both files is no label at all.
+    # One that is in both files is not a label at all.
     rows = [{"text": text, "label": next(iter(found))} for text, found in labels.items() if len(found) == 1]
     random.Random(0).shuffle(rows)
     tenth = len(rows) // 10

@@ -86,7 +86,7 @@ def log_probabilities(name: str, value: Any, shape: tuple[int, ...] | None = Non
 
     :param shape: ``(N,)``, or ``()`` for one; None: a number, or one for each of any number of tokens
     :raises TypeError: if they are not numbers
-    :raises ValueError: if they have another shape, or one is no log-probability
+    :raises ValueError: if they have another shape, or one is not a log-probability
     """
     wanted = "a log-probability (finite, at most 0)"
     array = _array(name, value, wanted)

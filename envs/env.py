@@ -92,7 +92,7 @@ class TextGenEnv(gym.Env):
     | ``stop`` | ``None`` | string or list of strings that end the text when they appear in the completion |
     | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward where the budget ran out |
     | ``temperature`` | ``1.0`` | divides the logits of reference and policy alike |
-    | ``action_masking`` | ``False`` | mask special tokens other than those that end a turn and tags such as ``<think>``, and ends before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask counts as allowed) |
+    | ``action_masking`` | ``False`` | mask special tokens other than those that end a turn and tags such as ``<think>``, and ends before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask is treated as allowed) |
     | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
     | ``device``, ``dtype`` | ``"auto"``, ``"float32"`` | of the language model where it is loaded; an object stays as it is |
     | ``trust_remote_code`` | ``False`` | run Python code that comes with the model's checkpoint, where it has some |
@@ -192,7 +192,7 @@ class TextGenEnv(gym.Env):
     def report_log_prob(self, log_prob: Any) -> None:
         """Tell under which log-probability, in nats, the action of the coming step was sampled.
 
-        :raises ValueError: if it is no log-probability
+        :raises ValueError: if it is not a log-probability
         """
         self._rows.report_log_probs(log_probabilities("log_prob", log_prob, ())[None])
 

@@ -92,10 +92,10 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
 
         A number is that of the whole text, an end-of-sequence token included, and counts in equal parts for its tokens:
         with the ``k1`` estimator the KL of the text is exact whatever the parts are. A sequence has one log-probability
-        for each token of :meth:`encode`. Without a report the agent counts as deterministic, log π = 0. Holds for one
-        step. ``env.unwrapped.report_log_prob`` would tell of a single token.
+        for each token of :meth:`encode`. Without a report the agent is treated as deterministic, log π = 0. Holds for
+        one step. ``env.unwrapped.report_log_prob`` would tell of a single token.
 
-        :raises ValueError: if a value is no log-probability
+        :raises ValueError: if a value is not a log-probability
         """
         self._reported = log_probabilities("log_prob", log_prob)
 
@@ -121,7 +121,7 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
                 break
         written = decode(self._base.vocabulary, self._base.token_ids)[len(before) :]
         summed = {name: sum(info[name] for info in infos) for name in SUMMED if name in infos[-1]}
-        # A character whose last bytes found no room any more is decoded as another one and counts as unused.
+        # A character whose last bytes found no room any more is decoded as another one and is treated as unused.
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(written, action, strict=False))
         unused = action[sum(1 for _ in same) :]
         more = {"tokens": tokens[: len(rewards)], "token_rewards": rewards, "unused": unused}

@@ -55,7 +55,7 @@ class UnicodeText(spaces.Text):
         return "".join(self.np_random.choice(list(SAMPLED), size=length))
 
     def contains(self, x: Any) -> bool:
-        """Whether ``x`` is a text of a length that fits; half a surrogate pair is no text."""
+        """Whether ``x`` is a text of a length that fits; half a surrogate pair is not a text."""
         if not isinstance(x, str) or not self.min_length <= len(x) <= self.max_length:
             return False
         return not any("\ud800" <= character <= "\udfff" for character in x)

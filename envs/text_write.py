@@ -58,7 +58,7 @@ class TextWriteEnv(TextGenEnv):
     less ``kl_coef`` times the KL penalty in nats, less ``missing_eos_penalty`` where the budget ran out. Φ's part
     telescopes over an episode to Φ(x, y) − Φ(x, ∅). For the KL the agent tells with which log-probability it wrote the
     piece: ``env.unwrapped.report_log_prob(...)`` before ``step``, the sum over the piece or one value for each token
-    of ``env.unwrapped.encode(text)``. Without a report it counts as deterministic, log π = 0.
+    of ``env.unwrapped.encode(text)``. Without a report it is treated as deterministic, log π = 0.
 
     ## Episode End
     - terminated: a token that ends a turn (after ``min_new_tokens``), or a stop string
@@ -105,7 +105,7 @@ class TextWriteEnv(TextGenEnv):
         """Tell under which log-probability, in nats, the text of the coming step was sampled: a number, or one for
         each token of :meth:`encode`; see :meth:`TextActions.report_log_prob`.
 
-        :raises ValueError: if a value is no log-probability
+        :raises ValueError: if a value is not a log-probability
         """
         self._actions.report_log_prob(log_prob)
 

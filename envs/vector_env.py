@@ -231,7 +231,7 @@ class TextGenVectorEnv(VectorEnv):
         For clients that step through wrappers, whose ``step`` passes actions only. Holds for one step.
 
         :raises TypeError: if they are not numbers
-        :raises ValueError: if the shape is wrong or a value is no log-probability
+        :raises ValueError: if the shape is wrong or a value is not a log-probability
         """
         self._reported = log_probabilities("log_probs", log_probs, (self.num_envs,))
 
@@ -288,7 +288,7 @@ class TextGenVectorEnv(VectorEnv):
 
         :param actions: ``(N,)`` token ids
         :param log_probs: ``(N,)`` log-probabilities, in nats, under which the agent drew them; left out, the agent
-            counts as deterministic (log π = 0)
+            is treated as deterministic (log π = 0)
         :return: observation, rewards ``(N,)`` float64, terminated and truncated ``(N,)`` bool, infos
         :raises TypeError: if actions or log-probabilities are of a kind that can't hold numbers
         :raises ValueError: if one is no token id or no log-probability, or there are not N of them
@@ -507,7 +507,7 @@ class TextGenVectorEnv(VectorEnv):
         """Where every episode stands, the random state and β, as arrays and plain data.
 
         An environment made with the same options goes on from it exactly (:meth:`load_state_dict`). Models, prompts
-        and options are no part of it.
+        and options are not part of it.
 
         :raises RuntimeError: while steps wait to be scored
         """

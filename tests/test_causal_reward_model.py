@@ -399,7 +399,7 @@ def test_models_that_are_no_reward_models_are_refused(model):
         CausalRewardModel(tiny_model("llama"), TOKENIZER)
     with pytest.raises(ValueError, match="one of identity, tanh, sigmoid, got 'relu'"):
         CausalRewardModel(model, TOKENIZER, activation="relu")
-    with pytest.raises(ValueError, match="dtype='float31' is no floating-point type"):
+    with pytest.raises(ValueError, match="dtype='float31' is not a floating-point type"):
         CausalRewardModel(model, TOKENIZER, dtype="float31")
     without_end = tiny_tokenizer()
     without_end.eos_token = None

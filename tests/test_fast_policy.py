@@ -159,7 +159,7 @@ def test_options_survive_saving(tmp_path):
     ("options", "message"),
     [
         ({"autocast": "float32"}, "autocast='float32' must be 'bfloat16'"),
-        ({"rollout_dtype": "int8"}, "dtype='int8' is no floating-point type"),
+        ({"rollout_dtype": "int8"}, "dtype='int8' is not a floating-point type"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing=1 must be True or False"),
         ({"compile": "yes"}, "compile='yes' must be True or False"),
         ({"dtype": "float32", "lora": True}, "dtype='float32' with lora"),

@@ -393,7 +393,7 @@ def test_device_names():
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for wrong in ("gpu", "cuda:x", None):
-        with pytest.raises(ValueError, match=f"device={wrong!r} is no device; give 'auto'"):
+        with pytest.raises(ValueError, match=f"device={wrong!r} is not a device; give 'auto'"):
             resolve_device(wrong)
     with pytest.raises(ValueError, match=r"device='cuda:99': this machine has \d+ CUDA devices"):
         resolve_device("cuda:99")
@@ -402,14 +402,14 @@ def test_device_names():
 def test_dtype_names():
     assert resolve_dtype("float32") == resolve_dtype(torch.float32) == torch.float32
     for wrong in ("int8", torch.int64, "nn", "float33", None, 32):
-        with pytest.raises(ValueError, match="is no floating-point type; give 'float32'"):
+        with pytest.raises(ValueError, match="is not a floating-point type; give 'float32'"):
             resolve_dtype(wrong)
 
 
 def test_wrong_device_and_dtype_are_found_before_anything_is_loaded():
-    with pytest.raises(ValueError, match="device='gpu' is no device"):
+    with pytest.raises(ValueError, match="device='gpu' is not a device"):
         load_language_model("nobody/no-such-model", device="gpu")
-    with pytest.raises(ValueError, match="dtype='int8' is no floating-point type"):
+    with pytest.raises(ValueError, match="dtype='int8' is not a floating-point type"):
         load_language_model("nobody/no-such-model", dtype="int8")
 
 

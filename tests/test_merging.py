@@ -149,4 +149,4 @@ def test_a_language_model_is_not_made_around_an_adapter(base, directory):
     inner = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).get_base_model()
     with pytest.raises(ValueError, match="carries an adapter of peft.*open it with load_language_model"):
         LanguageModel(inner, tiny_tokenizer())
-    assert add_lora(tiny_language_model(), True).merged() is not None  # our own are no such models
+    assert add_lora(tiny_language_model(), True).merged() is not None  # our own are not such models

@@ -117,7 +117,7 @@ def test_a_data_set_that_the_hub_cannot_give_is_an_error_at_once(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="prompts='nobody/nothing' is no file here, and can't be loaded from the Hug"):
+    with pytest.raises(ValueError, match="prompts='nobody/nothing' is not a file here, and can't be loaded from"):
         load_prompt_file("nobody/nothing")
 
 

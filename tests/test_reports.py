@@ -51,7 +51,7 @@ def shown(renderable: object, width: int = 160) -> str:
 
 def test_the_table_has_every_figure_of_every_evaluation_with_its_interval(evaluations):
     text = shown(comparison_table(evaluations))
-    assert "runs/a|b [red]$x$" in text  # a name is no markup
+    assert "runs/a|b [red]$x$" in text  # a name is not markup
     assert "30 completions of 30 different prompts; brackets are 95% confidence intervals" in text
     for key, figure in FIGURES.items():
         line = next(line for line in text.splitlines() if line.startswith(f"│ {figure.label} "))

@@ -91,7 +91,7 @@ def test_a_person_scores_at_a_terminal_until_the_answer_makes_sense(path):
         shown = terminal.shown()
         assert "the film is[ warm]" in shown
         assert "Score from 0 to 10" in shown
-        assert "'good' is no number" in shown
+        assert "'good' is not a number" in shown
         assert "11 is not between 0 and 10" in shown
     assert AnswerStore(path).score("the film is", " warm") == 7.5
 

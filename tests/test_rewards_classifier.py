@@ -188,7 +188,7 @@ def test_an_unknown_label_is_an_error_that_lists_the_labels():
         ({"max_length": 129}, "max_length must lie between 1 and 128, .* got 129"),
         ({"max_batch_tokens": 0}, "max_batch_tokens=0 must be a whole number, at least 1"),
         ({"device": "cuda:99"}, "device='cuda:99': this machine has"),
-        ({"dtype": "int8"}, "dtype='int8' is no floating-point type"),
+        ({"dtype": "int8"}, "dtype='int8' is not a floating-point type"),
     ],
 )
 def test_arguments_are_checked(options, complaint):

@@ -206,7 +206,7 @@ def test_regular_expressions_in_both_forms():
         assert score(reward, "aab", "abc", "cab", "ba") == expected
         negative = RegexMatch(re.compile("a+b"), where=where, form="penalty")
         assert score(negative, "aab", "abc", "cab", "ba") == [-x for x in expected]
-    with pytest.raises(ValueError, match=r"pattern '\(' is no regular expression: .*unterminated"):
+    with pytest.raises(ValueError, match=r"pattern '\(' is not a regular expression: .*unterminated"):
         RegexMatch("(")
     with pytest.raises(ValueError, match="where='end' must be one of"):
         RegexMatch("a", where="end")

@@ -232,7 +232,7 @@ def test_envs_lists_the_ids_and_options() -> None:
     [
         (["--batch-size", "100000"], r"batch_size=100000 is more than the rollout has, n_steps \* num_envs = 2048"),
         (["--bach-size", "3"], "No such option: --bach-size.*--batch-size"),
-        (["-c", "nowhere.yaml"], "config='nowhere.yaml' is no file"),
+        (["-c", "nowhere.yaml"], "config='nowhere.yaml' is not a file"),
         (["--reward", "nowhere.py:f"], "there is no file nowhere.py"),
         (["--reward", "json:nothing"], "json has nothing named 'nothing'"),
         (["--prompts", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
@@ -243,7 +243,7 @@ def test_envs_lists_the_ids_and_options() -> None:
         (["--lora-rank", "2", "--lora-target-modules", "nowhere"], "nowhere"),
         (["--reward-every", "0"], "reward_every='0' must be a whole number"),
         (["--model", "nowhere/nothing"], "nowhere/nothing"),
-        (["a2c", "--clip-range", "0.1"], r"clip_range=0.1 is no option of a2c; its own are learning_rate, n_steps"),
+        (["a2c", "--clip-range", "0.1"], r"clip_range=0.1 is not an option of a2c; its own are learning_rate, n_steps"),
         (["grpo", "--rows", "6"], r"num_envs=6 must be a multiple of group_size=4, or episodes= be given"),
         (["--resume", "nowhere"], "holds no config.yaml"),
         (["--top-k", "3"], "action_masking"),

@@ -155,7 +155,7 @@ def test_an_evaluation_says_how_it_sampled():
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number at least 1e-06"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, at least 1"),
         ({"stop": [""]}, "stop="),
-        ({"top_z": 3}, "'top_z' is no setting of sampling; they are max_new_tokens"),
+        ({"top_z": 3}, "'top_z' is not a setting of sampling; they are max_new_tokens"),
     ],
 )
 def test_impossible_settings_are_named(settings, message):

@@ -585,7 +585,7 @@ def test_a_full_reset_gives_up_what_waits_to_be_scored():
     envs.defer_scoring(True)
     envs.reset(seed=0)
     envs.step(np.array([GOOD, EOS]))
-    for _ in range(2):  # asking again is no other question
+    for _ in range(2):  # asking again is not another question
         with pytest.raises(RewardError, match="the judge is out"):
             envs.score_deferred()
     broken[0] = False

@@ -36,7 +36,7 @@ def continuation_ids(vocabulary: Vocabulary, ids: Sequence[int], piece: str) -> 
     try:
         piece.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError(f"{_shown(piece)} has half of a surrogate pair at position {e.start}: it is no text") from e
+        raise ValueError(f"{_shown(piece)} has half of a surrogate pair at position {e.start}: it is not a text") from e
     added: list[int] = []
     waiting = [piece] if piece else []
     while waiting:

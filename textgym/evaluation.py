@@ -170,12 +170,12 @@ class Evaluation:
         """
         texts = data.get("texts") if isinstance(data, dict) else None
         if not isinstance(texts, list) or not isinstance(data.get("settings"), dict):
-            raise ValueError("this is no evaluation: expected an object with 'settings' and a list of 'texts'")
+            raise ValueError("this is not an evaluation: expected an object with 'settings' and a list of 'texts'")
         for i, text in enumerate(texts):
             for name, kind in _TEXT_FIELDS.items():
                 value = text.get(name) if isinstance(text, dict) else None
                 if isinstance(value, bool) or not isinstance(value, kind):
-                    raise ValueError(f"this is no evaluation: texts[{i}] has {value!r} as {name!r}")
+                    raise ValueError(f"this is not an evaluation: texts[{i}] has {value!r} as {name!r}")
         columns = {name: [text[name] for text in texts] for name in _TEXT_FIELDS}
         return cls(
             prompts=columns["prompt"],
@@ -201,7 +201,7 @@ class Evaluation:
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"this is no evaluation: broken JSON, {error}") from error
+            raise ValueError(f"this is not an evaluation: broken JSON, {error}") from error
 
     def _at_eos(self) -> np.ndarray:
         return np.array([reason == "eos" for reason in self.finish_reasons])
@@ -403,7 +403,7 @@ def token_log_probs(
 ) -> list[np.ndarray]:
     """Log-probability of each token of B completions, in nats, from one teacher-forced pass.
 
-    :param masks: what the distributions are restricted to; a token that was chosen against them counts as allowed
+    :param masks: what the distributions are restricted to; a token that was chosen against them is treated as allowed
     :return: B arrays ``(T,)`` float64
     """
     return _log_probs((model,), batch, temperature, masks)[0]

@@ -503,7 +503,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as e:
-        raise ValueError(f"device={device!r} is no device; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from e
+        raise ValueError(f"device={device!r} is not a device; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from e
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; give 'cpu'")
     return resolved
@@ -513,7 +513,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """:param dtype: a floating-point torch dtype or its name, such as ``"bfloat16"``."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no floating-point type; give 'float32', 'bfloat16' or 'float16'")
+        raise ValueError(f"dtype={dtype!r} is not a floating-point type; give 'float32', 'bfloat16' or 'float16'")
     return resolved
 
 

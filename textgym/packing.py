@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDER = 1.125  # most width of packed rows, over that of the longest row; more where that is no multiple of the step
+WIDER = 1.125  # most width of packed rows, over that of the longest row; more where that is not a multiple of the step
 # Widths are multiples of this, so that minibatches have few shapes: for a shape not seen before some libraries generate
 # code first (oneDNN, in bf16 on a CPU).
 WIDTH_STEP = 8

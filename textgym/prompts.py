@@ -208,13 +208,13 @@ def split_prompts(
     ordered by a hash of the text and the seed and the first are held out, so the same texts are held out on every
     machine, whatever the order of the rows.
 
-    :param source: whatever :func:`as_prompt_source` takes, but no function
+    :param source: whatever :func:`as_prompt_source` takes, except functions
     :param held_out: the share of the different texts to hold out, rounded to a whole number of texts; or, as a whole
         number, how many
     :param seed: another one holds out other texts
     :param tokenizer: of the language model; needed for conversations that aren't texts yet
     :return: training rows and held-out rows, each in the order of the source
-    :raises TypeError: if the source is a function, whose prompts can't be counted, or an argument is no number
+    :raises TypeError: if the source is a function, whose prompts can't be counted, or an argument is not a number
     :raises ValueError: if either part would be empty
 
     >>> train, held_out = split_prompts(["a", "b", "c", "a"], held_out=1)

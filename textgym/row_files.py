@@ -438,7 +438,7 @@ def _from_hub(name: str, split: str | None, argument: str) -> Any:
         return _one_split(datasets.load_dataset(name), name, split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{argument}={name!r} is no file here, and can't be loaded from the Hugging Face hub: "
+            f"{argument}={name!r} is not a file here, and can't be loaded from the Hugging Face hub: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
 

@@ -68,12 +68,12 @@ class SamplingSettings:
     def from_dict(cls, data: Mapping[str, Any]) -> SamplingSettings:
         """What :meth:`as_dict` gave, or a part of it.
 
-        :raises ValueError: naming what is no setting
+        :raises ValueError: naming what is not a setting
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in data if name not in known]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no setting of sampling; they are {', '.join(known)}")
+            raise ValueError(f"{unknown[0]!r} is not a setting of sampling; they are {', '.join(known)}")
         return cls(**data)
 
     def as_dict(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ class TurnTokens:
 
     @cached_property
     def _around_users(self) -> set[int]:
-        """Special tokens that the chat template writes where nobody but a user has spoken: ``[INST]`` is no tag."""
+        """Special tokens that the chat template writes where nobody but a user has spoken: ``[INST]`` is not a tag."""
         return self._special_in("user")
 
     @cached_property

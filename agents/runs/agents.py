@@ -140,7 +140,7 @@ def resolved(algorithm: str | type[TextOnPolicyAlgorithm], config: RunConfig) ->
                 values[field.name] = own[field.name]
         elif values[field.name] is not None:
             raise ValueError(
-                f"{field.name}={values[field.name]!r} is no option of {agent_name(algorithm)}; its own are "
+                f"{field.name}={values[field.name]!r} is not an option of {agent_name(algorithm)}; its own are "
                 f"{', '.join(own)}"
             )
     if config.stats_window_size is None:

@@ -367,7 +367,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"config={str(path)!r} is no file")
+        raise FileNotFoundError(f"config={str(path)!r} is not a file")
     text = path.read_text(encoding="utf-8-sig")
     try:
         options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

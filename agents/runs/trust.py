@@ -142,5 +142,5 @@ def _key() -> bytes:
             new.unlink()
     key = path.read_bytes()
     if len(key) < KEY_BYTES:
-        raise OSError(f"{path} is no key of textgym: remove it")
+        raise OSError(f"{path} is not a key of textgym: remove it")
     return key

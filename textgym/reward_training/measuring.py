@@ -131,7 +131,7 @@ def _of_texts(
     scores, threshold = values[:, 0], objective.threshold or 0.0
     above = (targets > threshold).astype(np.int64)
     by_sign = classification_metrics(above, np.stack([threshold - scores, scores - threshold], axis=1))
-    del by_sign["calibration_error"]  # these were no probabilities
+    del by_sign["calibration_error"]  # these were not probabilities
     matrix = confusion_matrix(above, (scores > threshold).astype(np.int64), 2)
     return by_sign | regression_metrics(scores, targets), calibration_bins(scores, targets), matrix.tolist()
 

@@ -67,7 +67,7 @@ def load_reward_data(
     :param name: what errors call rows that come from no file
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if a file is broken, a column is missing, a number isn't finite, or there are no rows
-    :raises TypeError: if a text is no text or a number no number
+    :raises TypeError: if what should be a text or a number isn't one
     """
     if isinstance(source, RewardData):
         if kind not in (None, source.kind):

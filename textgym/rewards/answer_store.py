@@ -60,7 +60,7 @@ class AnswerStore:
 
     :param path: the file; made with its folders if it does not exist
     :param timeout: how long to wait for another process that is writing, in seconds
-    :raises AnswerStoreError: if the file is no such store, is damaged, or stays locked
+    :raises AnswerStoreError: if the file is not such a store, is damaged, or stays locked
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 5.0) -> None:
@@ -135,7 +135,7 @@ class AnswerStore:
         return _write_lines(path, ({"text": prompt + completion, "score": score} for prompt, completion, score in rows))
 
     def export_preferences(self, path: str | os.PathLike[str], from_scores: bool = False) -> int:
-        """Write ``{"prompt", "chosen", "rejected"}`` a line, one for each comparison that was no tie.
+        """Write ``{"prompt", "chosen", "rejected"}`` a line, one for each comparison that was not a tie.
 
         :param from_scores: also one for any two scored completions of a prompt whose mean scores differ, with their
             difference as ``"margin"``

@@ -39,7 +39,7 @@ _EXPECTED = "expected one finite number or None for each completion"
 def _with_checked_texts(call: Callable[..., Any]) -> Callable[..., Any]:
     """A reward's ``__call__`` that takes lists of one length only.
 
-    :raises TypeError: in the call, if prompts or completions are a single text, or no list
+    :raises TypeError: in the call, if prompts or completions are a single text, or not a list
     :raises ValueError: in the call, if there are not as many of the one as of the other
     """
 
@@ -128,7 +128,7 @@ class Reward(ABC):
         """What this reward has learned or measured since it was made: plain data and arrays, kept in checkpoints.
 
         A reward that changes while it is used overrides this and :meth:`load_state_dict`, so that a run that is
-        resumed goes on as if it had not been stopped. Models and caches are no part of it.
+        resumed goes on as if it had not been stopped. Models and caches are not part of it.
         """
         return {}
 

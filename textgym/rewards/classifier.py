@@ -419,7 +419,7 @@ class ProcessReward(Reward):
         for number, piece in enumerate(pieces, 1):
             end = start + len(piece) + (len(self.separator) if number < len(pieces) else 0)
             inside = [i for i, (first, behind) in enumerate(offsets) if first < end and behind > start]
-            if piece.strip() and inside:  # an empty line is no step
+            if piece.strip() and inside:  # an empty line is not a step
                 found.append(inside[-1])
             start = end
         return found

@@ -105,7 +105,7 @@ class SelfBLEU(GroupReward):
         >>> texts = ["a warm film", "a warm film", "nothing happens here"]
         >>> [round(value, 3) for value in SelfBLEU()(prompts=["the"] * 3, completions=texts)]
         [0.0, 0.0, 1.0]
-        >>> SelfBLEU()(prompts=["the", "a", "this"], completions=texts)  # other prompts' completions are no peers
+        >>> SelfBLEU()(prompts=["the", "a", "this"], completions=texts)  # other prompts' completions are not peers
         [1.0, 1.0, 1.0]
 
     :param max_order: longest n-gram, in words; in scripts without spaces each character is one

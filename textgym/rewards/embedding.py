@@ -106,7 +106,7 @@ class EmbeddingSimilarity(Reward):
         self.encoder = open_encoder(encoder)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        """:raises RewardError: if the column is missing or an entry is no text"""
+        """:raises RewardError: if the column is missing or an entry is not a text"""
         references = texts_of(self.name, self.column, columns, completions)
         flat = [text for some in references for text in some or ()]
         vectors = unit_vectors(self.encoder, completions + flat)

@@ -48,7 +48,7 @@ class RegexMatch(TextRule):
         try:
             compiled = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
         self.pattern = compiled
         self._matches = {"anywhere": compiled.search, "start": compiled.match, "whole": compiled.fullmatch}[where]
         self.form = form
@@ -70,7 +70,7 @@ class JsonFormat(TextRule):
 
     0.0 for what is not JSON (RFC 8259: NaN and Infinity are not), 1.0 for what is. With ``keys``, a JSON object gets
     half for being one and the other half for the share of the keys it has; other values get 0.0. Objects nested more
-    deeply than Python's recursion limit count as no JSON.
+    deeply than Python's recursion limit are not treated as JSON.
 
     :param keys: keys that the object has to have
 

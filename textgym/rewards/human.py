@@ -80,7 +80,7 @@ class TerminalAsker:
             try:
                 score = float(answer)
             except ValueError:
-                self._say(f"{_printable(answer)!r} is no number.")
+                self._say(f"{_printable(answer)!r} is not a number.")
                 continue
             if self.low <= score <= self.high:
                 return score

@@ -328,7 +328,7 @@ class TargetLikelihood(Reward):
         self.measure = measure
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        """:raises RewardError: if the column is missing, a target is no text or has no tokens, or a text is too long"""
+        """:raises RewardError: if the column is missing, a target isn't a text, has no tokens, or a text is too long"""
         targets = texts_of(self.name, self.column, columns, completions)
         rows = [i for i, target in enumerate(targets) if target is not None]
         read = []

@@ -40,7 +40,7 @@ class ReferenceMetric(Reward):
         """The metric of one completion."""
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        """:raises RewardError: if the column is missing, with those there are, or an entry is no text"""
+        """:raises RewardError: if the column is missing, with those there are, or an entry is not a text"""
         references = texts_of(self.name, self.column, columns, completions)
         return [
             None if some is None else float(self.score(completion, some))

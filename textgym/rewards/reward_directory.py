@@ -165,7 +165,7 @@ def _view(model: PreTrainedModel, task: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def _members(location: str) -> list[Path]:
-    """The directories of an ensemble's members; none where it is no ensemble.
+    """The directories of an ensemble's members; none where it is not an ensemble.
 
     :raises ValueError: if a member is missing, as it is while an ensemble is being trained
     """
@@ -186,7 +186,7 @@ def _members(location: str) -> list[Path]:
 
 
 def _check_kind(location: str) -> None:
-    """:raises ValueError: if a directory holds no model, or one that is no sequence classifier"""
+    """:raises ValueError: if a directory holds no model, or one that is not a sequence classifier"""
     if not os.path.isdir(location):
         return  # a hub id
     if not Path(location, "config.json").is_file():

@@ -158,7 +158,7 @@ class KeywordPresence(Reward):
         self._patterns: dict[str, re.Pattern[str]] = {}
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        """:raises RewardError: if the column is missing, with those there are, or an entry is no list of texts"""
+        """:raises RewardError: if the column is missing, with those there are, or an entry is not a list of texts"""
         return [
             None if words is None else self._value(len(self._found(completion, words)) / len(words))
             for completion, words in zip(completions, self._words(columns, completions), strict=True)

@@ -3,7 +3,7 @@
 A sentence shows the small model one next word at each place; the teacher's probabilities show it all the words
 that fit there. The two have different vocabularies, but both spell the same text, so wherever a piece of both ends
 at the same character, the teacher's most probable next pieces can be handed on: those that our vocabulary has as
-one piece too, and that are no mere beginnings of rarer words. What probability is left over belongs to all other
+one piece too, and that are not mere beginnings of rarer words. What probability is left over belongs to all other
 pieces together; which of them, and what follows at every other place, the text itself says.
 """
 

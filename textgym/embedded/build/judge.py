@@ -1,6 +1,6 @@
 """The independent judge: TF-IDF of words and word pairs with ridge regression on the human scores.
 
-It is no neural network, it shares no weights or tokens with the reward model, and it was fit to human scores
+It is not a neural network, it shares no weights or tokens with the reward model, and it was fit to human scores
 alone. When training a policy raises the reward model's score and the judge's score does not move, the reward
 was gamed.
 """
