@@ -1,4 +1,4 @@
-"""SARSA where it is strongest: few tokens to choose from, each of them paid for. It learns to count letters.
+"""SARSA where it is strongest: few tokens to choose from, and each of them is paid for. The reward counts letters.
 
 ``top_k=20`` leaves the twenty likeliest tokens of the reference model, so that Q can be tried out.
 

@@ -13,7 +13,7 @@ from textgym.agents import TRPO
 
 TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 2_048
 
-envs = gym.make_vec("TextGen-v0", num_envs=16, max_new_tokens=16, kl_coef=0.05)
+envs = gym.make_vec("TextGen-v0", num_envs=8, max_new_tokens=16, kl_coef=0.05)
 model = TRPO("LanguageModelPolicy", envs, n_steps=16, target_kl=0.01, seed=0)
 model.learn(TOKENS)
 figures = model.logger.name_to_value  # of the last update
