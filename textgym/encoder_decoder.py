@@ -347,7 +347,7 @@ class CachedEncoderDecoder(EncoderDecoder):
             self._unread = states.new_zeros(1, 1, states.shape[-1])
         else:
             states = self._unread.expand(*mask.shape, -1)  # their shape is looked at, no more
-        # What is no token attends to something, too, if only to the first: no state is NaN, and nobody reads it.
+        # What is not a token attends to something, too, if only to the first: no state is NaN, and nobody reads it.
         queries = tensor(positions.clip(0))
         hidden = self.decoder(
             input_ids=tensor(tokens),
