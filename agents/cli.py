@@ -285,6 +285,9 @@ def serve_reward(
     host: Annotated[str, typer.Option(help="address to listen on; there is no authentication")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port")] = 8700,
     label_column: Annotated[str, typer.Option(help="column under which the reward gets the labels sent")] = "labels",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with a reward model")
+    ] = False,
 ) -> None:
     """Serve a reward over HTTP, with the protocol of OpenRLHF's reward server.
 
@@ -294,7 +297,7 @@ def serve_reward(
         from textgym.rewards import serve_reward as serve
         from textgym.rewards.opening import load_reward
 
-        served = load_reward(reward)
+        served = load_reward(reward, trust_remote_code)
         console.print(f"Serving [bold]{escape(served.name)}[/bold] at http://{host}:{port}/get_reward", highlight=False)
         serve(served, host, port, label_column)
 

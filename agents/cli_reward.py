@@ -101,12 +101,19 @@ def add_train_reward(
         bootstrap: Annotated[
             bool, typer.Option("--bootstrap", help="draw the rows of each member with replacement")
         ] = False,
+        trust_remote_code: Annotated[
+            bool, typer.Option("--trust-remote-code", "--trust-code", help="run Python code that comes with the model")
+        ] = False,
+        chat_template_kwargs: Annotated[
+            list[str] | None, typer.Option(help="name=value, for variables of the chat template; several times")
+        ] = None,
         device: Annotated[Literal["auto", "cpu"], typer.Option(help="auto is the GPU where there is one")] = "auto",
         resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUTPUT")] = False,
         progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
     ) -> None:
         """Train a reward model, or an ensemble, on preference pairs, scores, labels or several tasks."""
         with plain_errors():
+            from textgym.agents.runs.config import template_arguments
             from textgym.reward_training import report_table
             from textgym.reward_training import train_reward as train
 
@@ -124,6 +131,8 @@ def add_train_reward(
                 resume=resume,
                 progress_bar=progress,
                 device=device,
+                trust_remote_code=trust_remote_code,
+                chat_template_kwargs=template_arguments(chat_template_kwargs),
                 loss=loss,
                 activation=activation,
                 huber_delta=huber_delta,

@@ -290,7 +290,7 @@ def _reward(subject: Subject, given: str | None, trusted: bool) -> Reward:
 
     if given is None:
         check_code([subject.config.reward], subject.run or subject.name, trusted)
-    return load_reward(subject.config.reward if given is None else given)
+    return load_reward(subject.config.reward if given is None else given, subject.config.trust_remote_code)
 
 
 def _restricting(subject: Subject, base: LanguageModel | None, given: str | None) -> LanguageModel | None:

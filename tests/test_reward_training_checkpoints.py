@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_reward_training import QUICK, TOKENIZER, scored, tiny_causal
+from transformers import AutoModelForSequenceClassification
 
 from textgym.agents import CheckpointError, DivergedError
 from textgym.checkpoint_folders import FolderLock
@@ -26,12 +28,12 @@ class Killed(Exception):
 
 
 def run(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
-    model = tiny_causal(1)
+    model = more.pop("model", None) or tiny_causal(1)
     train_reward(scored(40), folder, model=model, tokenizer=TOKENIZER, **{**OPTIONS, **more})
     return model.state_dict()
 
 
-def run_killed_in_epoch(number: int, folder: Path) -> None:
+def run_killed_in_epoch(number: int, folder: Path, **more: Any) -> None:
     evaluate = trainer_module.RewardTrainer.evaluate
     calls = []
 
@@ -44,7 +46,7 @@ def run_killed_in_epoch(number: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.RewardTrainer, "evaluate", dies)
         with pytest.raises(Killed):
-            run(folder)
+            run(folder, **more)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("model.safetensors", flip),
+        ("trained.safetensors", flip),
         ("optimizer.pt", flip),
         ("optimizer.pt", Path.unlink),
         ("scheduler.pt", Path.unlink),
@@ -109,7 +111,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_that_counts(
 ) -> None:
     left = copied / "checkpoints" / ".partial-x"
     left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
+    (left / "trained.safetensors").write_bytes(b"half")
     resumed = run(copied, resume=True)
     assert not left.exists()
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
@@ -117,7 +119,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_that_counts(
 
 def test_a_run_without_a_whole_checkpoint_says_so(copied: Path) -> None:
     for checkpoint in (copied / "checkpoints").iterdir():
-        flip(checkpoint / "model.safetensors")
+        flip(checkpoint / "trained.safetensors")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
         run(copied, resume=True)
 
@@ -151,4 +153,27 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
 def test_weights_that_diverged_become_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"diverged at step \d+: the loss"):
         run(tmp_path / "run", learning_rate=1e30, prefixes="none")
-    assert not list(tmp_path.rglob("model.safetensors"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("part", [{"freeze_backbone": True}, {"lora_rank": 2}])
+def test_a_frozen_backbone_is_in_no_checkpoint_and_in_the_finished_model(part: dict[str, Any], tmp_path: Path) -> None:
+    if "lora_rank" in part:
+        pytest.importorskip("peft")
+    expected = run(tmp_path / "whole", **part)
+    run_killed_in_epoch(3, tmp_path / "killed", **part)
+    kept = load_file(newest(tmp_path / "killed") / "trained.safetensors")
+    assert {name for name in kept if "lora_" not in name} == {"score.weight"}
+    assert any("lora_" in name for name in kept) == ("lora_rank" in part)
+
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    resumed = run(tmp_path / "killed", resume=True, **part)
+    assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "killed").state_dict()
+    assert all(torch.equal(opened[name], weight) for name, weight in expected.items())
+
+    other = tiny_causal(1)
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    with pytest.raises(CheckpointError, match="frozen weights are not those that training began with"):
+        run(tmp_path / "other", resume=True, model=other, **part)

@@ -8,15 +8,19 @@ import warnings
 import numpy as np
 import pytest
 from datasets import Dataset
-from tiny_models import tiny_tokenizer
-from tiny_reward_training import TOKENIZER, pairs, scored, tiny_causal
+from tiny_models import chat_tokenizer, tiny_tokenizer
+from tiny_reward_training import QUICK, TOKENIZER, pairs, scored, tiny_causal
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from typer.testing import CliRunner
 
+from textgym.agents.cli import app
 from textgym.reward_training import RewardData, RewardRow, load_reward_data, split_by_prompt, train_reward
 from textgym.reward_training.encoding import encode_pairs
 from textgym.reward_training.measuring import Predictions, report_of
 from textgym.reward_training.options import RewardTrainingOptions, resolved
 from textgym.reward_training.scorer import TextScorer
 from textgym.reward_training.trainer import EncodedRows
+from textgym.rewards.opening import load_reward
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
@@ -254,3 +258,58 @@ def test_of_few_rows_none_are_held_out_unsaid(tmp_path):
     assert report.rows == {"training": 2, "validation": 0}
     assert "On its 2 training rows" in (tmp_path / "a" / "README.md").read_text()
     assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_variables_of_the_chat_template_are_those_of_training_and_of_the_model(tmp_path):
+    template = (
+        "{% for message in messages %}{{ message['role'] + ' ' }}{% if tone is defined %}{{ tone + ' ' }}{% endif %}"
+        "{{ message['content'] + ' ' }}{% endfor %}"
+    )
+    tokenizer = chat_tokenizer(template=template)
+    tiny = LlamaConfig(**{**tiny_causal(1).config.to_dict(), "vocab_size": len(tokenizer), "pad_token_id": 1})
+    LlamaForSequenceClassification(tiny).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": f"t{i}"}], "score": i % 3}
+        for i in range(8)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ["train-reward", str(tmp_path / "rows.json"), "-o", str(tmp_path / "out"), "--kind", "scores"]
+    arguments += f"--model {tmp_path / 'model'} --epochs 1 --no-progress --device cpu".split()
+    result = CliRunner().invoke(app, [*arguments, "--chat-template-kwargs", "tune=dry"])
+    assert result.exit_code == 2
+    assert "chat_template_kwargs has 'tune', which the chat template does not read" in result.output
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = TextScorer.encode
+        patch.setattr(TextScorer, "encode", lambda self, p, c: read.extend(p) or encode(self, p, c))
+        result = CliRunner().invoke(app, [*arguments, "--chat-template-kwargs", "tone=dry"])
+    assert result.exit_code == 0, result.output
+    assert all("user dry x" in prompt for prompt in read)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "user dry x "
+
+
+def test_code_of_a_checkpoint_is_run_only_where_that_is_said(tmp_path, monkeypatch):
+    tiny_causal(1).save_pretrained(tmp_path / "own")
+    TOKENIZER.save_pretrained(tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    classes = {"AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.OwnModel"}
+    config.update(model_type="own", auto_map=classes)
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForSequenceClassification\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForSequenceClassification):\n    config_class = Own\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on the terminal"))
+    told = "Python code of its own, which is run only where trust_remote_code=True"
+    options = {**QUICK, "epochs": 1, "model": str(tmp_path / "own")}
+    with pytest.raises(ValueError, match=told):
+        train_reward(scored(24), tmp_path / "out", **options)
+    train_reward(scored(24), tmp_path / "out", **options, trust_remote_code=True)
+    with pytest.raises(ValueError, match=told):
+        load_reward(str(tmp_path / "out"))
+    reward = load_reward(str(tmp_path / "out"), trust_remote_code=True)
+    assert reward(prompts=["the film"], completions=[" is good"])[0] is not None

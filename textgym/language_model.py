@@ -569,6 +569,20 @@ def _has_own_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
+@contextlib.contextmanager
+def refusing_own_code(what: str) -> Iterator[None]:
+    """Say in textgym's words that code of a checkpoint, which nobody allowed, is not run.
+
+    :param what: the argument and its value
+    """
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        if _has_own_code(e):
+            raise ValueError(f"{what} {_OWN_CODE}") from e
+        raise
+
+
 def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
     if _has_own_code(error):
         return ValueError(f"language_model={str(spec)!r} {_OWN_CODE}")

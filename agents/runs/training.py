@@ -64,7 +64,7 @@ def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = Non
         language_model=config.model,
         tokenizer=config.tokenizer,
         prompts=prompts,
-        reward=load_reward(config.reward),
+        reward=load_reward(config.reward, config.trust_remote_code),
         reward_every=every if every == "end" else int(every),
         seed=processes.seed(config.seed),
         **options,

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from textgym.language_model import quiet_progress
+from textgym.language_model import quiet_progress, refusing_own_code
 from textgym.rewards.causality import is_causal
 from textgym.rewards.headed_model import HeadedRewardModel, HeadLayers
 from textgym.weight_files import readable_weights
@@ -37,6 +37,7 @@ def open_backbone(
     head_size: int | None = None,
     head_dropout: float = 0.1,
     head_layers: HeadLayers = "last",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a head and its tokenizer.
 
@@ -51,6 +52,7 @@ def open_backbone(
     :param head: ``"linear"``, ``"mlp"`` or ``"cnn"``
     :param head_size: see :meth:`~textgym.rewards.headed_model.HeadedRewardModel.around`, as for
         ``head_dropout`` and ``head_layers``
+    :param trust_remote_code: run Python code that comes with the checkpoint, where it has some
     :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
     :raises ValueError: if an object has no tokenizer or another number of outputs, or weights other than the head's
         are missing
@@ -71,10 +73,10 @@ def open_backbone(
     path = _location(model)
     set_seed(seed)
     auto_class: Any = AutoModelForSequenceClassification if head == "linear" else AutoModel
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if head == "linear":
         options["num_labels"] = num_labels
-    with quiet_progress(), _quiet_loading(), readable_weights(path):
+    with refusing_own_code(f"model={path!r}"), quiet_progress(), _quiet_loading(), readable_weights(path):
         opened, loading = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     trunk = opened.base_model_prefix + "." if head == "linear" else ""
     missing = sorted(name for name in loading["missing_keys"] if name.startswith(trunk) and "pooler." not in name)
@@ -82,15 +84,17 @@ def open_backbone(
         raise ValueError(f"model={path!r} has no weights for {', '.join(missing[:3])}; its backbone would be random")
     if head != "linear":
         opened = _with_head(opened, num_labels, seed, head, head_size, head_dropout, head_layers)
-    return opened, AutoTokenizer.from_pretrained(path, trust_remote_code=False) if tokenizer is None else tokenizer
+    return opened, open_tokenizer(model, trust_remote_code) if tokenizer is None else tokenizer
 
 
-def open_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+def open_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that is opened by name.
 
     :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_location(model), trust_remote_code=False)
+    path = _location(model)
+    with refusing_own_code(f"model={path!r}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return tokenizer
 
 

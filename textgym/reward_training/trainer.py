@@ -31,6 +31,7 @@ from .objectives import Objective, joint_loss
 from .options import RewardTrainingOptions
 from .run_folder import TRAINER_STATE, checkpoint_of, remove_superfluous
 from .scorer import TextScorer
+from .trained_weights import WEIGHTS_FILE, load_trained, save_trained
 
 MOST_REMEMBERED = 4 * 2**30  # bytes of a frozen backbone's states; of more data they are computed anew each epoch
 
@@ -238,7 +239,7 @@ class RewardTrainer(Trainer):
         remove_superfluous(self.checkpoints)
 
     def _write(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
+        save_trained(self.scorer.model, folder / WEIGHTS_FILE)
         try:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
@@ -246,10 +247,15 @@ class RewardTrainer(Trainer):
             raise OSError(str(error)) from error
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """:raises CheckpointError: if it is of other frozen weights"""
+        load_trained(self.scorer.model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+
     def _load_best_model(self) -> None:
         """:raises CheckpointError: if it is not what was written"""
-        check_manifest(Path(self.state.best_model_checkpoint or ""))
-        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint or "")
+        check_manifest(best)
+        load_trained(self.scorer.model, best / WEIGHTS_FILE)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows, size = self.training, self.args.train_batch_size

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -34,6 +33,7 @@ from transformers import (
 from textgym.checkpoint_folders import FolderLock
 from textgym.checks import check_choice, check_int
 from textgym.language_model import quiet_progress
+from textgym.template_arguments import with_template_arguments
 
 from .adapters import add_adapters, merge_adapters
 from .backbone import open_backbone, open_tokenizer
@@ -73,6 +73,7 @@ class _Run:
     held_out: bool
     progress_bar: bool
     device: Literal["auto", "cpu"]
+    trust_remote_code: bool
 
 
 def train_reward(
@@ -91,6 +92,8 @@ def train_reward(
     resume: bool = False,
     progress_bar: bool = False,
     device: Literal["auto", "cpu"] = "auto",
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> RewardReport:
     """Train a reward model, and measure it on rows whose prompts it did not see.
@@ -111,6 +114,10 @@ def train_reward(
     :param resume: go on with the run in ``output`` after its last checkpoint, with the same data and options
     :param progress_bar: show one
     :param device: ``"auto"`` is the GPU where there is one
+    :param trust_remote_code: run Python code that comes with ``model``, where it or its tokenizer has some; the
+        directory then has it, too, and opens where that is said again
+    :param chat_template_kwargs: variables of the chat template and their values, such as
+        ``{"enable_thinking": False}``; see :mod:`textgym.template_arguments`
     :param options: those of :class:`RewardTrainingOptions`
     :return: the report; the model of the epoch with the smallest validation loss is what is measured and saved. Of an
         ensemble, that of the mean of its members
@@ -135,7 +142,9 @@ def train_reward(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"reward models are trained by one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     given = RewardTrainingOptions(**options)
-    template = tokenizer if tokenizer is not None else _tokenizer_of(model)
+    template = tokenizer if tokenizer is not None else _tokenizer_of(model, trust_remote_code)
+    if template is not None and chat_template_kwargs:
+        template = tokenizer = with_template_arguments(template, chat_template_kwargs)
     training = load_reward_data(data, kind=kind, columns=columns, classes=classes, tokenizer=template, split=split)
     if validation is None:
         training, held_out = _held_out(training, given.validation_share, given.seed)
@@ -151,7 +160,7 @@ def train_reward(
         )
         check_disjoint(training, held_out)
     folder = Path(output).expanduser()
-    run = _Run(model, tokenizer, training, held_out, held_out is not training, progress_bar, device)
+    run = _Run(model, tokenizer, training, held_out, held_out is not training, progress_bar, device, trust_remote_code)
     is_new = not folder.exists()
     lock = _taken(folder, resume)
     try:
@@ -192,9 +201,11 @@ def _held_out(data: RewardData, share: float, seed: int) -> tuple[RewardData, Re
     return data, data
 
 
-def _tokenizer_of(model: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(
+    model: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model that is opened by name, for the conversations of the data."""
-    return None if isinstance(model, PreTrainedModel) else open_tokenizer(model)
+    return None if isinstance(model, PreTrainedModel) else open_tokenizer(model, trust_remote_code)
 
 
 def _train(
@@ -218,8 +229,10 @@ def _train(
         chosen.head_size,
         chosen.head_dropout,
         chosen.head_layers,
+        run.trust_remote_code,
     )
     if chosen.lora_rank is not None:
+        set_seed(chosen.seed)  # a model given as an object has drawn nothing by it yet
         add_adapters(opened, chosen.lora_rank)
     scorer = TextScorer(opened, tokenizer, chosen.max_length, frozen=chosen.freeze_backbone, bf16=chosen.bf16)
     chosen = fitting(chosen, scorer)
@@ -294,10 +307,10 @@ def _measured_again(
     check_same_run(folder, _record(run, chosen))
     with quiet_progress():
         opened = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
+            folder, dtype=torch.float32, trust_remote_code=run.trust_remote_code
         )
     opened.to("cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    scorer = TextScorer(opened, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), chosen.max_length)
+    scorer = TextScorer(opened, open_tokenizer(folder, run.trust_remote_code), chosen.max_length)
     rows = EncodedRows(run.validation, scorer)
     predictions = predictions_of(scorer, objectives, rows)
     return report_of(predictions, objectives, rows.data), predictions, rows.data

@@ -22,7 +22,7 @@ _QUOTED_OR_CODE = re.compile(
 _HUB_ID = re.compile(r"[A-Za-z_][\w.-]*/[A-Za-z_][\w.-]*")
 
 
-def load_reward(text: str) -> Reward:
+def load_reward(text: str, trust_remote_code: bool = False) -> Reward:
     """The reward that an option names.
 
     ================================================== =============================================================
@@ -37,6 +37,7 @@ def load_reward(text: str) -> Reward:
 
     A Python file finds what lies beside it, and a module is also looked for in the current folder.
 
+    :param trust_remote_code: run Python code that comes with a reward model in a directory or on the hub
     :raises ValueError: if there is no such file, module, object or reward, or its code fails while it is imported
     :raises FileNotFoundError: if it is written as a path and nothing is there
     """
@@ -57,10 +58,10 @@ def load_reward(text: str) -> Reward:
     formula = _QUOTED_OR_CODE.sub(remember, text)
     if formula in given:
         return given[formula]
-    return parse_reward(formula, given) if given else reward_named(text)
+    return parse_reward(formula, given) if given else reward_named(text, trust_remote_code)
 
 
-def reward_named(text: str) -> Reward:
+def reward_named(text: str, trust_remote_code: bool = False) -> Reward:
     """The same, but for what would run code.
 
     :raises ValueError: as :func:`load_reward`, and if it names code
@@ -69,11 +70,11 @@ def reward_named(text: str) -> Reward:
     if text == EMBEDDED:
         return as_reward(None)
     if os.path.isdir(text) or text.startswith((".", "~", os.sep)):
-        return open_reward(text)
+        return open_reward(text, trust_remote_code=trust_remote_code)
     if _HUB_ID.fullmatch(text):
         if os.path.isdir(text.partition("/")[0]):
             raise FileNotFoundError(f"reward={text!r}: there is no such directory")
-        return open_reward(text)
+        return open_reward(text, trust_remote_code=trust_remote_code)
     if names_code(text):
         raise ValueError(f"reward={text!r} is Python code: import it, and pass the function or object itself")
     return parse_reward(text)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from textgym.language_model import quiet_progress
+from textgym.language_model import quiet_progress, refusing_own_code
 from textgym.rewards.base import Reward
 from textgym.rewards.causal import CausalRewardModel
 from textgym.rewards.causality import is_causal
@@ -37,6 +37,7 @@ def open_reward(
     k: float = 1.0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> Reward:
     """Open what ``save_pretrained`` or :func:`~textgym.reward_training.train_reward` wrote as a reward.
 
@@ -60,6 +61,7 @@ def open_reward(
     :param aggregate: what to make of the scores of an ensemble, see :class:`~textgym.rewards.Ensemble`; ``k`` is the
         weight of its penalty
     :param device: ``"auto"`` is the GPU where there is one, otherwise the CPU
+    :param trust_remote_code: run Python code that comes with the model, where it or its tokenizer has some
     :raises FileNotFoundError: if ``path`` is written as a path and is not a directory
     :raises ValueError: if it holds no reward model, or more is needed to say what its score is
     """
@@ -72,14 +74,25 @@ def open_reward(
     if members:
         return Ensemble(
             [
-                open_reward(member, task=task, label=label, column=column, device=device, dtype=dtype)
+                open_reward(
+                    member,
+                    task=task,
+                    label=label,
+                    column=column,
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                )
                 for member in members
             ],
             aggregate,
             k,
         )
-    _check_kind(location)
-    model, tokenizer = open_pretrained(AutoModelForSequenceClassification, location, None, dtype, KIND)
+    with refusing_own_code(f"reward={location!r}"):
+        _check_kind(location, trust_remote_code)
+        model, tokenizer = open_pretrained(
+            AutoModelForSequenceClassification, location, None, dtype, KIND, trust_remote_code=trust_remote_code
+        )
     tasks = getattr(model.config, "reward_tasks", None)
     if not tasks:
         if task is not None:
@@ -185,14 +198,14 @@ def _members(location: str) -> list[Path]:
     return members
 
 
-def _check_kind(location: str) -> None:
+def _check_kind(location: str, trust_remote_code: bool) -> None:
     """:raises ValueError: if a directory holds no model, or one that is not a sequence classifier"""
     if not os.path.isdir(location):
         return  # a hub id
     if not Path(location, "config.json").is_file():
         raise ValueError(f"{location!r} is not {KIND}: it has no config.json")
     with quiet_progress():
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     kinds = config.architectures or []
     if kinds and not any("SequenceClassification" in kind for kind in kinds) and config.model_type != MODEL_TYPE:
         hint = ""

@@ -149,6 +149,7 @@ def open_pretrained(
     dtype: str | torch.dtype,
     kind: str,
     optional: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a checkpoint and its tokenizer.
 
@@ -157,6 +158,7 @@ def open_pretrained(
     :param tokenizer: by default the one saved with the model
     :param kind: what the checkpoint should be, for messages
     :param optional: beginnings of the names of weights that need not be there
+    :param trust_remote_code: run Python code that comes with the checkpoint, where it has some
     :raises FileNotFoundError: if ``path`` is written as a path and is not a directory
     :raises ValueError: if weights are missing: they would be random
     """
@@ -167,7 +169,7 @@ def open_pretrained(
             raise FileNotFoundError(f"there is no directory {location!r} with {kind}")
     with quiet_progress(), readable_weights(location):
         model, loading = auto_class.from_pretrained(
-            location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=False
+            location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=trust_remote_code
         )
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith(optional))
     if missing:
@@ -175,4 +177,6 @@ def open_pretrained(
             f"{location!r} is not {kind}: it has no weights for {', '.join(missing[:3])}"
             f"{' and others' if len(missing) > 3 else ''}"
         )
-    return model, AutoTokenizer.from_pretrained(location, trust_remote_code=False) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+    return model, tokenizer
