@@ -11,10 +11,9 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 try:
     import typer
@@ -26,6 +25,7 @@ except ModuleNotFoundError as missing:
         f"the command line needs the package {missing.name}: pip install 'textgym[extra]'"
     ) from missing
 
+from textgym.agents.cli_options import with_run_options
 from textgym.agents.cli_reward import add_train_reward
 from textgym.agents.cli_texts import add_texts, unescaped
 from textgym.agents.cli_warm_start import add_warm_start
@@ -64,35 +64,8 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of :class:`RunConfig`; those that are not given are None."""
-    kinds = get_type_hints(RunConfig)
-    hints = {name: hint for name, hint in get_type_hints(command, include_extras=True).items() if name != "options"}
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = [p.replace(annotation=hints[p.name]) for p in own]
-    for field in dataclasses.fields(RunConfig):
-        kind = kinds[field.name]
-        if type(None) not in getattr(kind, "__args__", ()):
-            kind = Optional[kind]  # noqa: UP045  the type is an object here
-        default = field.default
-        shown = False if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-        flags = ("--set",) if field.name == "agent_options" else ()
-        option = typer.Option(
-            *flags, help=field.metadata["help"], rich_help_panel=field.metadata["section"], show_default=shown
-        )
-        hints[field.name] = Annotated[kind, option]
-        parameter = inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[field.name]
-        )
-        parameters.append(parameter)
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = hints
-    return command
-
-
 @app.command()
-@_with_run_options
+@with_run_options
 def train(
     algorithm: Annotated[
         str,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from textgym.agents.cli_options import FileOptions, with_file_options
+
 if TYPE_CHECKING:
     from textgym.agents.runs.config import RunConfig
     from textgym.agents.runs.subjects import Subject
@@ -85,6 +87,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
     """
 
     @app.command()
+    @with_file_options
     def generate(
         model: Annotated[
             str, typer.Argument(help="a run's folder, a directory that train wrote, any model, or embedded")
@@ -92,9 +95,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         prompt: Annotated[
             list[str] | None, typer.Option("--prompt", "-p", help="a prompt; may be given several times")
         ] = None,
-        number: Annotated[
-            int, typer.Option("--number", "-n", min=1, help="held-out prompts to complete, without --prompt")
-        ] = 8,
+        prompts: Annotated[str | None, typer.Option(help="complete those of this file; default held-out ones")] = None,
+        number: Annotated[int, typer.Option("--number", "-n", min=1, help="prompts to complete, without --prompt")] = 8,
         column: _Column = None,
         reward: _Reward = None,
         reference: _Reference = None,
@@ -113,6 +115,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
         seed: _Seed = 0,
         as_json: Annotated[bool, typer.Option("--json", help="print JSON instead, a line a completion")] = False,
+        *,
+        file: FileOptions,
     ) -> None:
         """Complete prompts as the run does, with every token on the colour of its reward."""
         settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
@@ -129,13 +133,17 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             sampling = subject.sampling_with(settings)
             if system is not None and (raw or not prompt):
                 raise ValueError(f"--system {system!r} is said before each --prompt, in the chat template (not --raw)")
+            _check_of_file(file, prompts)
+            if prompt and prompts is not None:
+                raise ValueError(f"--prompt {prompt[0]!r} and --prompts {prompts!r}: give one of them")
             if prompt:
                 rows = _prompt_rows(prompt, columns)
                 if system is not None:
                     rows = [_behind_system(row, subject.model, system) for row in rows]
                 sampling = dataclasses.replace(sampling, max_prompt_tokens=None)  # whoever types it wants all of it
             else:
-                rows = _with_columns(_held_out(subject.config), columns)
+                found = _held_out(subject.config) if prompts is None else _from_file(prompts, file, subject)
+                rows = _with_columns(found, columns)
                 _say_how_many(console, len(rows), number, as_json)
                 rows = rows[:number]
             # A model of no run is its own reference: nothing to measure, and nothing to open.
@@ -165,6 +173,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
                 console.print(f"{greedy}{sampling.said()}; reward {phi.name}; {against}", style="dim", highlight=False)
 
     @app.command()
+    @with_file_options
     def evaluate(
         models: Annotated[list[str], typer.Argument(help="runs, directories that train wrote, or any models")],
         output: Annotated[
@@ -181,9 +190,6 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         prompts: Annotated[
             str | None, typer.Option(help="evaluate on the prompts of this file; default the first run's held-out ones")
         ] = None,
-        prompt_column: Annotated[
-            str | None, typer.Option("--prompt-column", help="column of --prompts with the prompts; default the run's")
-        ] = None,
         column: _Column = None,
         max_new_tokens: _MaxTokens = None,
         min_new_tokens: _MinTokens = None,
@@ -196,6 +202,8 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         raw: _Raw = False,
         chat_template_kwargs: _TemplateArguments = None,
         seed: _Seed = 0,
+        *,
+        file: FileOptions,
     ) -> None:
         """Measure models on prompts that none of them was trained on, side by side, with bootstrap 95 % intervals.
 
@@ -211,8 +219,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             from textgym.evaluation import check_reference
             from textgym.evaluation import evaluate as measure
 
-            if prompt_column is not None and prompts is None:
-                raise ValueError(f"prompt_column={prompt_column!r} is of --prompts, which isn't given")
+            _check_of_file(file, prompts)
             arguments = template_arguments(chat_template_kwargs)
             subjects = [open_subject(path, trust_code, arguments) for path in dict.fromkeys(models)]
             first = subjects[0]
@@ -223,7 +230,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             if prompts is None:
                 rows = _unseen(console, subjects, _held_out(first.config))
             else:
-                rows = _from_file(prompts, prompt_column or first.config.prompt_column, first)
+                rows = _from_file(prompts, file, first)
                 _warn_of_seen(console, subjects, rows, prompts)
             rows = _with_columns(rows, _columns(column))
             if number is not None:
@@ -343,10 +350,17 @@ def _held_out(config: RunConfig) -> list[PromptRow]:
     return list(load_prompts(config)[1])
 
 
-def _from_file(path: str, prompt_column: str, first: Subject) -> list[PromptRow]:
-    from textgym.prompt_files import load_prompt_file
+def _check_of_file(file: FileOptions, prompts: str | None) -> None:
+    """:raises ValueError: if it is said how a file is read, but not which"""
+    if prompts is None and file.given():
+        raise ValueError(f"{', '.join(file.given())}: how --prompts is read, which isn't given")
 
-    return list(load_prompt_file(path, prompt_column=prompt_column, tokenizer=first.model.tokenizer))
+
+def _from_file(path: str, file: FileOptions, first: Subject) -> list[PromptRow]:
+    from textgym.agents.runs.prompts import rows_of_file
+
+    reading = dataclasses.replace(file, prompt_column=file.prompt_column or first.config.prompt_column)
+    return list(rows_of_file(path, reading, first.model.tokenizer))
 
 
 def _unseen(console: Console, subjects: list[Subject], rows: list[PromptRow]) -> list[PromptRow]:

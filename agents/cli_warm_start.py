@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from textgym.agents.cli_options import FileOptions, with_file_options
 
 
 def add_warm_start(
@@ -23,6 +26,7 @@ def add_warm_start(
     """
 
     @app.command(name)
+    @with_file_options
     def sft(
         data: Annotated[str, typer.Argument(help="file or hub id with prompts and completions, as --prompts of train")],
         output: Annotated[
@@ -37,10 +41,6 @@ def add_warm_start(
             list[str] | None, typer.Option(help="name=value, for variables of the chat template; several times")
         ] = None,
         column: Annotated[str, typer.Option(help="the column of DATA with the completions")] = "completion",
-        prompt_column: Annotated[str, typer.Option(help="the column of DATA with the prompts")] = "prompt",
-        split: Annotated[str | None, typer.Option(help="which part of DATA, where it has several")] = None,
-        drop_column: Annotated[list[str] | None, typer.Option(help="column of DATA to leave out")] = None,
-        rename_column: Annotated[list[str] | None, typer.Option(help="OLD=NEW, a new name of a column")] = None,
         validation: Annotated[
             str | None, typer.Option(help="data to measure on; by default a part of DATA, split by prompt")
         ] = None,
@@ -60,15 +60,15 @@ def add_warm_start(
         device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
         seed: Annotated[int, typer.Option(help="of the split and the order")] = 0,
         progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+        *,
+        file: FileOptions,
     ) -> None:
         """Train a language model on reference completions, before or instead of reinforcement learning."""
         with plain_errors():
             from textgym.agents.imitation import warm_start
             from textgym.agents.runs.config import template_arguments
-            from textgym.agents.runs.prompts import new_names
+            from textgym.agents.runs.prompts import rows_of_file
             from textgym.language_model import load_language_model, load_vocabulary
-            from textgym.prompt_files import load_prompt_file
-            from textgym.prompts import PromptRows
 
             opening: dict[str, Any] = {
                 "tokenizer": tokenizer,
@@ -77,17 +77,9 @@ def add_warm_start(
             }
             vocabulary = load_vocabulary(model, **opening)
 
-            def rows(path: str, split: str | None = None) -> PromptRows:
-                return load_prompt_file(
-                    path,
-                    prompt_column=prompt_column,
-                    tokenizer=vocabulary.tokenizer,
-                    split=split,
-                    drop_columns=drop_column or (),
-                    rename_columns=new_names(rename_column),
-                )
-
-            given, measured = rows(data, split), None if validation is None else rows(validation)
+            given, measured = rows_of_file(data, file, vocabulary.tokenizer), None
+            if validation is not None:
+                measured = rows_of_file(validation, replace(file, split=None), vocabulary.tokenizer)
             report = warm_start(
                 load_language_model(model, device=device, **opening),
                 given,

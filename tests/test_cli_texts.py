@@ -144,6 +144,33 @@ def test_evaluate_reads_prompts_from_the_column_of_the_run(tiny: Path, tmp_path:
     text_of(invoke("evaluate", run.path, "--prompts", tmp_path / "new.jsonl"))
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_files_of_prompts_are_read_as_train_reads_them(tiny: Path, command: str, tmp_path: Path):
+    (tmp_path / "r.py").write_text(SCORE)
+    splits = {
+        "train": [{"q": "a", "aim": "zzz", "completions": "x"}],
+        "test": [{"q": "the film", "aim": "z", "completions": "x"}],
+    }
+    (tmp_path / "p.json").write_text(json.dumps(splits))
+    asked = (command, tiny, "--reward", f"{tmp_path / 'r.py'}:score", "--max-new-tokens", 2)
+    named = ("--prompt-column", "q", "--rename-column", "aim=wanted", "--drop-column", "completions")
+    text_of(invoke(*asked, "--prompts", tmp_path / "p.json", "--split", "test", *named))
+    if command == "generate":
+        printed = invoke(*asked, "--prompts", tmp_path / "p.json", "--split", "test", *named, "--json").stdout
+        assert [json.loads(line)["prompt"] for line in printed.splitlines()] == ["the film"]
+    for wrong, told in (
+        (("--prompts", tmp_path / "p.json", *named), "splits"),
+        (("--prompts", tmp_path / "p.json", "--split", "test", "--drop-column", "nothing"), "'nothing'"),
+        (
+            ("--split", "test", "--drop-column", "aim"),
+            "--split, --drop-column: how --prompts is read, which isn't given",
+        ),
+    ):
+        result = invoke(*asked, *wrong)
+        assert result.exit_code == 2
+        assert told in " ".join(result.output.split())
+
+
 @pytest.fixture(scope="module")
 def two_runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, RunFolder]]:
     """Runs of one file of prompts: two seeds of training, and one with another split."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from textgym.agents.runs.config import RunConfig
 from textgym.language_model import load_vocabulary
 from textgym.prompt_files import load_prompt_file
 from textgym.prompts import PromptRows, as_prompt_source, split_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NONE_HELD_OUT = ("0", "none")
 
@@ -75,17 +79,39 @@ def _rows(config: RunConfig, source: str) -> PromptRows:
         trust_remote_code=config.trust_remote_code,
         chat_template_kwargs=config.template_arguments(),
     )
+    return rows_of_file(source, config, vocabulary.tokenizer)
+
+
+class FileReading(Protocol):
+    """How a file of prompts is read; see :class:`RunConfig`."""
+
+    @property
+    def prompt_column(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def drop_column(self) -> list[str] | None: ...
+    @property
+    def rename_column(self) -> list[str] | None: ...
+
+
+def rows_of_file(source: str, reading: FileReading, tokenizer: PreTrainedTokenizerBase) -> PromptRows:
+    """The prompts of a file, a folder or a data set of the hub.
+
+    :param tokenizer: of the model that is to go on from them
+    :raises ValueError: as :func:`~textgym.prompt_files.load_prompt_file`
+    """
     return load_prompt_file(
         source,
-        prompt_column=config.prompt_column,
-        tokenizer=vocabulary.tokenizer,
-        split=config.split,
-        drop_columns=config.drop_column or (),
-        rename_columns=new_names(config.rename_column),
+        prompt_column=reading.prompt_column or "prompt",
+        tokenizer=tokenizer,
+        split=reading.split,
+        drop_columns=reading.drop_column or (),
+        rename_columns=_new_names(reading.rename_column),
     )
 
 
-def new_names(given: list[str] | None) -> Mapping[str, str]:
+def _new_names(given: list[str] | None) -> Mapping[str, str]:
     """``["completions=answers"]`` as ``{"completions": "answers"}``.
 
     :raises ValueError: if one of them is something else
