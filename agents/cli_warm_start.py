@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -41,6 +41,9 @@ def add_warm_start(
             list[str] | None, typer.Option(help="name=value, for variables of the chat template; several times")
         ] = None,
         column: Annotated[str, typer.Option(help="the column of DATA with the completions")] = "completion",
+        answers: Annotated[
+            Literal["all", "last"], typer.Option(help="which answers of a conversation are learned")
+        ] = "all",
         validation: Annotated[
             str | None, typer.Option(help="data to measure on; by default a part of DATA, split by prompt")
         ] = None,
@@ -84,6 +87,7 @@ def add_warm_start(
                 load_language_model(model, device=device, **opening),
                 given,
                 column,
+                answers=answers,
                 output=output,
                 validation=measured,
                 validation_share=validation_share,

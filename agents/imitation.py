@@ -2,7 +2,8 @@
 
 Reinforcement learning finds what the policy writes now and then; what it never writes it must be shown first. Only
 tokens of completions are learned, each with its end: the chat template's end of turn behind a conversation, else
-end-of-sequence. They are written as the environment's policy would write them, token for token behind the prompt. ::
+end-of-sequence. Of a conversation all answers of the assistant are learned. They are written as the environment's
+policy would write them, token for token behind the prompt. ::
 
     report = warm_start("embedded", rows, output="warm")            # rows of {"prompt": ..., "completion": ...}
     env = gym.make_vec("TextGen-v0", language_model="warm")         # policy and reference both start there
@@ -21,7 +22,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
-from textgym.checks import check_int, check_number
+from textgym.assistant_turns import assistant_mask
+from textgym.checks import check_choice, check_int, check_number
 from textgym.continuation import continuation_ids
 from textgym.language_model import LanguageModel, load_language_model, quiet_progress
 from textgym.prompt_fitting import fit_prompt
@@ -51,7 +53,7 @@ class WarmStartReport:
     :param language_model: the model that learned
     :param training_rows: how many rows it learned from
     :param validation_rows: how many it was measured on
-    :param tokens: completion tokens of the training rows
+    :param tokens: of the training rows that are learned, those of their completions and of earlier answers
     :param epochs: passes that were made
     :param best_epoch: after which pass the weights are those that stayed; 0 where none helped
     :param seconds: that training took
@@ -82,10 +84,16 @@ class WarmStartReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Example:
-    """Token ids of a prompt and of its completion."""
+    """Token ids of a prompt and of its completion, and which of the prompt are learned, too."""
 
     prompt: list[int]
     completion: list[int]
+    written: list[bool]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned."""
+        return len(self.completion) + sum(self.written)
 
 
 def warm_start(
@@ -93,6 +101,7 @@ def warm_start(
     prompts: Any,
     completions: Sequence[str] | str = COLUMN,
     *,
+    answers: Literal["all", "last"] = "all",
     output: str | os.PathLike[str] | None = None,
     validation: Any = None,
     validation_share: float = 0.1,
@@ -122,6 +131,8 @@ def warm_start(
     :param prompts: rows with a fixed number, as environments take them
     :param completions: the column of the rows that has them, or as many texts as there are prompts. Text goes on where
         the prompt ends, so most begin with a space
+    :param answers: which answers of a conversation are learned: ``"all"`` that the assistant gave, or the ``"last"``
+        alone, its completion. An encoder-decoder writes no other
     :param output: a new directory for the trained model and its tokenizer, which ``language_model=`` opens
     :param validation: rows to measure on, with the same column; by default a part of ``prompts``
     :param validation_share: of the different prompts; 0 measures on the training rows and never stops early
@@ -153,8 +164,10 @@ def warm_start(
     folder = None if output is None else _free(Path(output).expanduser())
     lm = _language_model(model, tokenizer, device)
     training, held_out, column = _rows(prompts, completions, validation, validation_share, seed, lm)
-    examples = _encode(lm, training, column, max_length, "prompts")
-    checked = _encode(lm, held_out, column, max_length, "validation") if held_out is not None else []
+    check_choice("answers", answers, ("all", "last"))
+    every = answers == "all" and not is_encoder_decoder(lm.model.config)
+    examples = _encode(lm, training, column, max_length, "prompts", every)
+    checked = _encode(lm, held_out, column, max_length, "validation", every) if held_out is not None else []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -185,7 +198,7 @@ def warm_start(
         loss_after=trainer.losses[trainer.best],
         training_rows=len(examples),
         validation_rows=len(checked),
-        tokens=sum(len(example.completion) for example in examples),
+        tokens=sum(example.targets for example in examples),
         epochs=len(trainer.losses) - 1,
         best_epoch=trainer.best,
         seconds=time.monotonic() - started,
@@ -303,7 +316,10 @@ def _collate(lm: LanguageModel, examples: list[_Example]) -> dict[str, Tensor]:
         labels = [example.completion for example in examples]
     else:
         texts = [example.prompt + example.completion for example in examples]
-        labels = [[IGNORED] * len(example.prompt) + example.completion for example in examples]
+        labels = [
+            [i if own else IGNORED for i, own in zip(example.prompt, example.written, strict=True)] + example.completion
+            for example in examples
+        ]
     return {
         "input_ids": _padded(texts, lm.pad_token_id),
         "attention_mask": _padded([[1] * len(text) for text in texts], 0),
@@ -350,7 +366,7 @@ def _rows(
         if len(completions) != len(rows):
             raise ValueError(f"there are {len(completions)} completions of {len(rows)} prompts")
         both = zip(rows, completions, strict=True)
-        rows = PromptRows([{"prompt": row.prompt, COLUMN: text} for row, text in both])
+        rows = PromptRows([{**row.columns, "prompt": row.prompt, COLUMN: text} for row, text in both])
     if validation is not None:
         return rows, _fixed(validation, lm, "validation"), column
     if validation_share == 0:
@@ -368,30 +384,43 @@ def _fixed(source: Any, lm: LanguageModel, name: str) -> PromptRows:
     return rows
 
 
-def _encode(lm: LanguageModel, rows: PromptRows, column: str, max_length: int | None, where: str) -> list[_Example]:
-    """Token ids of prompts and completions."""
+def _encode(
+    lm: LanguageModel, rows: PromptRows, column: str, max_length: int | None, where: str, every: bool
+) -> list[_Example]:
+    """Token ids of prompts and completions.
+
+    :param every: whether all answers of a conversation are learned
+    """
     vocabulary = lm.vocabulary
     limit = _limit(vocabulary, max_length)
-    examples, cut = [], 0
+    examples, cut, unclear = [], 0, 0
     for i, row in enumerate(rows):
         text = row.columns.get(column)
         if not isinstance(text, str):
             given = f"it is {text!r}" if column in row.columns else f"the columns are {sorted(row.columns)}"
             raise ValueError(f"{where}[{i}] has no text in the column {column!r}: {given}")
         try:
-            prompt = fit_prompt(row, vocabulary).ids
+            fitted = fit_prompt(row, vocabulary)
         except ValueError as error:
             raise ValueError(f"{where}[{i}]: {error}") from error
         try:
-            end = vocabulary.end_after(prompt)  # of the turn, where the prompt is a conversation
-            completion = [*continuation_ids(vocabulary, prompt, text), end]
+            end = vocabulary.end_after(fitted.ids)  # of the turn, where the prompt is a conversation
+            completion = [*continuation_ids(vocabulary, fitted.ids, text), end]
         except ValueError as error:
             raise ValueError(f"{where}[{i}]: {error}") from error
-        if limit is not None and len(prompt) + len(completion) > limit:
+        if limit is not None and len(fitted.ids) + len(completion) > limit:
             cut += 1
             completion = completion[: limit - 1]
-            prompt = fit_prompt(row, vocabulary, limit - len(completion)).ids
-        examples.append(_Example(prompt, completion))
+            fitted = fit_prompt(row, vocabulary, limit - len(completion))
+        mask = assistant_mask(fitted, vocabulary, row) if every else None
+        unclear += every and mask is None
+        examples.append(_Example(fitted.ids, completion, mask or [False] * len(fitted.ids)))
+    if unclear:
+        warnings.warn(
+            f"of {unclear} of {len(examples)} conversations the chat template does not say which part the assistant "
+            "wrote: their last answer alone is learned",
+            stacklevel=3,
+        )
     if cut:
         warnings.warn(f"{cut} of {len(examples)} rows are longer than {limit} tokens and were cut", stacklevel=3)
     return examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from chat_templates import TEMPLATES
 from rich.console import Console
 from tiny_agents import logs_of_learning, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
-from tiny_models import EOS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
+from tiny_models import EOS, PAD, VOCABULARY, chat_tokenizer, save_chat_model, tiny_model, tiny_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
+from textgym.agents import imitation
 from textgym.agents.cli_warm_start import add_warm_start
 from textgym.agents.imitation import warm_start
 from textgym.language_model import LanguageModel, load_language_model
@@ -176,9 +179,86 @@ def test_an_encoder_decoder_reads_prompts_with_its_encoder():
     assert report.loss_after < 0.7 * report.loss_before
 
 
+# Conversations: every answer is learned.
+
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": role, "content": content}
+    for role, content in (
+        ("system", "be brief"),
+        ("user", "yes?"),
+        ("assistant", "yes"),  # which is a part of the question, too
+        ("user", "name a film"),
+        ("assistant", "no <film>\nof note "),
+        ("user", "why"),
+        ("assistant", "天气"),
+    )
+]
+
+
+def chat_model(path: Path, template: str, special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")) -> LanguageModel:
+    save_chat_model(path, chat_tokenizer(special, template))
+    return load_language_model(path, device="cpu")
+
+
+def learned(lm: LanguageModel, rows: list[dict[str, Any]], **options: Any) -> tuple[list[int], list[bool]]:
+    """What one row is made of, and which of its tokens have a label."""
+    batches = []
+    with pytest.MonkeyPatch.context() as patch:
+        collate = imitation._collate
+        patch.setattr(imitation, "_collate", lambda *given: batches.append(collate(*given)) or batches[-1])
+        warm_start(lm, rows, epochs=1, validation_share=0, **options)
+    ids, labels = batches[0]["input_ids"][0], batches[0]["labels"][0]
+    own = labels != imitation.IGNORED
+    assert torch.equal(labels[own], ids[own])
+    return ids.tolist(), own.tolist()
+
+
+def test_the_answers_that_are_learned_are_those_that_the_template_marks(tmp_path):
+    lm = chat_model(tmp_path / "chat", MARKED)
+    marked = lm.tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    ids, own = learned(lm, [{"messages": TALK}])
+    assert ids == marked["input_ids"][:-1]  # the template's line break behind the end
+    assert own == [bool(mark) for mark in marked["assistant_masks"][:-1]]
+    ids, last = learned(lm, [{"messages": TALK}], answers="last")
+    assert last == [mark and i >= len(ids) - len("天气".encode()) - 1 for i, mark in enumerate(own)]
+    in_memory = learned(lm, [TALK[:-1]], completions=["天气"])
+    assert in_memory == (ids, own)
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma", "mistral", "plain"])
+def test_the_answers_of_every_template_are_learned_with_their_ends(name, tmp_path):
+    template, special, end = TEMPLATES[name]
+    lm = chat_model(tmp_path / "chat", template, special)
+    ids, own = learned(lm, [{"messages": TALK[1:]}])
+    texts = "".join(lm.tokenizer.decode([i]) if mark else "|" for i, mark in zip(ids, own, strict=True))
+    parts = [part for part in re.split(r"\|+", texts) if part]
+    content = [m["content"].strip() if "trim" in template else m["content"] for m in TALK if m["role"] == "assistant"]
+    expected = [text + end * (name != "plain") for text in content]
+    if name == "plain":
+        expected[-1] += end  # where its template ends no turn, the text ends
+    assert "".join(lm.tokenizer.decode([i for i, mark in zip(ids, own, strict=True) if mark])) == "".join(expected)
+    assert len(parts) >= 3
+
+
+def test_answers_that_were_cut_are_not_learned(tmp_path):
+    lm = chat_model(tmp_path / "chat", MARKED)
+    ids, _ = learned(lm, [{"messages": TALK}])
+    with pytest.warns(UserWarning, match="1 of 1 rows are longer"):
+        shorter, own = learned(lm, [{"messages": TALK}], max_length=len(ids) - len("be briefyes?") + 6)
+    text = lm.tokenizer.decode([i for i, mark in zip(shorter, own, strict=True) if mark])
+    assert text == "no <film>\nof note <|im_end|>天气<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"answers": "first"}, ValueError, "answers='first'"),
         ({"prompts": ["the film"], "completions": []}, ValueError, "0 completions of 1 prompts"),
         ({"prompts": ["the film"]}, ValueError, r"prompts\[0\] has no text in the column 'completion'"),
         ({"prompts": [{"prompt": "the", "completion": 3}]}, ValueError, r"prompts\[0\].*it is 3"),

@@ -45,7 +45,7 @@ def fit_prompt(row: PromptRow, vocabulary: Vocabulary, limit: int | None = None)
         )
     if limit is None or len(ids) <= limit:
         return FittedPrompt(row, ids)
-    messages = _messages_of(row, vocabulary)
+    messages = messages_of(row, vocabulary)
     if messages is not None:
         return _cut_conversation(row, messages, vocabulary, limit)
     ids = vocabulary.cut_left(ids, limit)
@@ -55,7 +55,7 @@ def fit_prompt(row: PromptRow, vocabulary: Vocabulary, limit: int | None = None)
 def is_chat(row: PromptRow, vocabulary: Vocabulary) -> bool:
     """Whether a prompt is a conversation in the model's chat template, and not a plain text."""
     opening = vocabulary.turns.answer_opening
-    return bool(opening.strip() and row.prompt.endswith(opening)) or _messages_of(row, vocabulary) is not None
+    return bool(opening.strip() and row.prompt.endswith(opening)) or messages_of(row, vocabulary) is not None
 
 
 def all_chat(rows: Iterable[PromptRow], vocabulary: Vocabulary) -> bool:
@@ -136,19 +136,23 @@ def judge_lengths(rows: Iterable[PromptRow], vocabulary: Vocabulary, limit: int,
     return True
 
 
-def _messages_of(row: PromptRow, vocabulary: Vocabulary) -> list[dict[str, Any]] | None:
+def messages_of(row: PromptRow, vocabulary: Vocabulary) -> list[dict[str, Any]] | None:
     """The messages that a prompt was made of; None where it is a text."""
     given = row.columns.get(MESSAGES)
     if not is_conversation(given) or not given or not all(isinstance(message, dict) for message in given):
         return None
     messages = [dict(message) for message in given]
     try:
-        return messages if _rendered(messages, row, vocabulary) == row.prompt else None
+        return messages if rendered(messages, row, vocabulary) == row.prompt else None
     except (TypeError, ValueError):
         return None
 
 
-def _rendered(messages: Sequence[dict[str, Any]], row: PromptRow, vocabulary: Vocabulary) -> str:
+def rendered(messages: Sequence[dict[str, Any]], row: PromptRow, vocabulary: Vocabulary) -> str:
+    """The prompt that messages make in the place of those of a row.
+
+    :raises ValueError: if the template refuses them
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say was said when the prompt was made
         return chat_prompt(messages, vocabulary.tokenizer, tools=stored_tools(row.columns.get("tools")))
@@ -161,7 +165,7 @@ def _cut_conversation(
     systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
     for i in others + systems:
         while True:
-            text = _rendered(messages, row, vocabulary)
+            text = rendered(messages, row, vocabulary)
             ids = vocabulary.encode(text)
             if len(ids) <= limit:
                 return FittedPrompt(PromptRow(text, {**row.columns, MESSAGES: messages}), ids)
