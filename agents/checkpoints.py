@@ -38,10 +38,12 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.progress import TrainingProgress
-from textgym.agents.state_files import read_state, write_state
+from textgym.agents.state_files import check_storable, read_state, write_state
+from textgym.agents.text_environment import TextEnvironment
 from textgym.checkpoint_folders import CheckpointError, check_manifest, superfluous, write_whole
 from textgym.checks import check_int
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
+from textgym.prompts import PromptSource
 
 _NAME = re.compile(r"checkpoint-(\d{12})")
 # What each process has of its own; weights, optimizer and counters are the same in all.
@@ -55,6 +57,21 @@ _COUNTERS = (
     "_n_updates",
     "_current_progress_remaining",
 )
+
+
+def _check_columns(source: PromptSource) -> None:
+    rows = source.rows
+    if rows is None or rows.is_table:
+        return
+    for i, row in enumerate(rows):
+        for name, value in row.columns.items():
+            try:
+                check_storable(value)
+            except TypeError as error:
+                raise TypeError(
+                    f"prompts[{i}]: the column {name!r} has {value!r:.60}, which a checkpoint can't hold: give "
+                    "numbers, texts, lists, dictionaries and arrays, or leave the column out"
+                ) from error
 
 
 # The state of a training
@@ -328,6 +345,9 @@ class TrainingCheckpoints(BaseCallback):
         self._written: int | None = None  # timesteps of the newest checkpoint
 
     def _on_training_start(self) -> None:
+        """:raises TypeError: if prompts have columns that a checkpoint can't hold; later, work would be lost by it"""
+        assert isinstance(self.model, TextOnPolicyAlgorithm)
+        _check_columns(TextEnvironment(_text_vec_env(self.model)).prompts)
         if self._written is None or self._written > self.num_timesteps:
             self._written = self.model.num_timesteps
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,17 @@ from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.checks import check_bool, check_int, check_number
 from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel
+from textgym.prompts import PromptSource
+
+
+def check_no_stored_pairs(source: PromptSource) -> None:
+    """:raises ValueError: if there are stored preferences beside the prompts, which DPO would not learn from"""
+    if source.rows is not None and {"chosen", "rejected"} <= source.rows[0].columns.keys():
+        raise ValueError(
+            "the prompts have the columns 'chosen' and 'rejected', but DPO learns from pairs of texts that a model "
+            "writes here, ranked by the reward, and not from stored ones: learn a reward from those (textgym "
+            "train-reward) and give it as reward=; or leave the two columns out (drop_columns=, --drop-column)"
+        )
 
 
 class DPO(TextEpisodeAlgorithm):
@@ -111,6 +123,11 @@ class DPO(TextEpisodeAlgorithm):
             device=device,
             _init_setup_model=_init_setup_model,
         )
+
+    def _checked_environment(self, env: VecEnv) -> TextEnvironment:
+        environment = super()._checked_environment(env)
+        check_no_stored_pairs(environment.prompts)
+        return environment
 
     @property
     def needs_reference(self) -> bool:

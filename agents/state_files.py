@@ -52,6 +52,11 @@ def write_state(folder: Path, state: Any) -> None:
     (folder / STATE).write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
+def check_storable(value: Any) -> None:
+    """:raises TypeError: if :func:`write_state` can't write it"""
+    _plain(value, "", {}, {})
+
+
 def read_state(folder: Path) -> Any:
     """Read what :func:`write_state` wrote."""
     tensors = safetensors.torch.load_file(folder / ARRAYS)

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from textgym.envs import TextGenVectorEnv
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 from textgym.language_model import LanguageModel
+from textgym.prompts import PromptSource
 from textgym.sampling import SamplingSettings
 
 TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
@@ -44,6 +45,12 @@ class TextEnvironment:
         """How an agent samples here."""
         settings: SamplingSettings = self._get("sampling")
         return settings
+
+    @property
+    def prompts(self) -> PromptSource:
+        """What prompts are drawn from."""
+        source: PromptSource = self._get("prompts")
+        return source
 
     @property
     def masking(self) -> bool:

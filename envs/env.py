@@ -13,6 +13,7 @@ from textgym.envs.arguments import check_start, log_probabilities, reset_options
 from textgym.envs.options import TextGenOptions, share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
+from textgym.prompts import PromptSource
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import Vocabulary
 
@@ -149,6 +150,11 @@ class TextGenEnv(gym.Env):
     def sampling(self) -> SamplingSettings:
         """How an agent samples here: what else samples from its policy does so, too."""
         return self._rows.sampling
+
+    @property
+    def prompts(self) -> PromptSource:
+        """What prompts are drawn from."""
+        return self._rows.prompts
 
     @property
     def masking(self) -> bool:

@@ -36,7 +36,7 @@ from textgym.language_model import (
 )
 from textgym.messages import is_one_conversation
 from textgym.prompt_fitting import FittedPrompt, all_chat, fit_prompt, judge_lengths
-from textgym.prompts import PromptRow, as_prompt_source, read_prompt
+from textgym.prompts import PromptRow, PromptSource, as_prompt_source, read_prompt
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
 
@@ -420,6 +420,11 @@ class TextGenVectorEnv(VectorEnv):
         self._check_ready("token_ids")
         ids, lengths = self._texts.ids, self._texts.lengths.tolist()
         return tuple(row[:length].tolist() for row, length in zip(ids, lengths, strict=True))
+
+    @property
+    def prompts(self) -> PromptSource:
+        """What prompts are drawn from."""
+        return self._prompts
 
     @property
     def prompt_rows(self) -> tuple[PromptRow, ...]:

@@ -273,3 +273,12 @@ def test_a_checkpoint_holds_no_weights_that_do_not_learn(tmp_path: Path) -> None
     _, state = read_latest(tmp_path)
     assert state["policy"]
     assert all("lora" in name or "value_net" in name for name in state["policy"])
+
+
+def test_columns_that_no_checkpoint_can_hold_are_refused_before_the_first_token(tmp_path: Path):
+    rows = [{"prompt": "the film", "seen": {1}}, {"prompt": "a story", "seen": {2}}]
+    agent = tiny_ppo(tiny_vector_env(prompts=rows))
+    with pytest.raises(TypeError, match=r"prompts\[0\]: the column 'seen' has \{1\}, which a checkpoint can't hold"):
+        agent.learn(48, callback=TrainingCheckpoints(tmp_path, every=48))
+    assert agent.num_timesteps == 0
+    agent.learn(48)  # without checkpoints nothing has to hold them

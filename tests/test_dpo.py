@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_agents import KeepRollouts, logs_of_learning, tiny_language_model, tiny_vector_env, values_of
+from tiny_agents import KeepRollouts, logs_of_learning, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
 from tiny_models import PAD, WORDS, tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import TextEnvironment
@@ -261,6 +261,16 @@ def test_impossible_arguments_are_refused_by_name(arguments):
     name = next(iter(arguments))
     with pytest.raises((TypeError, ValueError), match=f"{name}={arguments[name]!r}"):
         tiny_dpo(**arguments)
+
+
+def test_stored_pairs_are_refused_in_memory_too():
+    rows = [{"prompt": "the film", "chosen": "good", "rejected": "bad"}]
+    with pytest.raises(ValueError, match="not from stored ones: learn a reward from those"):
+        tiny_dpo(tiny_vector_env(prompts=rows))
+    agent = tiny_dpo(tiny_vector_env())
+    with pytest.raises(ValueError, match="not from stored ones"):
+        agent.set_env(tiny_vector_env(prompts=rows))
+    tiny_ppo(tiny_vector_env(prompts=rows))
 
 
 def test_a_dtype_for_acting_is_refused_where_the_policy_does_not_act():

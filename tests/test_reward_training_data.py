@@ -270,7 +270,7 @@ def test_variables_of_the_chat_template_are_those_of_training_and_of_the_model(t
     LlamaForSequenceClassification(tiny).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": f"t{i}"}], "score": i % 3}
+        {"messages": [{"role": "user", "content": f"x{i}"}, {"role": "assistant", "content": f"t{i}"}], "score": i % 3}
         for i in range(8)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

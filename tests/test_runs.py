@@ -29,10 +29,9 @@ from textgym.agents.runs import Run, RunConfig, RunFolder, read_config
 from textgym.agents.runs.agents import AGENTS, options_of, resolved
 from textgym.agents.runs.config import ALGORITHM, sections
 from textgym.agents.runs.paths import with_absolute_paths
-from textgym.agents.runs.prompts import check_no_stored_pairs, load_prompts
+from textgym.agents.runs.prompts import load_prompts
 from textgym.agents.runs.training import load_reward, make_agent, make_envs
 from textgym.agents.runs.trust import UntrustedCodeError, check_code, seals
-from textgym.prompts import as_prompt_source
 
 SMALL: dict[str, Any] = {
     "rows": 4,
@@ -435,11 +434,12 @@ def test_a_run_chooses_the_split_and_the_columns_of_its_prompts(tmp_path):
         load_prompts(RunConfig(**options, rename_column=["completions"]))
 
 
-def test_dpo_refuses_stored_pairs_and_says_what_learns_from_them():
-    rows = as_prompt_source([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(ValueError, match=r"dpo learns from pairs of the policy's own texts.*textgym train-reward"):
-        check_no_stored_pairs("dpo", rows)
-    check_no_stored_pairs("ppo", rows)
+def test_dpo_refuses_stored_pairs_before_there_is_a_folder(tmp_path):
+    rows = [{"prompt": f"film {i}", "chosen": "b", "rejected": "c"} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"DPO learns from pairs of texts that a model writes.*textgym train-reward"):
+        Run("dpo", RunConfig(prompts=str(tmp_path / "a.json"), held_out="none"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_paths_of_a_configuration_mean_the_same_from_every_folder(tmp_path, monkeypatch):

@@ -84,6 +84,14 @@ class PromptRows(PromptSource):
     def rows(self) -> PromptRows:
         return self
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the rows stay in a table, whose columns were judged when it was read."""
+        rows = self._rows
+        while isinstance(rows, _Chosen):
+            rows = rows.rows
+        return isinstance(rows, _Called)
+
     def sample(self, rng: np.random.Generator) -> PromptRow:
         return self[int(rng.integers(len(self)))]
 
@@ -138,7 +146,7 @@ class _Chosen(Sequence[Mapping[str, Any]]):
     """Rows at given places of another sequence."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int] | np.ndarray) -> None:
-        self._rows = rows
+        self.rows = rows
         self._indices = np.asarray(indices, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -150,8 +158,8 @@ class _Chosen(Sequence[Mapping[str, Any]]):
     def __getitem__(self, index: slice) -> _Chosen: ...
     def __getitem__(self, index: int | slice) -> Mapping[str, Any] | _Chosen:
         if isinstance(index, slice):
-            return _Chosen(self._rows, self._indices[index])
-        return self._rows[int(self._indices[index])]
+            return _Chosen(self.rows, self._indices[index])
+        return self.rows[int(self._indices[index])]
 
 
 def as_prompt_source(obj: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptSource:

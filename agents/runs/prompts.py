@@ -58,16 +58,6 @@ def load_prompts(config: RunConfig) -> tuple[PromptRows, PromptRows]:
     return train, other
 
 
-def check_no_stored_pairs(algorithm: str, rows: PromptRows) -> None:
-    """:raises ValueError: if DPO is given stored preferences, which it would not learn from"""
-    if algorithm == "dpo" and {"chosen", "rejected"} <= rows[0].columns.keys():
-        raise ValueError(
-            "the prompts have the columns 'chosen' and 'rejected', but dpo learns from pairs of the policy's own "
-            "texts, ranked by the reward, and not from stored ones: learn a reward from those (textgym train-reward) "
-            "and give it as --reward; or drop the two columns"
-        )
-
-
 def _rows(config: RunConfig, source: str) -> PromptRows:
     if source in ("train", "test"):
         embedded = as_prompt_source(source)

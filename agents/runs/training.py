@@ -20,6 +20,7 @@ import textgym  # noqa: F401  registers the environment ids
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import checkpoints_in, load_training_state, read_latest
 from textgym.agents.distributed import DividePrompts, ProcessError, Processes, SharedPrompts
+from textgym.agents.dpo import DPO, check_no_stored_pairs
 from textgym.agents.early_stopping import StopOnKL
 from textgym.agents.learning_rewards import LearningRewards
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
@@ -31,7 +32,7 @@ from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, write_csv
 from textgym.agents.runs.paths import with_absolute_paths
 from textgym.agents.runs.prompt_record import check_same_prompts, write_prompt_record
-from textgym.agents.runs.prompts import check_no_stored_pairs, load_prompts
+from textgym.agents.runs.prompts import load_prompts
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
 from textgym.agents.runs.trust import seals
 from textgym.checkpoint_folders import CheckpointError, FolderLock, is_whole, write_text_whole
@@ -170,7 +171,8 @@ class Run:
             checkpoint = self._newest_checkpoint()
         # Everything that can be wrong is found before the folder is made.
         train, held_out = load_prompts(config)
-        check_no_stored_pairs(self.algorithm, train)
+        if issubclass(agent, DPO):
+            check_no_stored_pairs(train)
         self.holds_out = held_out is not train
         prompts: Any = train
         if self.processes.world_size > 1:
