@@ -43,7 +43,8 @@ def with_file_options(command: Callable[..., None]) -> Callable[..., None]:
     names = [field.name for field in dataclasses.fields(FileOptions)]
 
     def with_file(**arguments: Any) -> None:
-        command(**arguments, file=FileOptions(**{name: arguments.pop(name) for name in names}))
+        file = FileOptions(**{name: arguments.pop(name) for name in names})
+        command(**arguments, file=file)
 
     with_file.__name__, with_file.__doc__ = command.__name__, command.__doc__
     return _with_options(with_file, "file", names, command)

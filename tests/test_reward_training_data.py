@@ -22,6 +22,30 @@ from textgym.reward_training.scorer import TextScorer
 from textgym.reward_training.trainer import EncodedRows
 from textgym.rewards.opening import load_reward
 
+OWN_MODEL = """
+import torch
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+class Own(LlamaConfig):
+    model_type = "own"
+
+class OwnForSequenceClassification(PreTrainedModel):
+    config_class = Own
+    base_model_prefix = "model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, **options):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        ends = attention_mask.sum(-1) - 1
+        return SequenceClassifierOutput(logits=self.score(hidden)[torch.arange(len(ends)), ends])
+"""
+
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path):
@@ -294,14 +318,10 @@ def test_code_of_a_checkpoint_is_run_only_where_that_is_said(tmp_path, monkeypat
     tiny_causal(1).save_pretrained(tmp_path / "own")
     TOKENIZER.save_pretrained(tmp_path / "own")
     config = json.loads((tmp_path / "own" / "config.json").read_text())
-    classes = {"AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.OwnModel"}
+    classes = {"AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.OwnForSequenceClassification"}
     config.update(model_type="own", auto_map=classes)
     (tmp_path / "own" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "own" / "own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForSequenceClassification\n"
-        "class Own(LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnModel(LlamaForSequenceClassification):\n    config_class = Own\n"
-    )
+    (tmp_path / "own" / "own.py").write_text(OWN_MODEL)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on the terminal"))
     told = "Python code of its own, which is run only where trust_remote_code=True"
