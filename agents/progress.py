@@ -124,7 +124,7 @@ class TrainingProgress(BaseCallback):
         self._tqdm.n = min(self._known - self._begin + beyond, self._tqdm.total)
         figures = "".join(f", {text}" for text in self._shown_figures())
         self._tqdm.set_description_str(f"{written:,} of {self._total:,} tokens", refresh=False)
-        self._tqdm.set_postfix_str(f"{self._rate(time.monotonic()):,.0f} tokens/s{figures}", refresh=False)
+        self._tqdm.set_postfix_str(f"{_speed(self._rate(time.monotonic()))}{figures}", refresh=False)
         if time.monotonic() - self._tqdm.last_print_t >= self._tqdm.mininterval:
             self._tqdm.last_print_t = time.monotonic()
             self._tqdm.refresh()
@@ -136,7 +136,7 @@ class TrainingProgress(BaseCallback):
     def _line(self, now: float) -> str:
         done, rate = self.model.num_timesteps, self._rate(now)
         left = max(self._total - done, 0) / rate if rate else math.nan
-        parts = [f"{done:,} of {self._total:,} tokens", *self._shown_figures(), f"{rate:,.0f} tokens/s"]
+        parts = [f"{done:,} of {self._total:,} tokens", *self._shown_figures(), _speed(rate)]
         return ", ".join(
             [*parts, f"{_duration(left)} left" if done < self._total else _duration(now - self._started_at)]
         )
@@ -165,6 +165,11 @@ def figures_of(episodes: list[dict[str, Any]]) -> dict[str, float]:
     if "score" in figures:
         figures.pop("return", None)
     return figures
+
+
+def _speed(rate: float) -> str:
+    """Large models on small machines write less than a token in a second."""
+    return f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.2g} tokens/s"
 
 
 def _duration(seconds: float) -> str:

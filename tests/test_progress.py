@@ -37,9 +37,16 @@ def test_kept_output_has_a_line_for_each_rollout_with_its_figures(capsys):
     assert [line.split(",")[0] for line in lines] == [f"{done} of 64 tokens" for done in (16, 32, 48, 64)]
     assert [float(re.search(r"score ([+-][\d.]+)", line)[1]) for line in lines] == pytest.approx(scores, abs=6e-4)
     for line in lines:
-        assert re.search(r"KL -?[\d.]+ nats, length [\d.]+, [\d,]+ tokens/s, \S+ (s|min)", line), line
+        assert re.search(r"KL -?[\d.]+ nats, length [\d.]+, [\d,.]+ tokens/s, \S+ (s|min)", line), line
     assert lines[0].endswith("left")
     assert not lines[-1].endswith("left")
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(0.62, "0.62 tokens/s"), (7.04, "7 tokens/s"), (1234.5, "1,234 tokens/s")])
+def test_slow_training_has_a_speed_too(capsys, monkeypatch, rate, shown):
+    monkeypatch.setattr(TrainingProgress, "_rate", lambda self, now: rate)
+    tiny_ppo(tiny_vector_env(2), n_steps=8).learn(48, progress_bar=True)
+    assert f", {shown}, " in capsys.readouterr().out
 
 
 def test_nothing_is_shown_unless_asked_for(capsys):
