@@ -160,18 +160,18 @@ def _folder_name(algorithm: str) -> str:
 
 
 def _show_progress(evaluations: list[dict[str, Any]], held_out: bool) -> None:
-    """The figures of the first and the newest evaluation."""
+    """The figures of the first and the newest evaluation, once where they are the same."""
     if not evaluations:
         return
-    first, last = evaluations[0], evaluations[-1]
+    shown = [evaluations[0], *evaluations[1:][-1:]]
     table = Table(title="Held-out prompts" if held_out else "Training prompts (none are held out)")
     table.add_column("")
-    for evaluation in (first, last):
+    for evaluation in shown:
         table.add_column(f"{evaluation['timesteps']:,} tokens", justify="right")
     rows = [("score", "{:+.3f}"), ("kl", "{:.2f}"), ("perplexity", "{:.1f}"), ("distinct_2", "{:.3f}"),
             ("length", "{:.1f}"), ("eos_rate", "{:.0%}")]  # fmt: skip
     for name, form in rows:
-        table.add_row(name.replace("_", "-"), form.format(first[name]), form.format(last[name]))
+        table.add_row(name.replace("_", "-"), *(form.format(evaluation[name]) for evaluation in shown))
     console.print(table)
 
 

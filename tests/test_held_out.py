@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_agents import tiny_language_model
 
+from textgym.agents.cli import _show_progress, console
 from textgym.agents.runs import Run, RunConfig
 from textgym.agents.runs.agents import resolved
 from textgym.agents.runs.diagnosis import diagnose
@@ -81,6 +82,14 @@ def test_what_went_wrong_is_said_in_a_line(last: dict[str, float], words: list[s
 def test_a_reward_that_says_nothing_is_told_apart():
     same = {**FIGURES, "score": 1.0, "score_std": 0.0, "score_low": 1.0, "score_high": 1.0}
     assert ["all texts have the same score, 1" in sentence for sentence in diagnose(same, same)] == [True]
+
+
+def test_a_run_with_one_evaluation_shows_it_once():
+    for evaluations, columns in ([0], 1), ([0, 512], 2), ([0, 512, 1024], 2):
+        with console.capture() as shown:
+            _show_progress([{**FIGURES, "timesteps": steps} for steps in evaluations], True)
+        assert shown.get().count(" tokens") == columns
+    assert "1,024 tokens" in shown.get()
 
 
 @pytest.fixture
