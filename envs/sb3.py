@@ -27,6 +27,7 @@ class TextGenVecEnv(VecEnv):
 
     :param env: the vector environment, with autoreset in the same step (its default)
     :raises ValueError: if it isn't a text environment or resets in another way
+    :raises TypeError: at ``reset``, if a wrapper gives something else than NumPy arrays and a dictionary of infos
     """
 
     def __init__(self, env: VectorEnv | VectorWrapper) -> None:
@@ -51,6 +52,13 @@ class TextGenVecEnv(VecEnv):
         """Begin anew in all rows."""
         seeds: Any = self._seeds if any(seed is not None for seed in self._seeds) else None
         observation, infos = self.env.reset(seed=seeds, options=self._options_of_all_rows())
+        if not isinstance(infos, dict) or not all(isinstance(value, np.ndarray) for value in _arrays(observation)):
+            kinds = ", ".join(sorted({type(value).__name__ for value in _arrays(observation)}))
+            raise TypeError(
+                f"env={self.env} gives infos as a {type(infos).__name__} and observations as {kinds}; "
+                "Stable-Baselines3 gets a dictionary and NumPy arrays, and makes lists and tensors of them itself: "
+                "leave out the wrapper that does"
+            )
         self.reset_infos = _by_row(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
@@ -78,6 +86,7 @@ class TextGenVecEnv(VecEnv):
             self.text_env.report_log_probs(self._log_probs)
             self._log_probs = None
         self._reported[:] = 0.0
+        lengths = self.text_env.episode_lengths + 1  # of the episodes that end now
         observation, rewards, terminated, truncated, infos = self.env.step(self._actions)
         done = terminated | truncated
         self._returns += rewards
@@ -90,11 +99,9 @@ class TextGenVecEnv(VecEnv):
                 info = final[row]
                 info["terminal_observation"] = infos["final_obs"][row]
                 if not self.text_env.scoring_deferred:
-                    length = int(info["terminal_observation"]["attention_mask"].sum())
-                    length -= int(info["terminal_observation"]["prompt_length"][0])
                     info["episode"] = {
                         "r": round(float(self._returns[row]), 6),
-                        "l": length,
+                        "l": int(lengths[row]),
                         "t": round(time.time() - self._started_at, 6),
                     }
                 rows[row] = info
@@ -212,6 +219,10 @@ def _has_monitor(env: gym.Env) -> bool:
             return True
         env = env.env
     return False
+
+
+def _arrays(observation: Any) -> list[Any]:
+    return list(observation.values()) if isinstance(observation, dict) else [observation]
 
 
 def _by_row(infos: dict[str, Any], num_rows: int) -> list[dict[str, Any]]:

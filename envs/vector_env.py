@@ -427,6 +427,12 @@ class TextGenVectorEnv(VectorEnv):
         return self._prompts
 
     @property
+    def episode_lengths(self) -> np.ndarray:
+        """``(N,)`` how many actions each row's episode has had so far."""
+        self._check_ready("episode_lengths")
+        return self._texts.taken
+
+    @property
     def prompt_rows(self) -> tuple[PromptRow, ...]:
         """The prompt of the episode in each row, with its columns."""
         return tuple(self._texts.prompts)

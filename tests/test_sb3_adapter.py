@@ -168,6 +168,50 @@ def test_vector_environments_are_adapted_with_their_wrappers():
         assert vec_env.env is env
 
 
+class OnlyIds(gym.vector.VectorWrapper):
+    """Lets agents see the token ids as one array, as a wrapper of a user's own would."""
+
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        super().__init__(env)
+        self.single_observation_space = env.single_observation_space["input_ids"]
+        self.observation_space = env.observation_space["input_ids"]
+
+    def reset(self, **arguments):
+        observation, infos = self.env.reset(**arguments)
+        return observation["input_ids"], infos
+
+    def step(self, actions):
+        observation, rewards, terminated, truncated, infos = self.env.step(actions)
+        for row in np.flatnonzero(infos.get("_final_obs", [])):
+            infos["final_obs"][row] = infos["final_obs"][row]["input_ids"]
+        return observation["input_ids"], rewards, terminated, truncated, infos
+
+
+def test_episodes_are_counted_behind_wrappers_that_change_observations():
+    bare, wrapped = TextGenVecEnv(make_vec(2, **OPTIONS)), TextGenVecEnv(OnlyIds(make_vec(2, **OPTIONS)))
+    for env in (bare, wrapped):
+        env.seed(0)
+        env.reset()
+    ends = 0
+    for token in [GOOD, FILM, EOS, GOOD, FILM] * 3:
+        expected, infos = (env.step(np.array([token, FILM]))[3] for env in (bare, wrapped))
+        for mine, other in zip(infos, expected, strict=True):
+            assert ("episode" in mine) is ("episode" in other)
+            if "episode" in mine:
+                ends += 1
+                assert mine["episode"]["l"] == other["episode"]["l"]
+                assert mine["episode"]["r"] == pytest.approx(other["episode"]["r"])
+                assert wrapped.observation_space.contains(mine["terminal_observation"])
+    assert ends == 4
+    PPO("MlpPolicy", wrapped, n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(16)
+
+
+def test_wrappers_that_stable_baselines3_can_not_read_are_refused():
+    env = TextGenVecEnv(gym.wrappers.vector.DictInfoToList(make_vec(2)))
+    with pytest.raises(TypeError, match="gives infos as a list .* leave out the wrapper"):
+        env.reset()
+
+
 def test_single_environments_get_one_monitor(capsys):
     for env, wraps in [(make(), True), (Monitor(make()), False), (gym.wrappers.TimeLimit(Monitor(make()), 5), False)]:
         vec_env = as_vec_env(env, verbose=1)
