@@ -79,6 +79,17 @@ def test_an_adapter_on_a_model_object_is_merged_and_training_it_is_saved(base, t
     torch.testing.assert_close(logits(adapted), expected, atol=0, rtol=0)
 
 
+def test_a_model_whose_adapter_was_deleted_is_saved_under_its_own_names(base, tmp_path):
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = with_load_adapter(base, tmp_path / "adapter")
+    model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="part of the weights"):
+        lm = load_language_model(model, tokenizer=tiny_tokenizer())
+    lm.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(load_language_model(tmp_path / "saved").model), logits(tiny_model("llama")))
+
+
 def test_an_adapter_on_top_of_a_merged_one_begins_at_the_merged_one_and_names_no_other_base(adapted, tmp_path):
     with pytest.warns(UserWarning, match="part of the weights"):
         lm = load_language_model(adapted, tokenizer=tiny_tokenizer())

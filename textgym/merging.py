@@ -61,8 +61,9 @@ def without_adapter(model: PreTrainedModel | PeftModel, name: str) -> PreTrained
         raise ValueError(
             f"{name} carries an adapter that can't be merged into its weights: {e}. Try to {ADVICE}"
         ) from e
-    if getattr(plain, "_hf_peft_config_loaded", False):
-        # load_adapter() leaves in the model how it renamed the adapter's weights, and saving would rename all others.
+    if "_hf_peft_config_loaded" in vars(plain):
+        # load_adapter() leaves in the model how it renamed the adapter's weights, and saving would rename all others;
+        # delete_adapter() doesn't undo it.
         plain._hf_peft_config_loaded, plain._weight_conversions = False, None
     trained = {id(p) for p in inner.parameters() if p.requires_grad}
     plain.requires_grad_(bool(trained))
