@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 
 
 class VectorInfos:
@@ -62,7 +63,7 @@ class VectorInfos:
         self.values.update(final_obs=last, _final_obs=finished, final_info=final.values, _final_info=finished.copy())
 
 
-class SameInfoKeys(gym.Wrapper[Any, Any, Any, Any]):
+class SameInfoKeys(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Gives the infos of a single text environment the same keys at every step, for clients that record them.
 
     Recorders such as Minari's put infos into arrays and want all of them in one form. What an episode says only at its
@@ -84,7 +85,8 @@ class SameInfoKeys(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         if not hasattr(env.unwrapped, "has_reference") or not isinstance(env.action_space, gym.spaces.Discrete):
             raise TypeError(f"env={env} is not a TextGen-v0 environment")
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
 
     def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(**arguments)

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import stable_baselines3 as sb3
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -18,7 +19,7 @@ from text_envs import DEFAULTS, LANGUAGE_MODEL, ids, make, make_vec, play, text_
 from tiny_agents import count_liked, tiny_ppo, tiny_vector_env
 from tiny_models import tiny_model, tiny_tokenizer
 
-from textgym.envs import SameInfoKeys, TextGenVectorEnv
+from textgym.envs import SameInfoKeys, TextActions, TextGenVectorEnv, TextObservations
 from textgym.envs.sb3 import as_vec_env
 from textgym.language_model import LanguageModel
 
@@ -170,6 +171,15 @@ def test_infos_can_have_the_same_keys_and_types_at_every_step(options):
         assert len({np.asarray(info[name]).dtype.kind for info in infos}) == 1, name
     assert infos[-1]["finish_reason"] == "length"
     assert np.isfinite(infos[-1]["score"])
+
+
+@pytest.mark.parametrize("wrapper", [SameInfoKeys, TextActions, TextObservations])
+def test_wrapped_environments_can_be_made_again_from_their_specifications(wrapper):
+    """As those who load recorded data do."""
+    specification = wrapper(gym.make("TextGen-v0", kl_coef=0.0, max_new_tokens=2)).spec.to_json()
+    again = gym.make(EnvSpec.from_json(specification))
+    assert isinstance(again, wrapper)
+    assert again.unwrapped.max_new_tokens == 2
 
 
 def test_environments_of_pieces_have_infos_of_their_own():
