@@ -63,16 +63,22 @@ class Loss:
 
 @dataclasses.dataclass
 class _TakenSteps:
-    """The steps of a rollout whose rewards are still to come.
+    """The steps of a rollout that are in the buffer, and what a rollout whose reward failed goes on from.
 
-    :param steps: of each row
     :param timesteps: tokens trained on before them
     :param bootstrap: ``(T, N)`` what is added to their rewards
+    :param steps: of each row
+    :param counted: tokens trained on, these included
+    :param drawn: actions, values and log-probabilities of the step whose reward failed; None where it was not a step's
+    :param observation: in which they were drawn
     """
 
-    steps: int
     timesteps: int
     bootstrap: np.ndarray
+    steps: int = 0
+    counted: int = 0
+    drawn: tuple[Any, Tensor, Tensor] | None = None
+    observation: Any = None
 
 
 class TextOnPolicyAlgorithm(SavedAgent):
@@ -376,7 +382,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
         :param n_rollout_steps: T
         :return: whether training goes on; False where a callback stopped it, then the rollout is incomplete
         :raises DivergedError: if something in it is not finite
-        :raises RewardError: if the reward fails; where scoring is deferred the next call scores these steps
+        :raises RewardError: if the reward fails; the next call then goes on with these steps. In single environments it
+            begins anew, as some of them have taken a step that others have not
         """
         try:
             return self._collect_scored(env, callback, rollout_buffer, n_rollout_steps)
@@ -390,10 +397,12 @@ class TextOnPolicyAlgorithm(SavedAgent):
     ) -> bool:
         """:meth:`collect_rollouts`, whose rewards come during the rollout or at its end."""
         deferred = None if self.scoring == "instant" else deferrable(env)
+        taken, self._unscored = self._unscored, None
         if deferred is None:
-            return self._collect(env, callback, rollout_buffer, n_rollout_steps, None)
-        taken = self._unscored if deferred.steps_waiting else None
-        self._unscored = None
+            going_on = taken is not None and taken.drawn is not None and taken.observation is self._last_obs
+            return self._collect(env, callback, rollout_buffer, n_rollout_steps, None, taken if going_on else None)
+        if not deferred.steps_waiting:
+            taken = None
         deferred.defer_scoring(True)
         try:
             return self._collect(env, callback, rollout_buffer, n_rollout_steps, deferred, taken)
@@ -427,12 +436,17 @@ class TextOnPolicyAlgorithm(SavedAgent):
     ) -> bool:
         """:meth:`collect_rollouts`, with scoring deferred in ``deferred`` if that is given.
 
-        :param taken: the steps that are in the buffer already and couldn't be scored, if there are some
+        :param taken: the steps that are in the buffer already, if the reward of this rollout has failed before
         """
         environment = TextEnvironment(env)
+        all_taken = taken is not None and taken.drawn is None
         if taken is None:
-            taken = self._take_steps(environment, callback, rollout_buffer, n_rollout_steps, deferred)
-        if taken is None:
+            taken = self._begun_rollout(environment, callback, rollout_buffer)
+        elif not all_taken:
+            self.num_timesteps = taken.counted
+        if not all_taken and not self._take_steps(
+            taken, environment, callback, rollout_buffer, n_rollout_steps, deferred
+        ):
             return False
         n_steps, timesteps = taken.steps, taken.timesteps
         self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.taken))
@@ -473,16 +487,10 @@ class TextOnPolicyAlgorithm(SavedAgent):
         callback.on_rollout_end()
         return True
 
-    def _take_steps(
-        self,
-        environment: TextEnvironment,
-        callback: BaseCallback,
-        rollout_buffer: EpisodeBuffer,
-        n_rollout_steps: int,
-        deferred: TextGenVectorEnv | None,
-    ) -> _TakenSteps | None:
-        """The steps of a rollout; None where a callback stopped it."""
-        env = environment.vec_env
+    def _begun_rollout(
+        self, environment: TextEnvironment, callback: BaseCallback, rollout_buffer: EpisodeBuffer
+    ) -> _TakenSteps:
+        """A rollout of which no step was taken."""
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         # Nothing cached reaches from one rollout into the next: a run resumed between two of them is the same run.
@@ -490,23 +498,43 @@ class TextOnPolicyAlgorithm(SavedAgent):
         self.policy.forget_cached()
         self.policy.optimizer.zero_grad()  # those of the last update are no use any more, and take memory
         self.finished_episodes = []
-        bootstrap = np.zeros_like(rollout_buffer.rewards)
-        n_steps, timesteps = 0, self.num_timesteps
+        taken = _TakenSteps(self.num_timesteps, np.zeros_like(rollout_buffer.rewards))
         callback.on_rollout_start()
         self.begin_rollout(environment)
+        return taken
+
+    def _take_steps(
+        self,
+        taken: _TakenSteps,
+        environment: TextEnvironment,
+        callback: BaseCallback,
+        rollout_buffer: EpisodeBuffer,
+        n_rollout_steps: int,
+        deferred: TextGenVectorEnv | None,
+    ) -> bool:
+        """Take the steps of a rollout that are not taken yet; False where a callback stopped it."""
+        env = environment.vec_env
         assert self._last_episode_starts is not None
         reordered = self.policy.acting_model.reordered_weights(self.n_envs, n_rollout_steps)
 
-        while n_steps < n_rollout_steps:
+        while taken.steps < n_rollout_steps:
             numbers = environment.episode_numbers
             if numbers is not None and (numbers < 0).all():
                 rollout_buffer.finish()
                 break
             masks = self.action_masks(environment)
-            with reordered:
-                actions, values, log_probs = self._act(masks, numbers)
+            if taken.drawn is None:
+                with reordered:
+                    taken.drawn = self._act(masks, numbers)
+            actions, values, log_probs = taken.drawn
             environment.report_log_probs(log_probs.cpu().numpy())
-            new_obs, rewards, dones, infos = env.step(actions)
+            try:
+                new_obs, rewards, dones, infos = env.step(actions)
+            except BaseException as error:
+                reordered.forget()
+                self._keep(taken, environment, isinstance(error, RewardError))
+                raise
+            taken.drawn = None
 
             self.num_timesteps += self._all_rows if numbers is None else self._count_of_all(numbers >= 0)
             step = rollout_buffer.pos
@@ -514,7 +542,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs, masks, numbers
             )
             if self.bootstrap_truncated:
-                bootstrap[step] = self.gamma * self._values_where_truncated(dones, infos)
+                taken.bootstrap[step] = self.gamma * self._values_where_truncated(dones, infos)
             if deferred is None:
                 rollout_buffer.kl[step] = [info.get("kl", np.nan) for info in infos]
                 self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts, step))
@@ -526,11 +554,21 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 reordered.forget()
                 if deferred is not None:
                     self._note_finished(deferred.score_deferred().episodes)
-                return None
-            n_steps += 1
+                return False
+            taken.steps += 1
 
         reordered.forget()  # callbacks have it among their locals
-        return _TakenSteps(n_steps, timesteps, bootstrap)
+        return True
+
+    def _keep(self, taken: _TakenSteps, environment: TextEnvironment, is_rewards: bool) -> None:
+        """After an error of a step: let the next rollout go on with it, or the next one begin anew."""
+        if environment.rows is None:
+            self._last_obs = None  # of single environments some have taken the step
+        elif is_rewards:
+            taken.counted, taken.observation = self.num_timesteps, self._last_obs
+            self._unscored = taken
+        if is_rewards:
+            self.num_timesteps = taken.timesteps
 
     # What agents may do in another way
 

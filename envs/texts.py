@@ -112,11 +112,25 @@ class Texts:
                 self.finish_reasons[row] = "length"
             self.done[row] = self.finish_reasons[row] is not None
 
+    def take_back(self, rows: np.ndarray) -> None:
+        """Remove the newest token of each of the rows again."""
+        self.lengths[rows] -= 1
+        self.ids[rows, self.lengths[rows]] = self.vocabulary.pad_token_id
+        self.done[rows] = False
+        for row in rows.tolist():
+            self.finish_reasons[row] = None
+        if self.options.stop_strings:
+            self._searched[rows] = [len(text) for text in self._texts_to_search(rows)]
+
+    def _texts_to_search(self, rows: np.ndarray) -> list[str]:
+        """Completions in which stop strings are looked for."""
+        return dataclasses.replace(self.batch(rows), turns=self._stop_turns).completions
+
     def _stopped(self, rows: np.ndarray) -> list[bool]:
         """Whether the newest token completed a stop string."""
         if not self.options.stop_strings:
             return [False] * len(rows)
-        texts = dataclasses.replace(self.batch(rows), turns=self._stop_turns).completions
+        texts = self._texts_to_search(rows)
         searched = self._searched[rows]
         self._searched[rows] = [len(text) for text in texts]
         return [

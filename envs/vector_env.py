@@ -7,6 +7,8 @@ one with a single row. The options and everything observable are documented ther
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -292,13 +294,13 @@ class TextGenVectorEnv(VectorEnv):
         :return: observation, rewards ``(N,)`` float64, terminated and truncated ``(N,)`` bool, infos
         :raises TypeError: if actions or log-probabilities are of a kind that can't hold numbers
         :raises ValueError: if one is no token id or no log-probability, or there are not N of them
+        :raises RewardError: if the reward fails; nothing has changed then, and the step can be taken again
         """
         self._check_ready("step")
         actions = token_ids("actions", actions, (self.num_envs,), self.vocab_size)
         if log_probs is not None:
             self.report_log_probs(log_probs)
         log_prob = np.zeros(self.num_envs) if self._reported is None else self._reported
-        self._reported = None
 
         texts, mode = self._texts, self.options.autoreset_mode
         waiting = texts.done.copy()  # rows that finished and haven't begun anew
@@ -320,10 +322,12 @@ class TextGenVectorEnv(VectorEnv):
         if len(active):
             ref_log_prob = self._reference_log_prob(active, actions[active])
             texts.append(active, actions[active])
-            self._mask_actions(active)
             if not self._deferred:
-                reward[active] = self._reward_step(active, log_prob[active], ref_log_prob, infos)
+                with self._taken_back_where_it_fails(active):
+                    reward[active] = self._reward_step(active, log_prob[active], ref_log_prob, infos)
+            self._mask_actions(active)
             self._end_episodes(active[texts.done[active]], infos)
+        self._reported = None
         terminated = np.array([reason in ("eos", "stop") for reason in texts.finish_reasons]) & ~waiting
         truncated = np.array([reason == "length" for reason in texts.finish_reasons]) & ~waiting
         if self.render_mode == "human":
@@ -483,7 +487,9 @@ class TextGenVectorEnv(VectorEnv):
             self._starts_due = self._texts.started & (self._texts.taken == 0)
 
     def _note_starts(self) -> None:
-        """Ask for Φ of prompts that is due by now."""
+        """Ask for Φ of prompts that is due by now: before the first step from them, which can be taken again after an
+        error of the reward.
+        """
         rows = np.flatnonzero(self._starts_due)
         if len(rows) and not self._deferred:
             self._scorer.start_rows(self._texts.batch(rows))
@@ -611,6 +617,15 @@ class TextGenVectorEnv(VectorEnv):
         infos.put("applies", ended, self._scorer.applies[ended], bool)
         return reward
 
+    @contextmanager
+    def _taken_back_where_it_fails(self, rows: np.ndarray) -> Iterator[None]:
+        """After an error, the texts of rows are what they were before their newest tokens."""
+        try:
+            yield
+        except BaseException:
+            self._texts.take_back(rows)
+            raise
+
     def _end_episodes(self, rows: np.ndarray, infos: VectorInfos) -> None:
         """Say how the episodes of these rows ended, and keep them if they are to be scored later."""
         if not len(rows):
@@ -637,9 +652,7 @@ class TextGenVectorEnv(VectorEnv):
             self._texts.begin(row, *self._fit(prompt))
         self._pending.begin(rows)
         self._mask_actions(rows)
-        if not self._deferred:
-            self._starts_due[rows] = False
-            self._scorer.start_rows(self._texts.batch(rows))
+        self._starts_due[rows] = not self._deferred
 
     def _fit(self, prompt: PromptRow) -> FittedPrompt:
         """A prompt as the models see it, with its ids, cut where they are too many."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_agents import count_liked, tiny_vector_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+from tiny_agents import count_liked, tiny_env, tiny_vector_env
 
 from textgym.agents import DPO, GRPO, PPO, QLearning
 from textgym.rewards import RewardError
@@ -45,6 +48,9 @@ def trained(agent: type[Any], fails: bool, arguments: dict[str, Any]) -> tuple[A
         (GRPO, {"group_size": 2}),
         (DPO, {"group_size": 2}),
         (QLearning, {}),
+        (PPO, {"n_steps": 8, "scoring": "instant"}),
+        (GRPO, {"group_size": 2, "scoring": "instant"}),
+        (QLearning, {"scoring": "instant"}),
     ],
 )
 def test_a_rollout_whose_reward_fails_is_learned_from_later(agent: type[Any], arguments: dict[str, Any]) -> None:
@@ -65,3 +71,54 @@ def test_learning_anew_gives_up_what_was_not_scored() -> None:
         model.learn(96)  # begins anew, and fails again
     model.learn(32)
     assert model.num_timesteps == 32
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+def test_a_step_whose_reward_fails_can_be_taken_again(failing: int) -> None:
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == failing:
+            raise ConnectionError("the server is away")
+        return count_liked(prompts, completions)
+
+    def stepped(fails: bool) -> list[Any]:
+        calls[:] = [] if fails else [0] * failing
+        options = {"kl_coef": 0.1, "max_new_tokens": 3, "stop": ["good film"], "action_masking": True}
+        envs = tiny_vector_env(reward=reward, **options).unwrapped
+        envs.reset(seed=0)
+        found, actions, failures = [], np.random.default_rng(0).integers(4, 20, (8, envs.num_envs)), 0
+        for tokens in actions:
+            while True:
+                try:
+                    found.append(envs.step(tokens, log_probs=np.full(envs.num_envs, -1.0)))
+                    break
+                except RewardError:
+                    failures += 1
+            found[-1] = [*found[-1][:4], envs.action_masks(), envs.token_ids]
+        assert failures == int(fails)
+        return found
+
+    calls: list[int] = []
+    for undisturbed, disturbed in zip(stepped(False), stepped(True), strict=True):
+        observations = (undisturbed[0], disturbed[0])
+        for name in observations[0]:
+            np.testing.assert_array_equal(observations[0][name], observations[1][name])
+        for one, other in zip(undisturbed[1:], disturbed[1:], strict=True):
+            assert one == other if isinstance(one, tuple) else np.array_equal(one, other)
+
+
+def test_single_environments_begin_anew_after_a_failure() -> None:
+    """Some rows have taken the step and others have not; what the agent sees is what they see."""
+    vec = DummyVecEnv([lambda: tiny_env(reward=Failing(True)) for _ in range(2)])
+    model = PPO("LanguageModelPolicy", vec, n_steps=8, seed=0, device="cpu")
+    with pytest.raises(RewardError):
+        model.learn(32)
+    assert model.num_timesteps == 0
+    while model.num_timesteps < 32:
+        with contextlib.suppress(RewardError):
+            model.learn(32 - model.num_timesteps, reset_num_timesteps=False)
+    assert model.num_timesteps == 32
+    assert model._last_obs is not None
+    for row, ids in enumerate(vec.get_attr("token_ids")):
+        seen = model._last_obs["input_ids"][row][model._last_obs["attention_mask"][row] == 1]
+        assert seen.tolist() == list(ids)
