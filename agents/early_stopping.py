@@ -16,8 +16,8 @@ class StopOnKL(BaseCallback):
 
     The true reward rises and then falls with the distance from the reference model, √KL, while the proxy keeps rising
     (Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization", https://arxiv.org/abs/2210.10760): a limit on
-    the KL stops before most of the fall. After each rollout the mean KL of the episodes that ended in it is compared
-    with the limit; the update from that rollout still happens, and training ends with the first step of the next, so
+    the KL stops before most of the fall. After each rollout the mean KL of the episodes that ended in it, in all
+    processes, is compared with the limit; the update from that rollout still happens, and training ends with the first step of the next, so
     that callbacks see an ordinary end and checkpoints and ``save`` are as ever. To stay near a KL instead of stopping
     there, use :class:`~textgym.agents.callbacks.AdaptiveKLCallback`.
 
@@ -61,6 +61,7 @@ class StopOnKL(BaseCallback):
     def _on_rollout_end(self) -> None:
         assert isinstance(self.model, TextOnPolicyAlgorithm)
         kl = np.array([episode["kl"] for episode in self.model.finished_episodes], dtype=np.float64)
+        kl = np.concatenate(self.model.processes.gather(kl))  # all stop at the same step
         if len(kl) == 0:
             return
         if np.isnan(kl).all():

@@ -24,11 +24,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
 from torch.distributed.tensor import DTensor
 
-from textgym.agents import GRPO, PPO, RLOO, LearningRewards
+from textgym.agents import GRPO, PPO, RLOO, LearningRewards, StopOnKL
 from textgym.agents.callbacks import AdaptiveKLCallback
 from textgym.agents.checkpoints import TrainingCheckpoints, checkpoints_in, read_checkpoint, resume
 from textgym.agents.distributed import DividePrompts, Processes, SharedPrompts, _wants_fsdp
@@ -87,6 +88,21 @@ def environment_of(config: str) -> dict[str, str]:
 
     arguments = launch_command_parser().parse_args(launched(config, "script.py"))
     return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+
+
+class ReportKL(BaseCallback):
+    """Makes the KL of all episodes of this process a number."""
+
+    def __init__(self, kl: float) -> None:
+        super().__init__()
+        self.kl = kl
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        for episode in self.model.finished_episodes:
+            episode["kl"] = self.kl
 
 
 class Plain(torch.optim.Optimizer):
@@ -236,6 +252,14 @@ def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> di
     texts = {"prompts": ["the film is"] * 3, "completions": [" a joy", " dull dull", " of the"]}
     learned = processes.gather({"scores": reward(**texts), "before": score_before_learning(texts)})
 
+    # A KL above the limit in one process alone, from two rows and from three; the mean over both is 3.4.
+    limits = {}
+    for limit in (3.0, 4.0):
+        stop = StopOnKL(limit)
+        model = tiny_ppo(tiny_vector_env(2 + processes.rank))
+        model.learn(300, callback=[ReportKL(1.0 if processes.is_main else 5.0), stop])
+        limits[str(limit)] = processes.gather([model.num_timesteps, stop.last_kl])
+
     # One process draws more than twice as many prompts as the other.
     shared = SharedPrompts(PROMPTS, seed=1)
     rng, rounds = np.random.default_rng(), []
@@ -243,7 +267,12 @@ def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> di
         drawn = [shared.sample(rng).prompt for _ in range(3 + 4 * processes.rank)]
         rounds.append([prompt for part in processes.gather(drawn) for prompt in part])
         shared.divide()
-    return {"ends": ends, "first": first, "rounds": rounds, "actions": actions, "learned": learned}
+    found = {"ends": ends, "first": first, "rounds": rounds, "actions": actions, "learned": learned, "limits": limits}
+    (folder / "flat.py").write_text("def score(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
+    options = {"reward": f"{folder / 'flat.py'}:score", "patience": 2, "eval_every": 24}
+    flat = Run("ppo", RunConfig(**run_options(folder, **options)), folder / "flat")
+    assert flat.train()
+    return {**found, "out_of_patience": processes.gather([flat.agent.num_timesteps, flat.recorder.out_of_patience])}
 
 
 def score_before_learning(texts: dict[str, list[str]]) -> list[float | None]:
@@ -343,6 +372,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "found.json").read_text())
     return Two(folder, rollout, found, died.stdout + died.stderr, left, done.stdout)
+
+
+@pytest.mark.slow
+def test_limits_and_patience_end_both_processes_at_the_same_step(two: Two) -> None:
+    (one, kl), (other, other_kl) = two.found["limits"]["3.0"]
+    assert one == other < 300
+    assert 1.0 < kl == other_kl < 5.0
+    assert all(timesteps >= 300 for timesteps, _ in two.found["limits"]["4.0"])
+    (one, ended), (other, other_ended) = two.found["out_of_patience"]
+    assert one == other < RUN["timesteps"]
+    assert ended and other_ended
 
 
 @pytest.mark.slow
