@@ -17,9 +17,9 @@ class StopOnKL(BaseCallback):
     The true reward rises and then falls with the distance from the reference model, √KL, while the proxy keeps rising
     (Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization", https://arxiv.org/abs/2210.10760): a limit on
     the KL stops before most of the fall. After each rollout the mean KL of the episodes that ended in it, in all
-    processes, is compared with the limit; the update from that rollout still happens, and training ends with the first step of the next, so
-    that callbacks see an ordinary end and checkpoints and ``save`` are as ever. To stay near a KL instead of stopping
-    there, use :class:`~textgym.agents.callbacks.AdaptiveKLCallback`.
+    processes, is compared with the limit; the update from that rollout still happens, and training ends with the first
+    step of the next, so that callbacks see an ordinary end and checkpoints and ``save`` are as ever. To stay near a KL
+    instead of stopping there, use :class:`~textgym.agents.callbacks.AdaptiveKLCallback`.
 
     :param max_kl: nats per completion
     :param patience: rollouts in a row that must be above it

@@ -382,7 +382,8 @@ def test_limits_and_patience_end_both_processes_at_the_same_step(two: Two) -> No
     assert all(timesteps >= 300 for timesteps, _ in two.found["limits"]["4.0"])
     (one, ended), (other, other_ended) = two.found["out_of_patience"]
     assert one == other < RUN["timesteps"]
-    assert ended and other_ended
+    assert ended
+    assert other_ended
 
 
 @pytest.mark.slow
