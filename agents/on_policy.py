@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 EVALUATE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass over a rollout; bounds memory, not results
+# The square of a larger one is infinite in float32. Where layers normalise, what comes of such weights may be finite.
+LARGEST_WEIGHT = 1.8e19
 SCORINGS = ("auto", "deferred", "instant")
 
 
@@ -699,14 +701,16 @@ class TextOnPolicyAlgorithm(SavedAgent):
     def check_finite(self) -> None:
         """Find out whether the weights, and what comes of them for a text of the last rollout, are finite.
 
-        :raises DivergedError: if they aren't
+        :raises DivergedError: if they aren't, or weights are so large that their squares are infinite
         """
         problem = None
         for name, parameter in self.policy.named_parameters():
-            # A sum is not finite where one of its parts isn't. In double, where those of finite ones don't overflow.
-            if parameter.requires_grad and not parameter.detach().sum(dtype=torch.float64).isfinite():
-                problem = f"the weights {name} are not finite"
-                break
+            if parameter.requires_grad and parameter.numel():
+                largest = max(map(abs, torch.stack(parameter.detach().aminmax()).tolist()))  # NaN where one weight is
+                if not largest < LARGEST_WEIGHT:
+                    what = f"are as large as {largest:.0e}" if np.isfinite(largest) else "are not finite"
+                    problem = f"the weights {name} {what}"
+                    break
         segments = self.rollout_buffer.segments
         if problem is None and segments and not self.processes.shard:
             with torch.no_grad():

@@ -276,6 +276,7 @@ class TextGenVectorEnv(VectorEnv):
         fixed = self._fixed_prompts(prompt, rows)
         self._scorer.forget(rows)
         self._begin(rows, fixed)
+        self._note_starts()
         infos = VectorInfos(self.num_envs)
         self._add_reset_info(infos, rows)
         self._add_mask_info(infos, rows)
@@ -487,8 +488,8 @@ class TextGenVectorEnv(VectorEnv):
             self._starts_due = self._texts.started & (self._texts.taken == 0)
 
     def _note_starts(self) -> None:
-        """Ask for Φ of prompts that is due by now: before the first step from them, which can be taken again after an
-        error of the reward.
+        """Ask for Φ of prompts that is due by now: at a reset, or before the first step from them, which can be taken
+        again after an error of the reward.
         """
         rows = np.flatnonzero(self._starts_due)
         if len(rows) and not self._deferred:

@@ -27,7 +27,7 @@ from textgym.agents import (
     SoftQLearning,
     TrainingCheckpoints,
 )
-from textgym.agents.checkpoints import read_latest
+from textgym.agents.checkpoints import read_latest, training_state
 from textgym.envs import TextGenEnv
 from textgym.rewards import PrefixBatch, Reward, RewardError
 
@@ -136,3 +136,28 @@ def test_weights_that_are_nan_after_the_last_update_are_told() -> None:
 
     with pytest.raises(DivergedError, match=r"diverged at step 128: the weights value_net"):
         made(Careless, n_steps=32).learn(128)
+
+
+@pytest.mark.parametrize("part", ["", "embed_tokens", "lm_head", "norm"])
+@pytest.mark.parametrize("agent", [PPO, QLearning])
+def test_huge_weights_that_are_finite_never_become_a_checkpoint(agent: type[Any], part: str) -> None:
+    model = made(agent)
+    model.learn(32)
+    with torch.no_grad():
+        for name, parameter in model.policy.named_parameters():
+            if part in name:
+                parameter.copy_(parameter.sign() * 1e38)
+    with pytest.raises(DivergedError, match=r"diverged at step \d+: the weights .* are as large as 1e\+38"):
+        training_state(model)
+
+
+def test_a_checkpoint_is_of_a_model_whose_logits_are_finite() -> None:
+    model = made(PPO)
+    model.learn(32)
+    with torch.no_grad():
+        model.policy.language_model.model.lm_head.weight.fill_(1e19)
+        model.policy.language_model.model.model.norm.weight.fill_(1e19)
+        model.policy.language_model.model.model.norm.weight[0] = -1e19
+    model.policy.forget_cached()
+    with pytest.raises(DivergedError, match=r"diverged at step \d+: what the policy says of a text is not finite"):
+        training_state(model)

@@ -73,7 +73,7 @@ def test_learning_anew_gives_up_what_was_not_scored() -> None:
     assert model.num_timesteps == 32
 
 
-@pytest.mark.parametrize("failing", [1, 2, 5])
+@pytest.mark.parametrize("failing", [2, 5, 6])
 def test_a_step_whose_reward_fails_can_be_taken_again(failing: int) -> None:
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         calls.append(1)
