@@ -13,12 +13,15 @@ import pytest
 import torch
 from tiny_models import EOS, tiny_model, tiny_tokenizer
 
+from textgym.action_masks import masks_of
+from textgym.envs import TextGenEnv
 from textgym.evaluation import Evaluation, completion_log_probs, evaluate, score_tokens, token_log_probs
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition
 from textgym.prompts import PromptRow, PromptRows
 from textgym.rewards import FunctionReward, PrefixBatch, as_reward
+from textgym.sampling import SamplingSettings
 
 PROMPTS = ["the film is", "a story", "i love this great movie", "music"]
 
@@ -78,20 +81,24 @@ def test_figures_are_those_of_the_samples(models: tuple[LanguageModel, LanguageM
     )
 
 
-def test_min_new_tokens_forbids_an_early_end(models: tuple[LanguageModel, LanguageModel]) -> None:
+@pytest.mark.parametrize("masking", [False, True])
+def test_early_ends_are_what_they_are_in_the_environment(
+    masking: bool, models: tuple[LanguageModel, LanguageModel]
+) -> None:
     model, _ = models
     rows = [PromptRow(prompt, {}) for prompt in PROMPTS * 16]
     starts = [model.encode(row.prompt) for row in rows]
-
-    def early(min_new_tokens: int) -> int:
-        batch = complete_rows(
-            model, rows, starts, max_new_tokens=8, min_new_tokens=min_new_tokens,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        return sum(EOS in ids[:4] for ids in batch.completion_ids)
-
-    assert early(0) > 0
-    assert early(4) == 0
+    limits: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 4}
+    masks = masks_of(SamplingSettings(**limits, action_masking=masking), model, None)
+    batch = complete_rows(model, rows, starts, **limits, masks=masks, generator=torch.Generator().manual_seed(0))
+    early = [EOS in ids[:4] for ids in batch.completion_ids]
+    assert any(early) != masking
+    env = TextGenEnv(language_model=model, prompts=PROMPTS, reward=words, kl_coef=0.0, action_masking=masking, **limits)
+    for row in (early.index(not masking), early.index(False), len(rows) - 1):
+        env.reset(options={"prompt": rows[row].prompt})
+        ends = [env.step(token)[2:4] for token in batch.completion_ids[row]]
+        assert not any(map(any, ends[:-1]))
+        assert ends[-1] == (bool(batch.finished[row]), not batch.finished[row])
 
 
 def test_rows_hand_their_columns_to_the_reward_and_files_are_prompts(

@@ -231,10 +231,15 @@ def test_generation_stops_at_end_of_sequence_but_not_before_the_minimum(monkeypa
     policy = make_policy()
     film = VOCABULARY.index("film")
     logits = torch.zeros(VOCAB)
-    logits[EOS], logits[film] = 60.0, 30.0  # ends at once; where it may not, writes "film"
+    logits[EOS], logits[film] = 60.0, 30.0  # ends at once; where a mask forbids it, writes "film"
     monkeypatch.setattr(policy.language_model, "head", lambda hidden: logits.repeat(len(hidden), 1))
     assert policy.generate(["the", "a good"], 6) == ["", ""]
-    assert policy.generate(["the", "a good"], 6, min_new_tokens=3) == [" film film film"] * 2
+    masked = policy.generate(["the", "a good"], 6, min_new_tokens=3, action_masking=True)
+    assert masked == [" film film film"] * 2
+    tokens = []
+    monkeypatch.setattr(policy.language_model, "head", lambda hidden: tokens.append(1) or logits.repeat(len(hidden), 1))
+    assert policy.generate(["the", "a good"], 6, min_new_tokens=3) == ["", ""]
+    assert len(tokens) == 4  # three ends that end nothing, and one that does
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def complete(
 
     :param prompts: B lists of token ids
     :param max_new_tokens: most tokens to add; a row ends earlier at a token that ends a turn, which is returned too
-    :param min_new_tokens: no such token before that many tokens
+    :param min_new_tokens: before that many tokens such a token ends nothing, as in the environment; masks, where there
+        are some, keep it from being written
     :param temperature: divides the logits
     :param deterministic: take the most likely token instead of sampling
     :param forbidden: tokens that are never produced
@@ -82,9 +83,8 @@ def complete(
     for step in range(max_new_tokens):
         with reordered:
             logits = model.head(cached.last_hidden(ids[running], lengths[running], running, prompt_lengths[running]))
-        banned = [*forbidden, *ends] if step < min_new_tokens else list(forbidden)
-        if banned:
-            logits[:, banned] = -torch.inf
+        if forbidden:
+            logits[:, list(forbidden)] = -torch.inf
         allowed: Tensor | None = None
         if masks is not None:
             mask = masks.of(ids[running], lengths[running], prompt_lengths[running], running)
@@ -94,7 +94,8 @@ def complete(
         chosen = tokens.cpu().numpy()
         ids[running, lengths[running]] = chosen
         lengths[running] += 1
-        running = running[~np.isin(chosen, ends)]
+        if step >= min_new_tokens:
+            running = running[~np.isin(chosen, ends)]
         if not len(running):
             break
     return [
@@ -103,15 +104,21 @@ def complete(
 
 
 def complete_rows(
-    model: LanguageModel, rows: Sequence[PromptRow], prompts: Sequence[Sequence[int]], **sampling: Any
+    model: LanguageModel,
+    rows: Sequence[PromptRow],
+    prompts: Sequence[Sequence[int]],
+    *,
+    min_new_tokens: int = 0,
+    **sampling: Any,
 ) -> PrefixBatch:
     """Complete prompts and return prompts with completions in the form that rewards score.
 
     :param rows: B prompts with their columns
     :param prompts: their B lists of token ids
-    :param sampling: arguments of :func:`complete`
+    :param min_new_tokens: see :func:`complete`
+    :param sampling: its other arguments
     """
-    completions = complete(model, prompts, **sampling)
+    completions = complete(model, prompts, min_new_tokens=min_new_tokens, **sampling)
     lengths = np.array([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     ids = np.full((len(rows), int(lengths.max())), model.pad_token_id, dtype=np.int64)
     for row, prompt, completion in zip(ids, prompts, completions, strict=True):
@@ -120,7 +127,7 @@ def complete_rows(
         input_ids=ids,
         lengths=lengths,
         prompt_lengths=np.array([len(prompt) for prompt in prompts]),
-        finished=np.array([completion[-1] in model.end_ids for completion in completions]),
+        finished=np.array([len(ids) > min_new_tokens and ids[-1] in model.end_ids for ids in completions]),
         rows=np.arange(len(rows)),
         prompts=[row.prompt for row in rows],
         columns=as_columns([row.columns for row in rows]),
