@@ -113,6 +113,8 @@ def test_a_template_of_any_family_gives_its_tokens_when_cut(family, tmp_path):
         cut, ids = fit_prompt(row, vocabulary, limit)
         assert len(ids) <= limit
         assert ids == tokenizer.apply_chat_template(cut.columns["messages"], add_generation_prompt=True)["input_ids"]
+        # A prompt that was in the template before anybody saw its messages is cut alike.
+        assert fit_prompt(PromptRow(row.prompt), vocabulary, limit) == (PromptRow(cut.prompt), ids)
 
 
 def test_lengths_are_judged_when_prompts_are_loaded(chat):

@@ -164,9 +164,19 @@ def test_a_template_that_begins_with_bos_gives_the_models_tokens_with_one_bos(ad
     assert prompt.startswith("<bos>") is not adds_bos
 
 
-def test_a_bos_that_the_template_does_not_ask_for_is_told():
+def test_no_bos_stands_before_what_a_template_begins_otherwise():
+    tokenizer = chat_tokenizer(adds_bos=True)
+    meant = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+    model = LanguageModel(tiny_model("llama"), tokenizer)
+    assert model.encode(chat_prompt(CHAT, tokenizer)) == meant
+    assert BOS not in meant
+    assert model.encode("the film")[0] == BOS
+
+
+def test_a_bos_that_can_not_be_left_out_is_told():
+    bare = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
     with pytest.warns(UserWarning, match=r"begins with \['<bos>', .*the template itself asks for"):
-        assert chat_prompt(CHAT, chat_tokenizer(adds_bos=True)).startswith("<|system|>")
+        assert chat_prompt(CHAT, chat_tokenizer(True, bare)).startswith("be fine")
 
 
 def test_a_template_that_ends_in_eos_gives_the_model_that_end():

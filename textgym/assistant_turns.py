@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from textgym.chat import MESSAGES
 from textgym.prompt_fitting import FittedPrompt, messages_of, rendered
 from textgym.prompts import PromptRow
 from textgym.vocabulary import Vocabulary
@@ -32,7 +31,7 @@ def assistant_mask(prompt: FittedPrompt, vocabulary: Vocabulary, whole: PromptRo
     messages = messages_of(prompt.row, vocabulary)
     if messages is None:
         return [False] * len(prompt.ids)
-    before = messages if whole is None else whole.columns[MESSAGES]
+    before = messages if whole is None else messages_of(whole, vocabulary) or messages
     answers = [i for i in range(len(messages) - 1) if messages[i]["role"] == "assistant"]
     spans = _spans(messages, answers, prompt.row, vocabulary)
     if spans is None:

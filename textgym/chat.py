@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -121,27 +122,22 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 def _with_one_beginning(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     """The text so that tokenising it as a prompt gives the template's tokens, with one BOS and not two."""
     meant = tokenizer(text, add_special_tokens=False)["input_ids"]
-    candidates = [text]
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
-        candidates.append(text[len(tokenizer.bos_token) :])
-    for candidate in candidates:
-        ids = _as_prompt(tokenizer, candidate)
-        if ids == meant or ids == _without_end(tokenizer, meant):
+    bare = text.removeprefix(str(tokenizer.bos_token or ""))
+    turns = _turns_of(tokenizer, str(tokenizer.chat_template))
+    for candidate in (bare, text):
+        if turns.encode(candidate) == meant:
             return candidate
-    got = tokenizer.convert_ids_to_tokens(_as_prompt(tokenizer, candidates[-1])[:3])
+    got = tokenizer.convert_ids_to_tokens(turns.encode(bare)[:3])
     warnings.warn(
         f"tokenised as a prompt, what the chat template of the tokenizer {name!r} makes begins with {got}; the "
         f"template itself asks for {tokenizer.convert_ids_to_tokens(meant[:3])}. The model sees the former",
         UserWarning,
         stacklevel=3,
     )
-    return candidates[-1]
+    return bare
 
 
-def _as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """As ``Vocabulary.encode`` does."""
-    return _without_end(tokenizer, list(tokenizer(text)["input_ids"]))
-
-
-def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+@functools.lru_cache(maxsize=4)
+def _turns_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnTokens:
+    """Kept, as finding out what a template writes takes longer than to use it."""
+    return TurnTokens(tokenizer)

@@ -31,7 +31,8 @@ class FittedPrompt(NamedTuple):
 def fit_prompt(row: PromptRow, vocabulary: Vocabulary, limit: int | None = None) -> FittedPrompt:
     """The prompt of a row as token ids, cut where they are too many.
 
-    A conversation is cut as one where the row's column ``messages`` gives its prompt through the chat template.
+    A conversation is cut as one where the chat template makes its prompt of the row's column ``messages``, or of the
+    messages that can be read in the prompt itself.
 
     :param row: the prompt, with its columns
     :param vocabulary: of the language model
@@ -137,9 +138,11 @@ def judge_lengths(rows: Iterable[PromptRow], vocabulary: Vocabulary, limit: int,
 
 
 def messages_of(row: PromptRow, vocabulary: Vocabulary) -> list[dict[str, Any]] | None:
-    """The messages that a prompt was made of; None where it is a text."""
+    """The messages that a prompt was made of; None where it is not a conversation in the chat template."""
     given = row.columns.get(MESSAGES)
     if not is_conversation(given) or not given or not all(isinstance(message, dict) for message in given):
+        given = vocabulary.turns.templated.messages(row.prompt)
+    if given is None:
         return None
     messages = [dict(message) for message in given]
     try:
@@ -168,7 +171,8 @@ def _cut_conversation(
             text = rendered(messages, row, vocabulary)
             ids = vocabulary.encode(text)
             if len(ids) <= limit:
-                return FittedPrompt(PromptRow(text, {**row.columns, MESSAGES: messages}), ids)
+                columns = {**row.columns, MESSAGES: messages} if MESSAGES in row.columns else row.columns
+                return FittedPrompt(PromptRow(text, columns), ids)
             content = messages[i]["content"]
             if not isinstance(content, str) or not content:
                 break

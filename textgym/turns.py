@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from textgym.decoding import PrefixDecoder
+from textgym.templated_texts import TemplatedTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,9 @@ class TurnTokens:
     def encode(self, text: str, *, whole: bool = False) -> list[int]:
         """Token ids of a text, with what the tokenizer puts before it, once.
 
-        What the text itself says stays, an end-of-sequence token at its end included.
+        What is in the chat template gets what the template puts there, and no more: transformers' own
+        ``apply_chat_template`` puts no beginning-of-sequence token before one that writes none. What the text itself
+        says stays, an end-of-sequence token at its end included.
 
         :param whole: also with what the tokenizer puts behind it; without, the text is to be continued
         """
@@ -125,8 +128,8 @@ class TurnTokens:
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         before, behind = self.opening_ids, self.closing_ids if whole else []
         encoded = []
-        for ids in rows:
-            opened = ids[: len(before)] == before  # a chat template has written it
+        for text, ids in zip(texts, rows, strict=True):
+            opened = ids[: len(before)] == before or bool(before and self.templated.are_opened(text))
             closed = bool(behind) and ids[-len(behind) :] == behind
             encoded.append([*([] if opened else before), *ids, *([] if closed else behind)])
         return encoded
@@ -149,6 +152,25 @@ class TurnTokens:
         """:meth:`decode` of many rows."""
         texts = self._prefixes.texts([[i for i in row if i not in self.hidden_ids] for row in rows])
         return [self._clean(text) for text in texts]
+
+    @cached_property
+    def templated(self) -> TemplatedTexts:
+        """What texts in the chat template look like."""
+        return TemplatedTexts(self)
+
+    def rendered(self, messages: list[Mapping[str, Any]], add_generation_prompt: bool = True) -> str | None:
+        """Messages through the chat template; None where there is none or it refuses them."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, ValueError, TypeError):
+            return None
+        return text if isinstance(text, str) else None
 
     def showing(self, texts: Sequence[str]) -> TurnTokens:
         """The same, but that decoded texts also show the special tokens whose names stand in some texts.
@@ -230,18 +252,9 @@ class TurnTokens:
         return None
 
     def _rendered(self, *roles: str, add_generation_prompt: bool = False) -> str | None:
-        """A conversation through the chat template; None where there is none or it takes no such conversation."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return None
-        messages: list[Mapping[str, Any]] = [
-            {"role": role, "content": _ASSISTANT if role == "assistant" else _USER} for role in roles
-        ]
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, ValueError, TypeError):
-            return None
-        return text if isinstance(text, str) and text.count(_ASSISTANT) == roles.count("assistant") else None
+        """A conversation of these roles through the chat template; None where it takes no such one."""
+        text = self.rendered(
+            [{"role": role, "content": _ASSISTANT if role == "assistant" else _USER} for role in roles],
+            add_generation_prompt,
+        )
+        return text if text is not None and text.count(_ASSISTANT) == roles.count("assistant") else None
