@@ -31,6 +31,7 @@ from textgym.generation import complete
 from textgym.language_model import load_language_model, load_vocabulary
 from textgym.prompt_files import load_prompt_file
 from textgym.prompt_fitting import fit_prompt
+from textgym.prompts import PromptRow
 from textgym.rewards import FunctionReward
 
 
