@@ -1,39 +1,43 @@
-"""The Stable-Baselines3 side: a language model as a policy, and agents that train it."""
+"""The Stable-Baselines3 side: a language model as a policy, and agents that train it.
+
+Each name's module is imported when it is first used: torch, transformers and Stable-Baselines3 take seconds, and the
+command line says how it is used without them.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from textgym.agents.a2c import A2C
-from textgym.agents.blueprint import LanguageModelBlueprint
-from textgym.agents.callbacks import AdaptiveKLCallback
-from textgym.agents.checkpoints import TrainingCheckpoints, resume
-from textgym.agents.dpo import DPO
-from textgym.agents.early_stopping import StopOnKL
-from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.expert_iteration import ExpertIteration
-from textgym.agents.exploration import Explore
-from textgym.agents.grpo import GRPO
-from textgym.agents.learning_rewards import LearningRewards
-from textgym.agents.nlpo import NLPO
-from textgym.agents.off_policy import TextOffPolicyAlgorithm
-from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.ppo import PPO
-from textgym.agents.q_learning import QLearning
-from textgym.agents.reinforce import REINFORCE
-from textgym.agents.rloo import RLOO
-from textgym.agents.sarsa import SARSA
-from textgym.agents.saved_agent import TrustWarning
-from textgym.agents.soft_q_learning import SoftQLearning
-from textgym.agents.text_environment import TextEnvironment
-from textgym.agents.trpo import TRPO
-from textgym.checkpoint_folders import CheckpointError
-from textgym.divergence import DivergedError
-
 if TYPE_CHECKING:
+    from textgym.agents.a2c import A2C
+    from textgym.agents.blueprint import LanguageModelBlueprint
+    from textgym.agents.callbacks import AdaptiveKLCallback
+    from textgym.agents.checkpoints import TrainingCheckpoints, resume
+    from textgym.agents.dpo import DPO
+    from textgym.agents.early_stopping import StopOnKL
+    from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+    from textgym.agents.episodes import TextEpisodeAlgorithm
+    from textgym.agents.expert_iteration import ExpertIteration
+    from textgym.agents.exploration import Explore
+    from textgym.agents.grpo import GRPO
     from textgym.agents.imitation import WarmStartReport, warm_start
+    from textgym.agents.learning_rewards import LearningRewards
+    from textgym.agents.nlpo import NLPO
+    from textgym.agents.off_policy import TextOffPolicyAlgorithm
+    from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm
+    from textgym.agents.policy import LanguageModelPolicy
+    from textgym.agents.ppo import PPO
+    from textgym.agents.q_learning import QLearning
+    from textgym.agents.reinforce import REINFORCE
+    from textgym.agents.rloo import RLOO
+    from textgym.agents.sarsa import SARSA
+    from textgym.agents.saved_agent import TrustWarning
+    from textgym.agents.soft_q_learning import SoftQLearning
+    from textgym.agents.text_environment import TextEnvironment
+    from textgym.agents.trpo import TRPO
+    from textgym.checkpoint_folders import CheckpointError
+    from textgym.divergence import DivergedError
 
 __all__ = [
     "A2C",
@@ -71,11 +75,46 @@ __all__ = [
     "warm_start",
 ]
 
+_MODULES = {
+    "agents.a2c": ["A2C"],
+    "agents.blueprint": ["LanguageModelBlueprint"],
+    "agents.callbacks": ["AdaptiveKLCallback"],
+    "agents.checkpoints": ["TrainingCheckpoints", "resume"],
+    "agents.dpo": ["DPO"],
+    "agents.early_stopping": ["StopOnKL"],
+    "agents.episode_buffer": ["EpisodeBuffer", "Segment", "SegmentSamples"],
+    "agents.episodes": ["TextEpisodeAlgorithm"],
+    "agents.expert_iteration": ["ExpertIteration"],
+    "agents.exploration": ["Explore"],
+    "agents.grpo": ["GRPO"],
+    "agents.imitation": ["WarmStartReport", "warm_start"],
+    "agents.learning_rewards": ["LearningRewards"],
+    "agents.nlpo": ["NLPO"],
+    "agents.off_policy": ["TextOffPolicyAlgorithm"],
+    "agents.on_policy": ["Loss", "TextOnPolicyAlgorithm"],
+    "agents.policy": ["LanguageModelPolicy"],
+    "agents.ppo": ["PPO"],
+    "agents.q_learning": ["QLearning"],
+    "agents.reinforce": ["REINFORCE"],
+    "agents.rloo": ["RLOO"],
+    "agents.sarsa": ["SARSA"],
+    "agents.saved_agent": ["TrustWarning"],
+    "agents.soft_q_learning": ["SoftQLearning"],
+    "agents.text_environment": ["TextEnvironment"],
+    "agents.trpo": ["TRPO"],
+    "checkpoint_folders": ["CheckpointError"],
+    "divergence": ["DivergedError"],
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    # transformers.Trainer takes seconds to import, and only imitation needs it.
-    if name not in ("WarmStartReport", "warm_start"):
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from textgym.agents import imitation
+    found = getattr(importlib.import_module(f"textgym.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
 
-    return getattr(imitation, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -45,20 +45,27 @@ console = Console()
 Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "nlpo", "trpo", "softq", "q", "sarsa", "expert", "dpo"]
 
 
+def _interrupted() -> typer.Exit:
+    """What a command ends with after Ctrl-C."""
+    Console(stderr=True).print("Interrupted")
+    return typer.Exit(130)
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Say in one line what is wrong with what the user gave; other errors keep their traceback."""
-    from textgym.agents.distributed import ProcessError
-    from textgym.checkpoint_folders import CheckpointError
-    from textgym.divergence import DivergedError
-    from textgym.rewards import RewardError
-
+    try:
+        from textgym.agents.distributed import ProcessError
+        from textgym.checkpoint_folders import CheckpointError
+        from textgym.divergence import DivergedError
+        from textgym.rewards import RewardError
+    except KeyboardInterrupt:
+        raise _interrupted() from None
     said = (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, ProcessError, RewardError)
     try:
         yield
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted")
-        raise typer.Exit(130) from None
+        raise _interrupted() from None
     except (*said, DivergedError) as error:
         Console(stderr=True).print(f"[bold red]Error[/bold red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
