@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tiny_agents import tiny_language_model
 from typer.testing import CliRunner
 
 from textgym.agents import AdaptiveKLCallback, CheckpointError, DivergedError, LearningRewards
@@ -319,3 +320,36 @@ def test_resuming_asks_for_trust_where_generating_does(tmp_path: Path) -> None:
     result = invoke(*resume, "--trust-code")
     assert result.exit_code == 0, result.output
     assert ran.exists()
+
+
+def test_resuming_asks_before_it_runs_code_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    tiny_language_model().save_pretrained(own)
+    config = json.loads((own / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"})
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    (tmp_path / "p.txt").write_text("the film\na story\n")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on the terminal"))
+    options = {**SMALL, "timesteps": 24, "model": str(own), "prompts": str(tmp_path / "p.txt"), "held_out": "none"}
+    folder = RunFolder(tmp_path / "run")
+    assert Run("ppo", RunConfig(**options, trust_remote_code=True), folder.path).train()
+
+    opened: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "transformers.dynamic_module_utils.get_class_from_dynamic_module", lambda *a, **k: opened.append(a)
+        )
+        for command in (["train", "--resume", str(folder.path)], ["generate", str(folder.path), "-p", "the"]):
+            result = invoke(*command)
+            assert result.exit_code == 2
+            assert "has trust_remote_code, and Python code that comes with its model" in result.output
+            assert "--trust-code" in result.output
+    assert not opened
+    go_on = ("train", "--resume", str(folder.path), "--timesteps", "48", "--no-progress", "--trust-code")
+    assert invoke(*go_on).exit_code == 0
