@@ -252,14 +252,6 @@ def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> di
     texts = {"prompts": ["the film is"] * 3, "completions": [" a joy", " dull dull", " of the"]}
     learned = processes.gather({"scores": reward(**texts), "before": score_before_learning(texts)})
 
-    # A KL above the limit in one process alone, from two rows and from three; the mean over both is 3.4.
-    limits = {}
-    for limit in (3.0, 4.0):
-        stop = StopOnKL(limit)
-        model = tiny_ppo(tiny_vector_env(2 + processes.rank))
-        model.learn(300, callback=[ReportKL(1.0 if processes.is_main else 5.0), stop])
-        limits[str(limit)] = processes.gather([model.num_timesteps, stop.last_kl])
-
     # One process draws more than twice as many prompts as the other.
     shared = SharedPrompts(PROMPTS, seed=1)
     rng, rounds = np.random.default_rng(), []
@@ -267,12 +259,25 @@ def exchanged(processes: Processes, rollout: dict[str, Any], folder: Path) -> di
         drawn = [shared.sample(rng).prompt for _ in range(3 + 4 * processes.rank)]
         rounds.append([prompt for part in processes.gather(drawn) for prompt in part])
         shared.divide()
-    found = {"ends": ends, "first": first, "rounds": rounds, "actions": actions, "learned": learned, "limits": limits}
+    found = {"ends": ends, "first": first, "rounds": rounds, "actions": actions, "learned": learned}
+    return {**found, **stopped_together(processes, folder)}
+
+
+def stopped_together(processes: Processes, folder: Path) -> dict[str, Any]:
+    """Where trainings end that a limit or patience ends before their tokens are used up."""
+    # The KL is above the limit in one process alone, of two rows and of three; over both it is between.
+    limits = {}
+    for limit in (2.0, 4.9):
+        stop = StopOnKL(limit)
+        model = tiny_ppo(tiny_vector_env(2 + processes.rank))
+        model.learn(240, callback=[ReportKL(1.0 if processes.is_main else 5.0), stop])
+        limits[str(limit)] = processes.gather([model.num_timesteps, stop.last_kl])
     (folder / "flat.py").write_text("def score(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
     options = {"reward": f"{folder / 'flat.py'}:score", "patience": 2, "eval_every": 24}
     flat = Run("ppo", RunConfig(**run_options(folder, **options)), folder / "flat")
     assert flat.train()
-    return {**found, "out_of_patience": processes.gather([flat.agent.num_timesteps, flat.recorder.out_of_patience])}
+    ended = processes.gather([flat.agent.num_timesteps, flat.recorder.out_of_patience])
+    return {"limits": limits, "out_of_patience": ended}
 
 
 def score_before_learning(texts: dict[str, list[str]]) -> list[float | None]:
@@ -376,10 +381,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
 
 @pytest.mark.slow
 def test_limits_and_patience_end_both_processes_at_the_same_step(two: Two) -> None:
-    (one, kl), (other, other_kl) = two.found["limits"]["3.0"]
-    assert one == other < 300
-    assert 1.0 < kl == other_kl < 5.0
-    assert all(timesteps >= 300 for timesteps, _ in two.found["limits"]["4.0"])
+    limits = two.found["limits"]
+    (one, kl), (other, other_kl) = limits["2.0"]
+    assert one == other < 240
+    assert 2.0 < kl == other_kl < 5.0
+    assert all(timesteps >= 240 for timesteps, _ in limits["4.9"])
     (one, ended), (other, other_ended) = two.found["out_of_patience"]
     assert one == other < RUN["timesteps"]
     assert ended
