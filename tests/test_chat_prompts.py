@@ -240,7 +240,7 @@ def test_supervised_training_teaches_the_end_of_turn_behind_a_conversation(chat,
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "completion": " four"}))
     lm = load_language_model(chat)
     rows = load_prompt_file(tmp_path / "rows.jsonl", tokenizer=lm.tokenizer)
-    (example,) = _encode(lm, rows, "completion", None, "prompts")
+    (example,) = _encode(lm, rows, "completion", None, "prompts", every=True)
     if as_conversation:
         messages = [*prompt, {"role": "assistant", "content": " four"}]
         whole = lm.tokenizer.apply_chat_template(messages)["input_ids"]
