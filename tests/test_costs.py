@@ -116,7 +116,7 @@ def test_an_instant_rollout_forwards_each_token_once_with_each_model(new_tokens)
     assert counted["reference"] == [PROMPT, *[ROWS] * (new_tokens - 1)]
     # Nothing cached reaches into a rollout, so the prompts are read again with the first tokens, like ones once.
     different = len(set(model.rollout_buffer.actions[0].flatten().tolist()))
-    assert counted["reward"] == [PROMPT, different * (PROMPT + 1), *[ROWS] * new_tokens]
+    assert counted["reward"] == [PROMPT, different * (PROMPT + 1), *[ROWS] * (new_tokens - 1)]
 
 
 @pytest.mark.parametrize("new_tokens", [8, 16, 32])
