@@ -244,6 +244,15 @@ def smollm2() -> list[Row]:
     return [[f"{when[name]:{form}}".replace("-", "−") for when in (before, after)] for name, form in shown]
 
 
+def smollm2_kl() -> list[Row]:
+    """How far a run goes from the reference, and what becomes of its texts."""
+    found = [(run["before"], run["after"]) for run in result("smollm2_kl").values()]
+    return [
+        [f"{after['kl']:.1f}", f"{before['perplexity']:.0f} → {after['perplexity']:.0f}", f"{after['distinct_2']:.2f}"]
+        for before, after in found
+    ]
+
+
 def processes() -> list[Row]:
     """One process, two apart and two together."""
     return [
@@ -290,6 +299,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "reward models": reward_models,
     "embedded judges": embedded_judges,
     "smollm2": smollm2,
+    "smollm2 kl": smollm2_kl,
     "processes": processes,
 }
 
