@@ -5,7 +5,7 @@ with what its slot has cached: one token more is a decode step, another prefix i
 differs, the same row again costs nothing, and when the weights have changed everything cached is forgotten. A row that
 begins as another slot does, such as with the same prompt, gets that slot's states and only the rest is computed.
 
-It works on the trunk of any Hugging Face causal model (``model.base_model``), without touching the model's code, by
+It works on the trunk (:func:`~textgym.trunk.trunk_of`) of any Hugging Face causal model, without touching its code, by
 passing a :class:`~textgym.slot_cache.SlotCache`, an explicit 4-D attention mask, or one for each kind of layer where
 some see only a window, and explicit position ids. :mod:`textgym.grouped_model` is for models that take no such thing.
 

@@ -369,7 +369,7 @@ def own_states(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         return trunk_of(model)(**inputs, use_cache=False).last_hidden_state
     # T5's language model is its own base model, and hands out these states in another place than others.
     # Asked for them, transformers puts hooks into the modules that can't be pickled: hence the copy.
-    output = copy_sharing_weights(model).base_model(**inputs, use_cache=False, output_hidden_states=True)
+    output = trunk_of(copy_sharing_weights(model))(**inputs, use_cache=False, output_hidden_states=True)
     return output.decoder_hidden_states[-1]
 
 

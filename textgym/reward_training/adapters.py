@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from textgym.merging import merge_layers
+from textgym.trunk import trunk_of
 
 ADAPTER = "default"  # what peft calls the one adapter of a model
 
@@ -24,7 +27,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
         raise ModuleNotFoundError(
             'lora_rank needs the package peft: pip install "textgym[lora]"', name="peft"
         ) from error
-    backbone = model.base_model
+    backbone = trunk_of(model)
     layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     try:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), backbone, ADAPTER)
@@ -35,6 +38,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
 def merge_adapters(model: PreTrainedModel) -> None:
     """Make the adapters a part of the weights; the model is then an ordinary one."""
     merge_layers(model, [ADAPTER])
-    if hasattr(model.base_model, "peft_config"):
-        del model.base_model.peft_config
+    trunk: Any = trunk_of(model)
+    if hasattr(trunk, "peft_config"):
+        del trunk.peft_config
     model.requires_grad_(True)

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from textgym.language_model import quiet_progress, refusing_own_code
 from textgym.rewards.causality import is_causal
 from textgym.rewards.headed_model import HeadedRewardModel, HeadLayers
+from textgym.trunk import trunk_of
 from textgym.weight_files import readable_weights
 
 Head = Literal["linear", "mlp", "cnn"]
@@ -62,7 +63,7 @@ def open_backbone(
         if tokenizer is None:
             raise ValueError(f"model is a {type(model).__name__} object: pass its tokenizer too (tokenizer=...)")
         if head != "linear":
-            return _with_head(model.base_model, num_labels, seed, head, head_size, head_dropout, head_layers), tokenizer
+            return _with_head(trunk_of(model), num_labels, seed, head, head_size, head_dropout, head_layers), tokenizer
         if not (type(model).__name__.endswith("ForSequenceClassification") or isinstance(model, HeadedRewardModel)):
             raise TypeError(f"model is a {type(model).__name__}; give a sequence classifier, or a directory or hub id")
         if model.config.num_labels != num_labels:
@@ -78,8 +79,9 @@ def open_backbone(
         options["num_labels"] = num_labels
     with refusing_own_code(f"model={path!r}"), quiet_progress(), _quiet_loading(), readable_weights(path):
         opened, loading = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
-    trunk = opened.base_model_prefix + "." if head == "linear" else ""
-    missing = sorted(name for name in loading["missing_keys"] if name.startswith(trunk) and "pooler." not in name)
+    trunk = set(trunk_of(opened).parameters())
+    of_trunk = {name for name, weight in opened.named_parameters(remove_duplicate=False) if weight in trunk}
+    missing = sorted(name for name in loading["missing_keys"] if name in of_trunk and "pooler." not in name)
     if missing:
         raise ValueError(f"model={path!r} has no weights for {', '.join(missing[:3])}; its backbone would be random")
     if head != "linear":

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from textgym.rewards.causality import is_causal
 from textgym.rewards.headed_model import HeadedRewardModel
 from textgym.rewards.text_forward import readable_tokens
+from textgym.trunk import trunk_of
 
 from .encoding import EncodedText, encode, encode_pairs
 
@@ -49,7 +50,7 @@ class TextScorer:
         self.convolutional = self.headed and model.config.head == "cnn"
         self._one_state = not self.headed or model.config.reads_one_state
         has_score = self.headed or isinstance(getattr(model, "score", None), nn.Linear)
-        self.causal = has_score and is_causal(model.base_model)
+        self.causal = has_score and is_causal(trunk_of(model))
         # PAD is never read: neither the attention mask nor the position of the end depends on it.
         self._pad = tokenizer.pad_token_id or 0
         self._remembered: dict[tuple[int, ...], Tensor] = {}
@@ -128,7 +129,7 @@ class TextScorer:
         """Training mode; of a frozen backbone, dropout would be noise and nothing else."""
         self.model.train()
         if self.frozen:
-            self.model.base_model.eval()
+            trunk_of(self.model).eval()
 
     @torch.no_grad()
     def remember(self, rows: Sequence[Sequence[int]], everywhere: bool = False) -> None:
@@ -174,7 +175,7 @@ class TextScorer:
             if self.headed:
                 states = self.model.states(ids, mask, **options)
             else:
-                states = self.model.base_model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+                states = trunk_of(self.model)(input_ids=ids, attention_mask=mask, **options).last_hidden_state
         return states.to(self.model.dtype), mask
 
     def _of_classifier(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -222,5 +223,5 @@ def _parts(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:
     """The modules behind the backbone that have weights."""
-    trunk = model.base_model
+    trunk = trunk_of(model)
     return [child for child in model.children() if child is not trunk and next(child.parameters(), None) is not None]

@@ -24,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from textgym.checkpoint_folders import check_manifest, write_whole
 from textgym.divergence import DivergedError
+from textgym.trunk import trunk_of
 
 from .data import RewardData
 from .encoding import EncodedText, end_positions, token_positions
@@ -198,7 +199,7 @@ class RewardTrainer(Trainer):
         arguments: TrainingArguments,
     ) -> None:
         if options.freeze_backbone:
-            scorer.model.base_model.requires_grad_(False)
+            trunk_of(scorer.model).requires_grad_(False)
         self.checkpoints = Path(str(arguments.output_dir))
         callbacks: list[TrainerCallback] = [_BestCheckpoint(self.checkpoints)]
         if options.patience is not None:

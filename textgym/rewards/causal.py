@@ -32,6 +32,7 @@ from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
+from textgym.trunk import trunk_of
 from textgym.turns import TurnTokens
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 from textgym.weight_files import readable_weights
@@ -311,7 +312,7 @@ class CausalRewardModel(Reward):
     def _own_output(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the model itself says of one row: ``(1,)``."""
         if self._encoder_decoder:  # its own forward reads one text twice: here the head is put on its two halves
-            states: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            states: Tensor = trunk_of(self.model)(**inputs, use_cache=False).last_hidden_state
             score: Tensor = self.head(states[:, -1])[0]
             return score
         mask = torch.ones_like(inputs["input_ids"])

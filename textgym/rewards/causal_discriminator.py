@@ -16,6 +16,7 @@ from textgym.rewards.base import Reward
 from textgym.rewards.causal import CausalRewardModel
 from textgym.rewards.errors import RewardError
 from textgym.rewards.text_units import well_formed
+from textgym.trunk import trunk_of
 from textgym.turns import TurnTokens
 from textgym.vocabulary import is_encoder_decoder, position_limit
 
@@ -125,7 +126,7 @@ class CausalDiscriminator:
         lengths = torch.tensor([len(row) for row in rows], device=device)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, L)
         real = torch.arange(width, device=device) < lengths[:, None]  # (B, L)
-        hidden = self.model.base_model(input_ids=ids, attention_mask=real.long(), use_cache=False)[0]  # (B, L, H)
+        hidden = trunk_of(self.model)(input_ids=ids, attention_mask=real.long(), use_cache=False)[0]  # (B, L, H)
         logits = self.model.score(hidden)[..., 0].float()  # (B, L)
         targets = torch.tensor(labels, device=device)[:, None].expand_as(logits)
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 def is_causal(trunk: PreTrainedModel) -> bool:
     """Whether no token sees those behind it.
 
-    :param trunk: a transformer without head, such as a model's ``base_model``
+    :param trunk: a transformer without head, what :func:`~textgym.trunk.trunk_of` finds
     """
     if getattr(trunk.config, "is_encoder_decoder", False):
         return False

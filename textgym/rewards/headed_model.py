@@ -7,6 +7,7 @@ classes to open it.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import output_capturing
 
 CustomHead = Literal["mlp", "cnn"]
 HeadLayers = Literal["last", "all"]
@@ -144,6 +146,11 @@ class HeadedRewardModel(PreTrainedModel):
         # Behind post_init, which draws weights anew.
         self.backbone = AutoModel.from_config(config.text_config) if backbone is None else backbone
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        state["_modules"] = {**self._modules, "backbone": _without_capturing_hooks(self.backbone)}
+        return state
+
     @classmethod
     def around(
         cls,
@@ -212,6 +219,21 @@ class HeadedRewardModel(PreTrainedModel):
             return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
         weights = mask[:, :, None].to(states.dtype)
         return (states * weights).sum(1) / weights.sum(1)
+
+
+def _without_capturing_hooks(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the same weights, and without what can't be pickled.
+
+    Asked for the states of all layers, transformers leaves functions in a model that are defined inside another. It
+    makes them anew where they are missing.
+    """
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in twin.modules():
+        vars(module).pop("_output_capturing_hooks_installed", None)
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                del module._forward_hooks[number]
+    return twin
 
 
 AutoConfig.register(MODEL_TYPE, HeadedConfig)

@@ -22,6 +22,7 @@ from textgym.rewards.headed_model import MODEL_TYPE
 from textgym.rewards.router import Router
 from textgym.rewards.text_forward import open_pretrained
 from textgym.shared_weights import copy_sharing_weights
+from textgym.trunk import trunk_of
 
 ENSEMBLE_FILE = "ensemble.json"
 KIND = "a trained reward model"
@@ -130,7 +131,7 @@ def _reward(
     of_one_state = config.model_type != MODEL_TYPE or config.reads_one_state
     one = config.num_labels == 1 and label in (None, 0, config.id2label[0])
     has_score = isinstance(getattr(model, "score", None), nn.Module)
-    if one and has_score and of_one_state and is_causal(model.base_model):
+    if one and has_score and of_one_state and is_causal(trunk_of(model)):
         eos = tokenizer.eos_token_id is not None  # without one, it can't have been trained on
         return CausalRewardModel(model, tokenizer, device=device, append_eos=eos)
     if config.num_labels > 1 and label is None:
@@ -153,9 +154,9 @@ def _view(model: PreTrainedModel, task: Mapping[str, Any]) -> PreTrainedModel:
     first, labels, outputs = int(task["first"]), list(task["labels"]), model.config.num_labels
     view = copy_sharing_weights(model)
     found = []
-    for name, layer in view.named_modules():
-        behind = not name.startswith(view.base_model_prefix + ".")
-        if behind and isinstance(layer, nn.Linear) and layer.out_features == outputs:
+    before = set(trunk_of(view).modules())
+    for layer in view.modules():
+        if layer not in before and isinstance(layer, nn.Linear) and layer.out_features == outputs:
             found.append(layer)
     if len(found) != 1:
         raise ValueError(f"{type(model).__name__} has no single linear layer with its {outputs} outputs")
