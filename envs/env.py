@@ -88,7 +88,7 @@ class TextGenEnv(gym.Env):
     | ``kl_estimator`` | ``"k1"`` | ``"k1"``, ``"k2"`` or ``"k3"`` (Schulman 2020) |
     | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens |
     | ``min_new_tokens`` | ``0`` | a token that ends a turn, or a stop string, ends nothing before that many tokens (with masking the former can't be chosen) |
-    | ``max_prompt_tokens`` | ``64`` or what fits | longer texts are cut on the left; longer conversations lose content of their oldest turns, no headers and the system's content last. ``info["prompt"]`` and rewards have what the model sees. One warning, where prompts have an end when the environment is made |
+    | ``max_prompt_tokens`` | ``64`` or what fits | longer texts are cut on the left; longer conversations lose content and no headers: the oldest turns, then the longer of system and last question. ``info["prompt"]`` and rewards have what the model sees. One warning, where prompts have an end when the environment is made |
     | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead, when the environment is made |
     | ``stop`` | ``None`` | string or list of strings that end the text when they appear in the completion |
     | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward where the budget ran out |

@@ -88,16 +88,27 @@ def test_a_long_conversation_loses_content_of_its_oldest_turns_and_no_header(cha
 
 
 @pytest.mark.filterwarnings("ignore:a prompt of .* tokens is longer")
-def test_a_conversation_loses_the_systems_content_last_and_headers_never(chat, tmp_path):
-    file = conversation(tmp_path, "a film", "a good film", "why?", system="be brief and kind " * 5)
+@pytest.mark.parametrize(("asked", "system"), [("why?", "be brief and kind " * 5), ("why so? " * 12, "be brief")])
+def test_without_older_turns_the_longer_of_system_and_question_is_cut(chat, tmp_path, asked, system):
+    file = conversation(tmp_path, "a film", "a good film", asked, system=system)
     env = make(chat, prompts=file, max_prompt_tokens=80)
     _, info = env.reset()
     assert info["prompt"].count("<|im_start|>") == 5
-    assert "kind <|im_end|>" in info["prompt"]
-    assert "be brief and kind be brief and kind " not in info["prompt"]
-    assert not any(text in info["prompt"] for text in ("film", "why"))
+    assert "film" not in info["prompt"]
+    shorter, longer = sorted((asked, system), key=len)
+    assert f"\n{shorter}<|im_end|>" in info["prompt"]
+    assert f"{longer[-8:]}<|im_end|>" in info["prompt"]
+    assert longer not in info["prompt"]
     with pytest.raises(ValueError, match="headers alone are .* tokens, more than max_prompt_tokens=10"):
         make(chat, prompts=file, max_prompt_tokens=10).reset()
+
+
+def test_of_system_and_question_of_one_length_both_keep_their_ends(chat, tmp_path):
+    file = conversation(tmp_path, "abcdefgh" * 10, system="12345678" * 10)
+    with pytest.warns(UserWarning, match="is longer than max_prompt_tokens=80"):
+        _, info = make(chat, prompts=file, max_prompt_tokens=80).reset()
+    assert "45678<|im_end|>" in info["prompt"]
+    assert "defgh<|im_end|>" in info["prompt"]
 
 
 def test_a_template_of_any_family_gives_its_tokens_when_cut(family, tmp_path):

@@ -52,10 +52,41 @@ def test_reads_says_it_for_functions_without_annotation():
 
     assert FunctionReward(fn, reads="messages")(prompts=["p"], completions=["Wait."]) == [5.0]
     assert FunctionReward(texts, reads="texts")(prompts=["p"], completions=["Wait."]) == [5.0]
-    with pytest.raises(RewardError, match="raised TypeError"):
+    with pytest.raises(RewardError, match=r"raised TypeError: .*; completions are texts, for messages wrap it"):
         as_reward(fn)(prompts=["p"], completions=["Wait."])
     with pytest.raises(ValueError, match="reads='conversations' must be one of None, 'texts', 'messages'"):
         FunctionReward(fn, reads="conversations")
+
+
+async def awaited(completions, **columns):
+    return [float(len(completion[-1].get("content"))) for completion in completions]
+
+
+@pytest.mark.parametrize("completion", ["", "Wait."])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda completions, **columns: [float(len(completion[0]["content"])) for completion in completions],
+        functools.partial(lambda scale, completions: [scale * len(c[0]["content"]) for c in completions], 1.0),
+        awaited,
+    ],
+)
+def test_a_function_without_annotation_that_reads_messages_gets_them_of_conversations(fn, completion):
+    reward = as_reward(fn)
+    for _ in range(2):
+        assert reward(prompts=["rendered"], completions=[completion], messages=MESSAGES) == [len(completion)]
+
+
+def test_the_prompts_of_such_a_function_are_the_conversations():
+    reward = as_reward(lambda prompts, completions, **columns: [float(len(p[-1]["content"])) for p in prompts])
+    assert reward(prompts=["rendered"], completions=["Wait."], messages=MESSAGES) == [len("What now?")]
+
+
+def test_a_function_that_fails_on_some_texts_is_not_taken_for_one_that_reads_messages():
+    reward = as_reward(lambda completions, **columns: [float(completion[0] == "W") for completion in completions])
+    with pytest.raises(RewardError, match="raised IndexError"):
+        reward(prompts=["rendered"], completions=[""], messages=MESSAGES)
+    assert reward(prompts=["rendered"], completions=["Wait."], messages=MESSAGES) == [1.0]
 
 
 def test_trls_own_format_reward_scores_texts_of_an_environment():

@@ -1,7 +1,8 @@
 """What a model sees of a prompt: all of it, or as much as the limit of tokens leaves.
 
-A text loses its beginning. A conversation loses content and no header: the oldest turns first, the system's last, each
-from its beginning. Rewards, infos and logs get the prompt that the model saw.
+A text loses its beginning. A conversation loses content and no header: turns before the last question first, from the
+oldest on; where that is not enough, the longest of what is left, system or question. Each loses its beginning.
+Rewards, infos and logs get the prompt that the model saw.
 """
 
 from __future__ import annotations
@@ -164,23 +165,37 @@ def rendered(messages: Sequence[dict[str, Any]], row: PromptRow, vocabulary: Voc
 def _cut_conversation(
     row: PromptRow, messages: list[dict[str, Any]], vocabulary: Vocabulary, limit: int
 ) -> FittedPrompt:
-    others = [i for i, message in enumerate(messages) if message["role"] != "system"]
-    systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
-    for i in others + systems:
-        while True:
-            text = rendered(messages, row, vocabulary)
-            ids = vocabulary.encode(text)
-            if len(ids) <= limit:
-                columns = {**row.columns, MESSAGES: messages} if MESSAGES in row.columns else row.columns
-                return FittedPrompt(PromptRow(text, columns), ids)
-            content = messages[i]["content"]
-            if not isinstance(content, str) or not content:
-                break
-            messages[i] = {**messages[i], "content": _without_beginning(content, len(ids) - limit, vocabulary)}
+    asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+    older = [i for i, message in enumerate(messages[:asked]) if message["role"] != "system"]
+    needed = [i for i in range(len(messages)) if i not in older]  # the system, and all from the last question on
+    while True:
+        text = rendered(messages, row, vocabulary)
+        ids = vocabulary.encode(text)
+        excess = len(ids) - limit
+        if excess <= 0:
+            columns = {**row.columns, MESSAGES: messages} if MESSAGES in row.columns else row.columns
+            return FittedPrompt(PromptRow(text, columns), ids)
+        cuttable = {i: _content_tokens(messages[i], vocabulary) for i in older + needed if _has_text(messages[i])}
+        if not cuttable:
+            break
+        i = next(iter(cuttable))
+        if i not in older:
+            i, *others = sorted(cuttable, key=lambda j: cuttable[j], reverse=True)
+            second = cuttable[others[0]] if others else 0
+            excess = min(excess, max(cuttable[i] - second, (excess + 1) // 2))
+        messages[i] = {**messages[i], "content": _without_beginning(messages[i]["content"], excess, vocabulary)}
     raise ValueError(
         f"the chat template's headers alone are {len(ids)} tokens, more than max_prompt_tokens={limit}: "
         f"{row.prompt[:60]!r}...; raise max_prompt_tokens"
     )
+
+
+def _has_text(message: dict[str, Any]) -> bool:
+    return isinstance(message["content"], str) and message["content"] != ""
+
+
+def _content_tokens(message: dict[str, Any], vocabulary: Vocabulary) -> int:
+    return len(vocabulary.tokenizer(message["content"], add_special_tokens=False)["input_ids"])
 
 
 def _without_beginning(text: str, tokens: int, vocabulary: Vocabulary) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -24,6 +23,12 @@ import numpy as np
 from textgym.chat import MESSAGES
 from textgym.checks import check_choice, shown
 from textgym.rewards.errors import RewardError, RewardValueError
+from textgym.rewards.message_functions import (
+    OF_OTHER_TYPES,
+    as_messages,
+    as_watched_messages,
+    is_annotated_with_messages,
+)
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.waiting import wait_for
 
@@ -34,6 +39,7 @@ __all__ = ["FunctionReward", "PrefixBatch", "Reward", "RewardError", "as_reward"
 
 LARGEST_POTENTIAL = float(np.finfo(np.float32).max) / 2  # of which differences are float32, too
 _EXPECTED = "expected one finite number or None for each completion"
+_MAYBE_MESSAGES = "; completions are texts, for messages wrap it: FunctionReward(function, reads='messages')"
 
 
 def _with_checked_texts(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,9 +237,10 @@ class FunctionReward(Reward):
     column. A function without ``**kwargs`` gets those that its signature names.
 
     Completions are texts, unless the function reads *messages*: it is annotated so, as TRL's own are,
-    ``completions: list[list[dict[str, str]]]``, or ``reads="messages"`` says it. Then each completion is a list of one
-    assistant's message, ``completion[0]["content"]``, and each prompt a list of messages: the row's conversation, or
-    one of a user with the prompt's text. ::
+    ``completions: list[list[dict[str, str]]]``, or ``reads="messages"`` says it, or the prompts are conversations and
+    it fails on texts but not on messages. Then each completion is a list of one assistant's message,
+    ``completion[0]["content"]``, and each prompt a list of messages: the row's conversation, or one of a user with
+    the prompt's text. ::
 
         >>> def politeness(completions: list[list[dict[str, str]]]) -> list[float]:
         ...     return [float("please" in completion[0]["content"]) for completion in completions]
@@ -245,7 +252,7 @@ class FunctionReward(Reward):
 
     :param fn: the callable
     :param name: what errors call it; by default its own name
-    :param reads: ``"texts"`` or ``"messages"``; None for what the annotation of ``completions`` says, else texts
+    :param reads: ``"texts"`` or ``"messages"``; None for what the annotation of ``completions`` or a trial says
     :raises TypeError: if ``fn`` is a class or not callable
     :raises ValueError: if ``reads`` is none of these
     """
@@ -258,7 +265,8 @@ class FunctionReward(Reward):
         self.fn = fn
         self._name = name or _name_of(fn)
         check_choice("reads", reads, (None, "texts", "messages"))
-        self.reads_messages = _is_annotated_with_messages(fn) if reads is None else reads == "messages"
+        self._is_told = reads is not None
+        self.reads_messages = is_annotated_with_messages(fn) if reads is None else reads == "messages"
         try:
             parameters = list(inspect.signature(fn).parameters.values())
         except (TypeError, ValueError):  # some C functions have no signature
@@ -285,9 +293,6 @@ class FunctionReward(Reward):
             one finite number or None for each completion
         """
         given = {"prompts": prompts, "completions": completions, **columns}
-        if self.reads_messages:
-            given["completions"] = [[{"role": "assistant", "content": completion}] for completion in completions]
-            given["prompts"] = columns.get(MESSAGES) or [[{"role": "user", "content": prompt}] for prompt in prompts]
         missing = [name for name in self._required if name not in given]
         if missing:
             raise RewardError(
@@ -295,17 +300,42 @@ class FunctionReward(Reward):
                 f"needs {', '.join(map(repr, missing))}, which the prompts have no column for; "
                 f"available: {', '.join(given)}",
             )
-        if not self._takes_everything:
-            given = {name: value for name, value in given.items() if name in self._named}
         try:
-            result = self.fn(**given)
-            if inspect.isawaitable(result):
-                result = wait_for(result)
+            result = self._result(as_messages(given) if self.reads_messages else given)
         except RewardError:
             raise
         except Exception as error:
-            raise _failure(self.name, error, completions) from error
+            for_texts = self.reads_messages or self._is_told or not isinstance(error, OF_OTHER_TYPES)
+            tried = None if for_texts else self._tried_on_messages(given)
+            if tried is None:
+                raise _failure(self.name, error, completions, "" if for_texts else _MAYBE_MESSAGES) from error
+            result = tried
         return as_list(checked_scores(self.name, result, completions))
+
+    def _result(self, given: dict[str, Any]) -> Any:
+        """What the function returns of those arguments that it takes."""
+        if not self._takes_everything:
+            given = {name: value for name, value in given.items() if name in self._named}
+        result = self.fn(**given)
+        return wait_for(result) if inspect.isawaitable(result) else result
+
+    def _tried_on_messages(self, given: dict[str, Any]) -> Any | None:
+        """What the function, which failed on texts, returns of messages, where prompts are conversations.
+
+        Few functions that are written for conversations are annotated. One that does not fail on messages, and looks
+        at their contents, was written for these, and gets them from now on.
+
+        :return: None where it was not
+        """
+        if not given.get(MESSAGES):
+            return None
+        messages, seen = as_watched_messages(given)
+        try:
+            result = self._result(messages)
+        except Exception:
+            return None  # what to tell is the error that the texts made
+        self.reads_messages = "content" in seen
+        return result if self.reads_messages else None
 
 
 def as_reward(obj: Any) -> Reward:
@@ -485,9 +515,9 @@ def _checked_values(
     return array
 
 
-def _failure(name: str, error: Exception, completions: Sequence[str]) -> RewardError:
+def _failure(name: str, error: Exception, completions: Sequence[str], hint: str = "") -> RewardError:
     """The error for an exception in a reward's code. Any row may be the cause; the first is shown."""
-    problem = f"raised {type(error).__name__}: {error}"
+    problem = f"raised {type(error).__name__}: {error}{hint}"
     if not completions:
         return RewardError(name, problem)
     if len(completions) > 1:
@@ -520,16 +550,6 @@ def _arithmetic() -> ModuleType:
     from textgym.rewards import arithmetic  # it builds on this module
 
     return arithmetic
-
-
-def _is_annotated_with_messages(fn: Callable[..., Any]) -> bool:
-    """Whether the parameter ``completions`` is annotated as lists of messages, ``list[list[dict[str, str]]]``."""
-    inner = fn.func if isinstance(fn, functools.partial) else fn
-    named = inner if inspect.isroutine(inner) else type(inner).__call__
-    annotation = getattr(named, "__annotations__", {}).get("completions")
-    written = annotation if isinstance(annotation, str) else str(annotation)
-    written = re.sub(r"\s|typing\.|collections\.abc\.", "", written).lower()
-    return re.match(r"(?:list|sequence)\[(?:list|sequence)\[", written) is not None
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
