@@ -26,6 +26,7 @@ from textgym.rewards.errors import RewardError, RewardValueError
 from textgym.rewards.message_functions import (
     OF_OTHER_TYPES,
     as_messages,
+    as_texts,
     as_watched_messages,
     is_annotated_with_messages,
 )
@@ -43,9 +44,9 @@ _MAYBE_MESSAGES = "; completions are texts, for messages wrap it: FunctionReward
 
 
 def _with_checked_texts(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A reward's ``__call__`` that takes lists of one length only.
+    """A reward's ``__call__`` that takes lists of one length only, of texts or, as TRL gives them, of messages.
 
-    :raises TypeError: in the call, if prompts or completions are a single text, or not a list
+    :raises TypeError: in the call, if prompts or completions are a single text, or not a list of texts
     :raises ValueError: in the call, if there are not as many of the one as of the other
     """
 
@@ -56,7 +57,12 @@ def _with_checked_texts(call: Callable[..., Any]) -> Callable[..., Any]:
                 raise TypeError(f"{name}={shown(texts)} must be a list of texts, one for each row")
         if len(prompts) != len(completions):
             raise ValueError(f"there are {len(prompts)} prompts for {len(completions)} completions; expected as many")
-        return call(self, prompts=prompts, completions=completions, **columns)
+        given = as_texts(prompts, completions, columns)
+        for name in ("prompts", "completions"):
+            for i, text in enumerate(given[name]):
+                if not isinstance(text, str):
+                    raise TypeError(f"{name}[{i}]={shown(text)} must be a text, got {type(text).__name__}")
+        return call(self, **given)
 
     return checked
 

@@ -3,7 +3,7 @@
 It reads the policy's own tokens where its tokenizer has the same vocabulary. Then it steps along token by
 token with a slot cache (:meth:`CausalRewardModel.potentials`) or scores all prefixes of an episode in one
 teacher-forced pass (:meth:`CausalRewardModel.prefix_potentials`), with the same result. With another
-tokenizer it reads decoded text.
+tokenizer it reads decoded text; conversations it reads in the chat template of its own tokenizer.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from textgym.rewards import headed_model  # noqa: F401  teaches transformers to 
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
+from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
 from textgym.trunk import trunk_of
@@ -110,6 +111,7 @@ class CausalRewardModel(Reward):
         stepped = SteppedModel(model, f"reward={self._name}", vocab_size, head, self._own_output)
         self._stepping = Stepping(stepped)
         self._same_tokens = SameTokens(tokenizer, vocab_size, self._encoder_decoder)
+        self._template = OwnTemplate(tokenizer, self._name)
 
     @classmethod
     def from_pretrained(
@@ -162,6 +164,7 @@ class CausalRewardModel(Reward):
         :raises RewardError: if a text is longer than the model's context
         """
         complete = np.ones(len(completions), dtype=bool)
+        prompts = self._template.prompts(prompts, columns)
         return list(self._score_texts(prompts, completions, complete, lambda i: (i, completions[i])).tolist())
 
     def potentials(self, batch: PrefixBatch) -> np.ndarray:
@@ -177,8 +180,9 @@ class CausalRewardModel(Reward):
 
         if len(batch) == 0:
             return np.zeros(0)
-        if not self._same_tokens.of(batch):
-            return self._score_texts(batch.prompts, batch.completions, batch.finished, origin)
+        if not self._reads_tokens_of(batch):
+            prompts = self._template.prompts(batch.prompts, batch.columns)
+            return self._score_texts(prompts, batch.completions, batch.finished, origin)
         lengths = batch.lengths - self._unread(batch.finished)
         self._check_lengths(lengths, origin)
         read = self._read(batch)
@@ -201,7 +205,7 @@ class CausalRewardModel(Reward):
         :raises ValueError: if ``at`` does not fit the batch
         """
         counts = wanted_per_row(batch, at)
-        if not self._same_tokens.of(batch):
+        if not self._reads_tokens_of(batch):
             return super().prefix_potentials(batch, at)
         if sum(counts) == 0:
             return [np.zeros(0) for _ in at]
@@ -226,6 +230,10 @@ class CausalRewardModel(Reward):
 
     def forget(self, rows: np.ndarray) -> None:
         self._stepping.forget(rows)
+
+    def _reads_tokens_of(self, batch: PrefixBatch) -> bool:
+        """Whether the batch's token ids can be read as they are."""
+        return self._same_tokens.of(batch) and self._template.is_of(batch)
 
     def _read(self, batch: PrefixBatch) -> np.ndarray:
         """``(B, L)`` token ids; whatever ended a completion, the model was trained on its own end-of-sequence token."""

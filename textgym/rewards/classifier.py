@@ -26,6 +26,7 @@ from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.causal import ACTIVATIONS
 from textgym.rewards.errors import RewardError
 from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
+from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
 from textgym.rewards.text_forward import Side, TextForward, open_pretrained
@@ -57,7 +58,8 @@ class ClassifierReward(Reward):
     :param tokenizer: the model's tokenizer
     :param label: name or index of the label; may be left out where there is one only
     :param output: ``"logit"``, ``"probability"`` or ``"activation"``
-    :param reads: ``"text"`` (prompt and completion as one text), ``"completion"``, ``"pair"`` (prompt and completion as
+    :param reads: ``"text"`` (prompt and completion as one text; conversations in the tokenizer's chat template,
+        where it has one), ``"completion"``, ``"pair"`` (prompt and completion as
         the two segments of a pair) or ``"chat"`` (in the tokenizer's chat template: the conversation and the completion
         as the assistant's answer where the prompt rows have a column ``messages``, as prompts that are conversations
         do, else a user's message and the answer)
@@ -112,6 +114,7 @@ class ClassifierReward(Reward):
         self._fitting = np.inf if self.reader.max_length is None else self.reader.max_length
         self._name = Path(model.name_or_path).name or type(model).__name__
         self._same_tokens = SameTokens(tokenizer, int(model.config.get_text_config().vocab_size))
+        self._template = OwnTemplate(tokenizer, self._name)
         self._stepping: Stepping | None = None
         head = getattr(model, "score", None)
         ids = tokenizer("a")["input_ids"]
@@ -154,7 +157,7 @@ class ClassifierReward(Reward):
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         """:raises RewardError: if a score is not finite"""
         scores: list[float | None] = [None] * len(completions)
-        for part, _, outputs in self.reader.run(self._encoded(prompts, completions, columns.get(MESSAGES))):
+        for part, _, outputs in self.reader.run(self._encoded(prompts, completions, columns)):
             values = self._value(outputs.logits)  # (b,)
             for i, value in zip(part.tolist(), values.tolist(), strict=True):
                 scores[i] = check_score(self.name, value, i, completions[i])
@@ -197,13 +200,17 @@ class ClassifierReward(Reward):
         if self._stepping is not None:
             self._stepping.forget(rows)
 
-    def _encoded(self, prompts: list[str], completions: list[str], conversations: Any) -> list[dict[str, list[Any]]]:
+    def _encoded(
+        self, prompts: list[str], completions: list[str], columns: dict[str, Any]
+    ) -> list[dict[str, list[Any]]]:
         if self.reads == "pair":
             return self.reader.encode(prompts, completions)
         if self.reads == "completion":
             return self.reader.encode(completions)
         if self.reads == "text":
+            prompts = self._template.prompts(prompts, columns)
             return self.reader.encode([p + c for p, c in zip(prompts, completions, strict=True)])
+        conversations = columns.get(MESSAGES)
         chats = [
             self._chat(prompt, completion, None if conversations is None else conversations[i], i)
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
@@ -245,6 +252,7 @@ class ClassifierReward(Reward):
             and len(batch) > 0
             and int(batch.prompt_lengths.min()) > 0
             and self._same_tokens.of(batch)
+            and self._template.is_of(batch)
         )
 
     @staticmethod

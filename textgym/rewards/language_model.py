@@ -20,6 +20,7 @@ from textgym.rewards.columns import column_of, texts_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.likelihood import ModelSpec, Origin, TextLikelihood, check_finite
 from textgym.rewards.micro_batches import BATCH_TOKENS
+from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
 from textgym.rewards.text_units import sentences_of
@@ -32,7 +33,7 @@ class CompletionLikelihood(Reward):
 
     It reads the policy's tokens where its tokenizer gives them the same ids: one token at a time with a cache
     (:meth:`potentials`), or all prefixes of a text in one teacher-forced pass (:meth:`prefix_potentials`), with the
-    same result. With another tokenizer it reads decoded text.
+    same result. With another tokenizer it reads decoded text, and conversations in the chat template of its own.
 
     :param model: a causal language model, as in :func:`~textgym.language_model.load_language_model`
     :param tokenizer: needed where ``model`` is a ``PreTrainedModel``
@@ -59,6 +60,7 @@ class CompletionLikelihood(Reward):
         self.append_eos = append_eos
         lm = self.likelihood.language_model
         self._same_tokens = SameTokens(lm.tokenizer, lm.vocab_size)
+        self._template = OwnTemplate(lm.tokenizer, type(self).__name__)
         # What was computed of each environment row: its tokens, where the completion begins, the sum over it.
         self._known: dict[int, tuple[np.ndarray, int, float]] = {}
         self._version: int | None = None
@@ -73,6 +75,7 @@ class CompletionLikelihood(Reward):
 
         :raises RewardError: if a text is longer than the model's context
         """
+        prompts = self._template.prompts(prompts, columns)
         ended = np.ones(len(completions), dtype=bool)
         return list(self._score_texts(prompts, completions, ended, lambda i: (i, completions[i])).tolist())
 
@@ -88,8 +91,9 @@ class CompletionLikelihood(Reward):
 
         if len(batch) == 0:
             return np.zeros(0)
-        if not self._same_tokens.of(batch):
-            return self._score_texts(batch.prompts, batch.completions, batch.finished, origin)
+        if not self._reads_tokens_of(batch):
+            prompts = self._template.prompts(batch.prompts, batch.columns)
+            return self._score_texts(prompts, batch.completions, batch.finished, origin)
         ids, starts = self._tokens_of(batch)
         if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
             sums = np.array([row.sum() for row in self._log_probs(ids, starts, origin)])
@@ -99,7 +103,7 @@ class CompletionLikelihood(Reward):
 
     def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Φ of many prefixes of each row, from one pass over it; see :meth:`Reward.prefix_potentials`."""
-        if not self._same_tokens.of(batch):
+        if not self._reads_tokens_of(batch):
             return super().prefix_potentials(batch, at)
         wanted_per_row(batch, at)
         for i, (lengths, available) in enumerate(zip(at, batch.completion_lengths, strict=True)):
@@ -119,6 +123,10 @@ class CompletionLikelihood(Reward):
         for row in rows:
             self._known.pop(int(row), None)
         self.likelihood.machine(1).forget(rows)
+
+    def _reads_tokens_of(self, batch: PrefixBatch) -> bool:
+        """Whether the batch's token ids can be read as they are."""
+        return self._same_tokens.of(batch) and self._template.is_of(batch)
 
     def _tokens_of(self, batch: PrefixBatch) -> tuple[list[np.ndarray], np.ndarray]:
         """The tokens of each row that count, and ``(B,)`` where its completion begins."""

@@ -1,14 +1,19 @@
-"""Reward functions written for conversations, as TRL calls them: completions are lists of one assistant's message."""
+"""Messages in place of texts, as TRL gives them to rewards where prompts are conversations.
+
+A completion is then a list of one assistant's message. Functions that are written for that get messages, and rewards
+of textgym, which read texts, are given texts.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from textgym.chat import MESSAGES
+from textgym.chat import MESSAGES, plain_conversation
+from textgym.messages import is_one_conversation
 
 OF_OTHER_TYPES = (TypeError, IndexError, KeyError, AttributeError)
 """What a function raises that is given texts where it expects messages."""
@@ -48,6 +53,24 @@ def as_watched_messages(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
     for name in ("prompts", "completions"):
         messages[name] = [[_Watched(message, seen) for message in conversation] for conversation in messages[name]]
     return messages, seen
+
+
+def as_texts(prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> dict[str, Any]:
+    """A reward's arguments with texts in place of messages.
+
+    :param prompts: B texts or conversations; of these the text is :func:`~textgym.chat.plain_conversation`, and models
+        that have a chat template read the column ``messages``
+    :param completions: B texts, or lists of messages, whose contents are joined
+    :param columns: the others
+    :return: all of them by name
+    """
+    given = dict(columns)
+    if prompts and all(map(is_one_conversation, prompts)):
+        given[MESSAGES] = list(prompts)
+        prompts = [plain_conversation(conversation) for conversation in prompts]
+    if completions and all(map(is_one_conversation, completions)):
+        completions = ["".join(str(m.get("content") or "") for m in messages) for messages in completions]
+    return {**given, "prompts": prompts, "completions": completions}
 
 
 class _Watched(dict[str, Any]):
