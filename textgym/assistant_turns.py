@@ -26,7 +26,7 @@ def assistant_mask(prompt: FittedPrompt, vocabulary: Vocabulary, whole: PromptRo
     :param prompt: as :func:`~textgym.prompt_fitting.fit_prompt` made it
     :param vocabulary: of the language model
     :param whole: the row that was fitted; answers that were cut are not among them, as nobody began them so
-    :return: ``(L,)``; None where the template does not say which they are. None of a text that is no conversation is
+    :return: ``(L,)``; None where the template does not say which they are. None of a text that is not a conversation is
     """
     messages = messages_of(prompt.row, vocabulary)
     if messages is None:
