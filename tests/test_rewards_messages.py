@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from text_envs import make_vec
 
-from textgym.rewards import FunctionReward, RewardError, as_reward
+from textgym.rewards import DistinctN, ExactMatch, FunctionReward, KeywordPresence, RewardError, Router, as_reward
 
 MESSAGES = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What now?"}]]
 
@@ -98,3 +98,32 @@ def test_trls_own_format_reward_scores_texts_of_an_environment():
     envs.reset(seed=0)
     _, paid, *_ = envs.step(envs.action_space.sample())
     assert paid.tolist() == [0.0, 0.0]
+
+
+COMPLETIONS = [[{"role": "assistant", "content": "a good good film"}], [{"role": "assistant", "content": "dull"}]]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        DistinctN(1),
+        0.5 * DistinctN(1) + KeywordPresence(["good"]),
+        ExactMatch(column="answer"),
+        Router("answer", {"dull": DistinctN(1), "fine": texts}, normalise=False),
+        as_reward(annotated),
+        as_reward(texts),
+    ],
+    ids=lambda reward: reward.name,
+)
+def test_rewards_score_messages_as_their_texts(reward):
+    """TRL's trainers hand conversations to reward functions, and other things that aren't columns."""
+    columns = {"answer": ["fine", "dull"], "trainer_state": object(), "log_metric": None}
+    written = [messages[0]["content"] for messages in COMPLETIONS]
+    expected = reward(prompts=["What now?"] * 2, completions=written, **columns)
+    asked = [[{"role": "user", "content": "What now?"}]] * 2
+    assert reward(prompts=asked, completions=COMPLETIONS, **columns) == expected
+    assert len(set(expected)) == 2
+
+
+def test_a_conversation_that_is_scored_is_what_functions_for_messages_get():
+    assert as_reward(Annotated())(prompts=MESSAGES, completions=COMPLETIONS[:1]) == [2.0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from textgym.rewards.errors import RewardError
 
@@ -23,6 +26,17 @@ def column_of(reward: str, column: str, columns: dict[str, Any], completions: li
     if len(entries) != len(completions):
         raise RewardError(reward, f"column {column!r} has {len(entries)} entries for {len(completions)} completions")
     return entries
+
+
+def rows_of_columns(columns: dict[str, Any], rows: Sequence[int] | np.ndarray, number: int) -> dict[str, Any]:
+    """The columns with some of their rows. What is not a column stays whole, such as the state of TRL's trainer.
+
+    :param columns: what a reward was called with beside prompts and completions
+    :param rows: which rows
+    :param number: B, of all rows
+    """
+    whole = {name: not isinstance(column, Sequence) or len(column) != number for name, column in columns.items()}
+    return {name: col if whole[name] else [col[i] for i in rows] for name, col in columns.items()}
 
 
 def texts_of(reward: str, column: str, columns: dict[str, Any], completions: list[str]) -> list[tuple[str, ...] | None]:

@@ -23,6 +23,7 @@ from textgym.rewards.base import (
     scores_of,
     wanted_per_row,
 )
+from textgym.rewards.columns import rows_of_columns
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
 
@@ -185,7 +186,7 @@ class HumanReward(Reward):
                 self.fallback,
                 [prompts[i] for i in unknown],
                 [completions[i] for i in unknown],
-                {name: [column[i] for i in unknown] for name, column in columns.items()},
+                rows_of_columns(columns, unknown, len(completions)),
                 np.array(unknown),
             )
         return as_list(answers)

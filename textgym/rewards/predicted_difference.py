@@ -7,7 +7,7 @@ from typing import Any
 
 from textgym.checks import check_text
 from textgym.rewards.base import Reward, as_reward
-from textgym.rewards.columns import column_of
+from textgym.rewards.columns import column_of, rows_of_columns
 from textgym.rewards.errors import RewardError
 
 SEPARATOR = "\n"
@@ -60,14 +60,11 @@ class PredictedDifference(Reward):
         known = [row for row, target in enumerate(targets) if target is not None]
         scores: list[float | None] = [None] * len(completions)
         if known:
+            others = {name: values for name, values in columns.items() if name not in (self.column, "completion_ids")}
             predicted = self.model(
                 prompts=[targets[row] + self.separator for row in known],
                 completions=[completions[row] for row in known],
-                **{
-                    name: [values[row] for row in known]
-                    for name, values in columns.items()
-                    if name not in (self.column, "completion_ids")
-                },
+                **rows_of_columns(others, known, len(completions)),
             )
             for row, score in zip(known, predicted, strict=True):
                 scores[row] = score

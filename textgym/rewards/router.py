@@ -10,6 +10,7 @@ import numpy as np
 from textgym.checks import check_bool, check_text, shown
 from textgym.rewards.arithmetic import Composed
 from textgym.rewards.base import Reward, as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.columns import rows_of_columns
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.running_normalisation import RunningNormalized
@@ -128,7 +129,7 @@ class Route(Composed):
                 self.parts[0],
                 [prompts[i] for i in rows],
                 [completions[i] for i in rows],
-                {name: [column[i] for i in rows] for name, column in columns.items()},
+                rows_of_columns(columns, rows, len(completions)),
                 rows,
             )
         return as_list(scores)
