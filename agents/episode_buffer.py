@@ -340,10 +340,17 @@ class EpisodeBuffer(RolloutBuffer):
         steps = np.concatenate([np.arange(s.start, s.start + s.steps) for s in segments])
         return steps, np.repeat([s.row for s in segments], [s.steps for s in segments])
 
-    def samples(self, segments: list[Segment]) -> SegmentSamples:
+    def masks_at(self, steps: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+        """``(M, V)`` bool action masks of M transitions; None where every token was allowed."""
+        if self.packed_masks is None:
+            return None
+        return np.unpackbits(self.packed_masks[steps, rows], axis=1, count=int(self.action_space.n)).astype(bool)
+
+    def samples(self, segments: list[Segment], with_masks: bool = True) -> SegmentSamples:
         """One minibatch of the given segments.
 
         :param segments: B of :attr:`segments`
+        :param with_masks: whether the action masks, where there are some, are unpacked
         """
         steps = np.array([s.steps for s in segments])
         which = np.repeat(np.arange(len(segments)), steps)  # (M,) segment of each transition
@@ -359,10 +366,7 @@ class EpisodeBuffer(RolloutBuffer):
         read = offset < steps[which] - 1
         ids[which[read], positions[read] + 1] = actions[read]
 
-        masks = None
-        if self.packed_masks is not None:
-            bits = np.unpackbits(self.packed_masks[at], axis=1, count=int(self.action_space.n))
-            masks = self.to_torch(bits.astype(bool))
+        masks = self.masks_at(*at) if with_masks else None
         return SegmentSamples(
             input_ids=ids,
             lengths=positions[np.cumsum(steps) - 1] + 1,
@@ -373,7 +377,7 @@ class EpisodeBuffer(RolloutBuffer):
             old_log_prob=self.to_torch(self.log_probs[at]),
             advantages=self.to_torch(self.advantages[at]),
             returns=self.to_torch(self.returns[at]),
-            action_masks=masks,
+            action_masks=None if masks is None else self.to_torch(masks),
             importance=None if self.importance is None else self.to_torch(self.importance[at]),
             ref_log_prob=None if self.ref_log_probs is None else self.to_torch(self.ref_log_probs[at]),
             episodes=np.array([s.episode for s in segments]),

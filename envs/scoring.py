@@ -23,9 +23,8 @@ from textgym.language_model import LanguageModel
 from textgym.prompts import as_columns
 from textgym.rewards import PrefixBatch, Reward
 from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
+from textgym.teacher_forcing import forced_log_probs
 from textgym.vocabulary import Vocabulary
-
-SCORE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass; bounds memory, not results
 
 
 @dataclass
@@ -226,8 +225,9 @@ class Scorer:
             last = stretch.first_step + stretch.end - stretch.start - 1
             taken[stretch.first_step : last + 1, stretch.row] = True
             penalty[last, stretch.row] = stretch.penalty
-        if self.reference is not None:
-            self._fill_reference_log_probs(ref_log_prob, stretches, batch, allowed)
+        if self.reference is not None and stretches:
+            steps, columns, of_tokens = self._reference_log_probs_of(stretches, batch, allowed)
+            ref_log_prob[steps, columns] = of_tokens
         kl = self.kl(log_probs, ref_log_prob)
         rewards = reward_model - penalty - (np.where(taken, kl_coef * kl, 0.0) if kl_coef else 0.0)
         return DeferredScores(
@@ -246,35 +246,36 @@ class Scorer:
         begins = self.pays_differences and stretch.start == 0
         return np.concatenate([[0], due]).astype(np.int64) if begins else due
 
-    def _fill_reference_log_probs(
-        self,
-        ref_log_prob: np.ndarray,
-        stretches: list[Stretch],
-        batch: PrefixBatch,
-        allowed: list[np.ndarray] | None,
-    ) -> None:
+    def _reference_log_probs_of(
+        self, stretches: list[Stretch], batch: PrefixBatch, allowed: list[np.ndarray] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps ``(M,)`` and rows ``(M,)`` of the stretches' tokens, and their log-probabilities ``(M,)`` under the
+        reference model."""
         assert self.reference is not None
-        reference, device = self.reference, self.reference.device
-        order = np.argsort([-len(s.ids) for s in stretches], kind="stable")  # like lengths together: little padding
-        start = 0
-        while start < len(order):
-            width = len(stretches[order[start]].ids)
-            part = [stretches[i] for i in order[start : start + max(1, SCORE_TOKENS // width)]]
-            ids = batch.input_ids[order[start : start + len(part)], :width]  # (B, L)
-            rows = np.concatenate([np.full(s.end - s.start, i) for i, s in enumerate(part)])
-            at = np.concatenate([s.prompt_length + np.arange(s.start, s.end) for s in part])
-            steps = np.concatenate([s.first_step + np.arange(s.end - s.start) for s in part])
-            columns = np.array([s.row for s in part])[rows]
-            tokens = torch.as_tensor(ids[rows, at], device=device)
-            mask = None
-            if allowed is not None:
-                packed = np.stack([allowed[step][column] for step, column in zip(steps, columns, strict=True)])
-                mask = np.unpackbits(packed, axis=1, count=reference.vocab_size).astype(bool)
-            lengths = np.array([len(s.ids) for s in part])
-            prompts = np.array([s.prompt_length for s in part])
-            predicting = reference.cached(self.context).hidden_at(ids, lengths, rows, at - 1, prompts)  # (M, H)
-            ref_log_prob[steps, columns] = self._token_log_probs(predicting, tokens, mask)
-            start += len(part)
+        rows = np.concatenate([np.full(s.end - s.start, i) for i, s in enumerate(stretches)])
+        at = np.concatenate([s.prompt_length + np.arange(s.start, s.end) for s in stretches])
+        steps = np.concatenate([s.first_step + np.arange(s.end - s.start) for s in stretches])
+        columns = batch.rows[rows]
+
+        def masks(which: np.ndarray) -> np.ndarray:
+            assert allowed is not None
+            packed = np.stack([allowed[step][row] for step, row in zip(steps[which], columns[which], strict=True)])
+            return np.unpackbits(packed, axis=1, count=reference.vocab_size).astype(bool)
+
+        reference = self.reference
+        log_probs = forced_log_probs(
+            reference,
+            self.context,
+            batch.input_ids,
+            batch.lengths,
+            batch.prompt_lengths,
+            rows,
+            at - 1,
+            batch.input_ids[rows, at],
+            self.temperature,
+            None if allowed is None else masks,
+        )
+        return steps, columns, log_probs
 
 
 def _as_batch(stretches: list[Stretch], vocabulary: Vocabulary) -> PrefixBatch:

@@ -474,7 +474,7 @@ def test_small_passes_change_nothing(monkeypatch):
     envs, rng = make_vec(5, **SETTINGS["masked"]), np.random.default_rng(0)
     runs = []
     for tokens in (10**6, 30, 1):
-        monkeypatch.setattr("textgym.envs.scoring.SCORE_TOKENS", tokens)
+        monkeypatch.setattr("textgym.teacher_forcing.FORWARD_TOKENS", tokens)
         monkeypatch.setattr("textgym.rewards.causal.BATCH_TOKENS", tokens)
         envs.reset(seed=0)
         envs.defer_scoring(True)

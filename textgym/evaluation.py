@@ -26,8 +26,7 @@ from textgym.prompts import PromptRow, PromptRows, as_prompt_source
 from textgym.rewards import PrefixBatch, Reward
 from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
 from textgym.sampling import SamplingSettings
-
-MASK_ELEMENTS = 2**25  # most entries of a mask held at once while scoring (32 MiB); bounds memory, not results
+from textgym.teacher_forcing import forced_log_probs
 
 # Also whatever else as_prompt_source takes and has an end, such as the path of a file.
 Prompts: TypeAlias = Sequence[str] | Sequence[PromptRow] | Sequence[Mapping[str, Any]] | PromptRows
@@ -419,26 +418,31 @@ def _log_probs(
     at = np.concatenate([np.arange(p, n) for p, n in zip(batch.prompt_lengths, batch.lengths, strict=True)])
     tokens = batch.input_ids[rows, at]  # (M,)
 
-    def hidden_of(model: LanguageModel) -> torch.Tensor:  # (M, H)
-        machine = model.cached(batch.input_ids.shape[1])
-        return machine.hidden_at(batch.input_ids, batch.lengths, rows, at - 1, batch.prompt_lengths)
-
-    restricting = None if masks is None or masks.model is None else hidden_of(masks.model)
     written = at - batch.prompt_lengths[rows]
+    restricting = None
+    if masks is not None and masks.model is not None:
+        machine = masks.model.cached(batch.input_ids.shape[1])
+        restricting = machine.hidden_at(batch.input_ids, batch.lengths, rows, at - 1, batch.prompt_lengths)  # (M, H)
+
+    def allowed(which: np.ndarray) -> np.ndarray:
+        assert masks is not None
+        return masks.at(written[which], None if restricting is None else restricting[which])
+
     found = []
     for model in models:
-        hidden, chosen = hidden_of(model), []
-        size = len(tokens) if masks is None else max(1, MASK_ELEMENTS // model.vocab_size)
-        for start in range(0, len(tokens), size):
-            part = slice(start, start + size)
-            own = torch.as_tensor(tokens[part], device=model.device)
-            allowed = None
-            if masks is not None:
-                mask = masks.at(written[part], None if restricting is None else restricting[part])
-                allowed = torch.as_tensor(mask, device=model.device).scatter(1, own[:, None], True)
-            log_probs, _ = model.token_log_probs(hidden[part], own, temperature, allowed, with_entropy=False)
-            chosen.append(log_probs.double().cpu().numpy())
-        found.append(np.split(np.concatenate(chosen), np.cumsum(counts)[:-1]))
+        log_probs = forced_log_probs(
+            model,
+            batch.input_ids.shape[1],
+            batch.input_ids,
+            batch.lengths,
+            batch.prompt_lengths,
+            rows,
+            at - 1,
+            tokens,
+            temperature,
+            None if masks is None else allowed,
+        )
+        found.append(np.split(log_probs, np.cumsum(counts)[:-1]))
     return found
 
 

@@ -26,10 +26,10 @@ from transformers import (
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
+from textgym.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards import headed_model  # noqa: F401  teaches transformers to open models with heads of their own
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.errors import RewardError
-from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens

@@ -22,10 +22,10 @@ from textgym.chat import MESSAGES
 from textgym.checks import check_choice, check_text
 from textgym.exactness import SteppedModel, Stepping
 from textgym.messages import is_conversation
+from textgym.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.causal import ACTIVATIONS
 from textgym.rewards.errors import RewardError
-from textgym.rewards.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens

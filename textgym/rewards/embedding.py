@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.checks import check_text
+from textgym.micro_batches import BATCH_TOKENS
 from textgym.rewards.base import Reward
 from textgym.rewards.columns import texts_of
-from textgym.rewards.micro_batches import BATCH_TOKENS
 from textgym.rewards.text_forward import Side, TextForward, open_pretrained
 
 Encoder: TypeAlias = Callable[[list[str]], np.ndarray]

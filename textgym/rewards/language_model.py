@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from textgym.cached_model import WeightsVersion
 from textgym.checks import check_choice, check_number, check_text, shown
 from textgym.language_model import load_vocabulary
+from textgym.micro_batches import BATCH_TOKENS
 from textgym.rewards.base import Reward, wanted_per_row
 from textgym.rewards.columns import column_of, texts_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.likelihood import ModelSpec, Origin, TextLikelihood, check_finite
-from textgym.rewards.micro_batches import BATCH_TOKENS
 from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.cached_model import CachedModel
 from textgym.language_model import HEAD_ELEMENTS, LanguageModel, load_language_model
+from textgym.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.rewards.errors import RewardError
-from textgym.rewards.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.rewards.text_units import well_formed
 from textgym.vocabulary import context_limit, is_encoder_decoder
 

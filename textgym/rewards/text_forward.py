@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
-from textgym.rewards.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
+from textgym.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.rewards.text_units import well_formed
 from textgym.turns import TurnTokens
 from textgym.vocabulary import position_limit

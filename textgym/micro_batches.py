@@ -1,4 +1,4 @@
-"""Rows of like length together: the passes in which rewards read many texts with little padding."""
+"""Rows of like length together: passes that read many texts with little padding."""
 
 from __future__ import annotations
 
