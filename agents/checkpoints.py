@@ -47,7 +47,7 @@ from textgym.prompts import PromptSource
 
 _NAME = re.compile(r"checkpoint-(\d{12})")
 # What each process has of its own; weights, optimizer and counters are the same in all.
-_OWN = ("last_episode_starts", "row_kl", "held", "log", "env", "callbacks", "random")
+_OWN = ("last_episode_starts", "held", "log", "env", "callbacks", "random")
 # Plain numbers of the algorithm that change while it learns.
 _COUNTERS = (
     "num_timesteps",
@@ -96,7 +96,6 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
         "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
         "finished_episodes": [dict(episode) for episode in model.ep_info_buffer or []],
         "last_episode_starts": np.asarray(model._last_episode_starts),
-        "row_kl": model._row_kl.copy(),
         "held": model.rollout_buffer.state_dict(),
         "extra": model.extra_state(),
         # What the last update recorded is written with the next rollout's figures.
@@ -146,7 +145,6 @@ def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], cal
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     model._last_obs = env.load_state_dict(state["env"])
     model._last_episode_starts = np.asarray(state["last_episode_starts"])
-    model._row_kl = np.asarray(state["row_kl"])
     model.rollout_buffer.load_state_dict(state.get("held", {}))
     model.load_extra_state(state["extra"])
     model._pending_log = state["log"]

@@ -150,8 +150,7 @@ class DPO(TextEpisodeAlgorithm):
                 "Explore changes what the policy draws, and with offline=True the reference draws: leave it out, or "
                 "pass offline=False"
             )
-        assert self.env is not None
-        reference = self._reference(TextEnvironment(self.env))
+        reference = self._reference(self._environment)
         log_probs = self.policy.next_token_log_probs(reference, obs, masks, rows)  # (B, V)
         tokens = sample_tokens(log_probs)
         chosen = log_probs.gather(1, tokens[:, None])  # (B, 1)
@@ -164,7 +163,7 @@ class DPO(TextEpisodeAlgorithm):
         """1 for the tokens of chosen completions, -1 for those of rejected ones, 0 for the others."""
         assert self.env is not None
         segments, to_go = self.rewards_to_go(buffer)
-        paid = rewards_without_kl(buffer, segments, TextEnvironment(self.env).kl_coef)
+        paid = rewards_without_kl(buffer, segments, self._environment.kl_coef)
         marks = best_and_worst(paid, self.group_size, self.min_margin, self.judged(segments))
         self.fill(buffer, segments, np.broadcast_to(marks[:, None], to_go.shape), to_go)
         self.logger.record("rollout/pair_share", self.processes.mean(np.abs(marks)) * self.group_size / 2)

@@ -18,7 +18,7 @@ from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import CREDITS, SCALES, by_credit, group_relative_advantages
 from textgym.agents.on_policy import Loss, ratio_figures
 from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_choice, check_int, check_number
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
@@ -164,5 +164,4 @@ class GRPO(TextEpisodeAlgorithm):
     @property
     def _budget(self) -> int:
         """Most tokens of a completion."""
-        assert self.env is not None
-        return TextEnvironment(self.env).max_new_tokens
+        return self._environment.max_new_tokens

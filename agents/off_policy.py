@@ -22,7 +22,7 @@ from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, weights_of
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_int, check_number
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
     @property
     def kl_coef(self) -> float:
         """β, the environment's."""
-        assert self.env is not None
-        return TextEnvironment(self.env).kl_coef
+        return self._environment.kl_coef
 
     @property
     def needs_reference(self) -> bool:

@@ -6,7 +6,6 @@ and nowhere else.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -32,17 +31,17 @@ from textgym.agents.saved_agent import SavedAgent
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.checks import check_bool, check_choice, check_int, check_mapping, check_number, check_schedule, check_seed
 from textgym.divergence import DivergedError
-from textgym.envs import TextGenVectorEnv
 from textgym.envs.sb3 import as_vec_env, deferrable
 from textgym.freed_memory import keep_freed_memory
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora
+from textgym.micro_batches import micro_batches
 from textgym.rewards import RewardError
+from textgym.teacher_forcing import FORWARD_TOKENS, forced_log_probs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-EVALUATE_TOKENS = 16_384  # most padded tokens in one teacher-forced pass over a rollout; bounds memory, not results
 # The square of a larger one is infinite in float32. Where layers normalise, what comes of such weights may be finite.
 LARGEST_WEIGHT = 1.8e19
 SCORINGS = ("auto", "deferred", "instant")
@@ -146,6 +145,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
     finished_episodes: list[dict[str, Any]]
     exploration: Exploration | None = None  # set by Explore, a callback
     _progress: TrainingProgress | None = None  # while learn shows it
+    _environment: TextEnvironment  # below what the agent was given as env
     _last_obs: Any
 
     def __init__(
@@ -261,7 +261,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         self.processes = Processes.join(cpu=self.device.type == "cpu")
         kwargs = dict(self.policy_kwargs)
         if self.env is not None:
-            environment = self._checked_environment(self.env)
+            environment = self._environment = self._checked_environment(self.env)
             kwargs.setdefault("temperature", environment.temperature)
             kwargs["sampling"] = environment.sampling
             if wants_lora(kwargs.get("lora")):
@@ -276,7 +276,6 @@ class TextOnPolicyAlgorithm(SavedAgent):
             raise ValueError("env=None: give an environment, whose language model the policy starts from")
         self.policy_kwargs = kwargs
         self.finished_episodes = []
-        self._row_kl = np.zeros(self.n_envs)  # KL of the running episodes, nats
         self._unscored: _TakenSteps | None = None  # of a rollout whose reward failed
         self._pending_log: dict[str, Any] = {}  # of a resumed run: what the last update before the stop recorded
         super()._setup_model()
@@ -317,6 +316,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         vec_env = as_vec_env(env)
         environment = self._checked_environment(vec_env)
         super().set_env(vec_env, force_reset)
+        self._environment = environment
         self._sample_as(environment)
         self.policy_kwargs = {**self.policy_kwargs, "sampling": environment.sampling}
 
@@ -387,107 +387,87 @@ class TextOnPolicyAlgorithm(SavedAgent):
         :raises RewardError: if the reward fails; the next call then goes on with these steps. In single environments it
             begins anew, as some of them have taken a step that others have not
         """
-        try:
-            return self._collect_scored(env, callback, rollout_buffer, n_rollout_steps)
-        except DivergedError as error:
-            if error.timesteps is not None:
-                raise
-            raise DivergedError(error.what, self.num_timesteps) from error
-
-    def _collect_scored(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: EpisodeBuffer, n_rollout_steps: int
-    ) -> bool:
-        """:meth:`collect_rollouts`, whose rewards come during the rollout or at its end."""
-        deferred = None if self.scoring == "instant" else deferrable(env)
+        environment = self._environment
         taken, self._unscored = self._unscored, None
-        if deferred is None:
-            going_on = taken is not None and taken.drawn is not None and taken.observation is self._last_obs
-            return self._collect(env, callback, rollout_buffer, n_rollout_steps, None, taken if going_on else None)
-        if not deferred.steps_waiting:
+        if taken is not None and not self._goes_on(taken, environment):
             taken = None
-        deferred.defer_scoring(True)
+        if taken is None:
+            environment.begin_rollout(self.scoring, np.asarray(self._last_episode_starts, dtype=bool))
         try:
-            return self._collect(env, callback, rollout_buffer, n_rollout_steps, deferred, taken)
+            taken, whole = self._taken(taken, environment, callback, rollout_buffer, n_rollout_steps)
+            if whole:
+                self._finish_rollout(environment, rollout_buffer, taken)
         except BaseException as error:
-            if isinstance(error, RewardError) and self._gives_back_unscored():
-                raise
-            self._unscored = None
-            # An interrupt must not leave behind an environment that pays zeros and can't be reset.
-            with contextlib.suppress(RuntimeError, RewardError):
-                deferred.score_deferred()
+            if self._unscored is None:
+                environment.end_rollout()  # an interrupt must not leave an environment behind that pays zeros
+            if isinstance(error, DivergedError) and error.timesteps is None:
+                raise DivergedError(error.what, self.num_timesteps) from error
             raise
-        finally:
-            with contextlib.suppress(RuntimeError):  # raised where an error of the reward left steps unscored
-                deferred.defer_scoring(False)
+        environment.end_rollout()
+        if whole:
+            callback.update_locals(locals())
+            callback.on_rollout_end()
+        return whole
 
-    def _gives_back_unscored(self) -> bool:
-        """Whether a rollout waits to be scored; its tokens count once it is."""
-        if self._unscored is None:
-            return False
-        self.num_timesteps = self._unscored.timesteps
-        return True
+    def _goes_on(self, taken: _TakenSteps, environment: TextEnvironment) -> bool:
+        """Whether a rollout whose reward failed is the one that the environment is in."""
+        return taken.observation is self._last_obs and (taken.drawn is not None or environment.steps_waiting > 0)
 
-    def _collect(
+    def _taken(
         self,
-        env: VecEnv,
+        taken: _TakenSteps | None,
+        environment: TextEnvironment,
         callback: BaseCallback,
         rollout_buffer: EpisodeBuffer,
         n_rollout_steps: int,
-        deferred: TextGenVectorEnv | None,
-        taken: _TakenSteps | None = None,
-    ) -> bool:
-        """:meth:`collect_rollouts`, with scoring deferred in ``deferred`` if that is given.
+    ) -> tuple[_TakenSteps, bool]:
+        """The steps of a rollout, and whether they are all: False where a callback stopped it.
 
         :param taken: the steps that are in the buffer already, if the reward of this rollout has failed before
         """
-        environment = TextEnvironment(env)
-        all_taken = taken is not None and taken.drawn is None
         if taken is None:
             taken = self._begun_rollout(environment, callback, rollout_buffer)
-        elif not all_taken:
+        elif taken.drawn is None:
+            return taken, True  # only their scores are missing
+        else:
             self.num_timesteps = taken.counted
-        if not all_taken and not self._take_steps(
-            taken, environment, callback, rollout_buffer, n_rollout_steps, deferred
-        ):
-            return False
-        n_steps, timesteps = taken.steps, taken.timesteps
-        self.num_timesteps = timesteps + int(self.processes.total(rollout_buffer.taken))
+        return taken, self._take_steps(taken, environment, callback, rollout_buffer, n_rollout_steps)
+
+    def _finish_rollout(self, environment: TextEnvironment, rollout_buffer: EpisodeBuffer, taken: _TakenSteps) -> None:
+        """Put what the steps earned, and what agents learn from it, into the buffer."""
+        self.num_timesteps = taken.timesteps + int(self.processes.total(rollout_buffer.taken))
         acted_with_copy = self.policy.rollout_dtype is not None
         if acted_with_copy:
             self._evaluate_anew(rollout_buffer)
         if rollout_buffer.drawn_with is not None:
             self._weigh(rollout_buffer, rollout_buffer.fix_drawn_with())
-        if deferred is not None:
-            new = slice(rollout_buffer.held_steps, rollout_buffer.pos)
-            self._unscored = taken
-            scores = deferred.score_deferred(rollout_buffer.log_probs[new] if acted_with_copy else None)
-            self._unscored = None
-            rollout_buffer.rewards[new] = scores.rewards[-n_steps:]
-            rollout_buffer.kl[new] = scores.kl[-n_steps:]
-            asked = environment.kl_coef > 0 and not rollout_buffer.held_steps  # scoring has asked it about all steps
-            if self.needs_reference and asked:
-                rollout_buffer.ref_log_probs = np.zeros_like(rollout_buffer.log_probs)
-                rollout_buffer.ref_log_probs[new] = np.nan_to_num(scores.ref_log_prob[-n_steps:])
-            self._note_finished(scores.episodes)
+        new = slice(rollout_buffer.held_steps, rollout_buffer.pos)
+        try:
+            scores = environment.scores(rollout_buffer.log_probs[new] if acted_with_copy else None)
+        except RewardError as error:
+            self._keep(taken, environment, error)
+            raise
+        earlier = len(scores.rewards) - taken.steps  # steps of a rollout before, whose reward had failed
+        rollout_buffer.rewards[new] = scores.rewards[earlier:]
+        rollout_buffer.kl[new] = scores.kl[earlier:]
+        self._note_finished([{**e, "step": e["step"] - earlier + new.start} for e in scores.episodes])
         if self.whole_episodes:
             rollout_buffer.hold(~np.asarray(self._last_episode_starts, dtype=bool))
+        if self.needs_reference:
+            rollout_buffer.ref_log_probs = self._reference_log_probs(
+                environment, rollout_buffer, scores.ref_log_prob[earlier:]
+            )
         self._check_rollout(rollout_buffer, "log_probs", "values", "rewards")
         if self.whiten_rewards:
             active = rollout_buffer.active
             rollout_buffer.rewards[active] = whitened(rollout_buffer.rewards[active], self.processes)
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += taken.bootstrap
-        if self.needs_reference and rollout_buffer.ref_log_probs is None:
-            rollout_buffer.ref_log_probs = self._reference_log_probs(environment, rollout_buffer)
         with np.errstate(over="ignore", invalid="ignore"):  # the check says what came of it
             self.compute_advantages(rollout_buffer, self._last_values())
         self._check_rollout(rollout_buffer, "advantages", "returns")
         if self.processes.world_size > 1:
             self._remember(self.processes.interleaved(_figures_of(self.finished_episodes)))
-
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
 
     def _begun_rollout(
         self, environment: TextEnvironment, callback: BaseCallback, rollout_buffer: EpisodeBuffer
@@ -512,10 +492,8 @@ class TextOnPolicyAlgorithm(SavedAgent):
         callback: BaseCallback,
         rollout_buffer: EpisodeBuffer,
         n_rollout_steps: int,
-        deferred: TextGenVectorEnv | None,
     ) -> bool:
         """Take the steps of a rollout that are not taken yet; False where a callback stopped it."""
-        env = environment.vec_env
         assert self._last_episode_starts is not None
         reordered = self.policy.acting_model.reordered_weights(self.n_envs, n_rollout_steps)
 
@@ -529,12 +507,11 @@ class TextOnPolicyAlgorithm(SavedAgent):
                 with reordered:
                     taken.drawn = self._act(masks, numbers)
             actions, values, log_probs = taken.drawn
-            environment.report_log_probs(log_probs.cpu().numpy())
             try:
-                new_obs, rewards, dones, infos = env.step(actions)
+                new_obs, rewards, dones, infos = environment.step(actions, log_probs.cpu().numpy())
             except BaseException as error:
                 reordered.forget()
-                self._keep(taken, environment, isinstance(error, RewardError))
+                self._keep(taken, environment, error)
                 raise
             taken.drawn = None
 
@@ -545,32 +522,28 @@ class TextOnPolicyAlgorithm(SavedAgent):
             )
             if self.bootstrap_truncated:
                 taken.bootstrap[step] = self.gamma * self._values_where_truncated(dones, infos)
-            if deferred is None:
-                rollout_buffer.kl[step] = [info.get("kl", np.nan) for info in infos]
-                self._note_finished(self._episodes_in(infos, dones, self._last_episode_starts, step))
             # Before the callback, unlike SB3: a rollout that a callback stops can be gone on from.
             self._last_obs, self._last_episode_starts = new_obs, dones
 
             callback.update_locals(locals())
             if not callback.on_step():
                 reordered.forget()
-                if deferred is not None:
-                    self._note_finished(deferred.score_deferred().episodes)
+                self._note_finished(environment.scores().episodes)
                 return False
             taken.steps += 1
 
         reordered.forget()  # callbacks have it among their locals
         return True
 
-    def _keep(self, taken: _TakenSteps, environment: TextEnvironment, is_rewards: bool) -> None:
-        """After an error of a step: let the next rollout go on with it, or the next one begin anew."""
+    def _keep(self, taken: _TakenSteps, environment: TextEnvironment, error: BaseException) -> None:
+        """After an error of a step, or of its scores: let the next rollout go on with it, or begin anew."""
         if environment.rows is None:
             self._last_obs = None  # of single environments some have taken the step
-        elif is_rewards:
+        elif isinstance(error, RewardError):
             taken.counted, taken.observation = self.num_timesteps, self._last_obs
             self._unscored = taken
-        if is_rewards:
-            self.num_timesteps = taken.timesteps
+        if isinstance(error, RewardError):
+            self.num_timesteps = taken.timesteps  # tokens count once they are scored
 
     # What agents may do in another way
 
@@ -810,7 +783,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         assert self.env is not None
         reference = None
         if exploration.reference_share > 0:
-            model = TextEnvironment(self.env).shared_language_model(self.device)
+            model = self._environment.shared_language_model(self.device)
             reference = self.policy.next_token_log_probs(model, obs, masks, rows)
         drawn_from: list[Tensor] = []
 
@@ -876,42 +849,41 @@ class TextOnPolicyAlgorithm(SavedAgent):
         self.logger.record("rollout/log_ratio_abs", self.processes.mean(np.abs(log_ratio)))
         self.logger.record("rollout/log_ratio_max", self.processes.largest(np.abs(log_ratio).max()))
 
-    @torch.no_grad()
-    def _reference_log_probs(self, environment: TextEnvironment, buffer: EpisodeBuffer) -> np.ndarray:
-        """``(T, N)`` log-probabilities, in nats, of the buffer's actions under the reference model."""
-        reference = environment.shared_language_model(self.device)
-        stepper = reference.cached(self.policy.context)
+    def _reference_log_probs(
+        self, environment: TextEnvironment, buffer: EpisodeBuffer, known: np.ndarray
+    ) -> np.ndarray:
+        """``(T, N)`` log-probabilities, in nats, of the buffer's actions under the reference model.
+
+        :param known: ``(S, N)`` of the newest S steps, as scoring them needed it; NaN where it didn't
+        """
         log_probs = np.zeros_like(buffer.log_probs)
-        for part in _in_parts(buffer.segments):
-            batch = buffer.samples(part)
-            hidden = stepper.hidden_at(
-                batch.input_ids, batch.lengths, batch.rows, batch.positions, batch.prompt_lengths
-            )
-            tokens = batch.actions.to(hidden.device)
-            masks = None if batch.action_masks is None else batch.action_masks.to(hidden.device)
-            chosen, _ = reference.token_log_probs(hidden, tokens, self.policy.temperature, masks, with_entropy=False)
-            log_probs[buffer.places(part)] = chosen.cpu().numpy()
-        return log_probs
+        log_probs[buffer.held_steps : buffer.pos] = known
+        segments = buffer.segments
+        steps, rows = buffer.places(segments)
+        if not buffer.held_steps and np.isfinite(log_probs[steps, rows]).all():
+            return np.nan_to_num(log_probs)
+        batch = buffer.samples(segments, with_masks=False)
+
+        def allowed(which: np.ndarray) -> np.ndarray:
+            masks = buffer.masks_at(steps[which], rows[which])
+            assert masks is not None
+            return masks
+
+        log_probs[steps, rows] = forced_log_probs(
+            environment.shared_language_model(self.device),
+            self.policy.context,
+            batch.input_ids,
+            batch.lengths,
+            batch.prompt_lengths,
+            batch.rows,
+            batch.positions,
+            buffer.actions[steps, rows, 0],
+            self.policy.temperature,
+            None if buffer.packed_masks is None else allowed,
+        )
+        return np.nan_to_num(log_probs)
 
     # Statistics
-
-    def _episodes_in(
-        self, infos: list[dict[str, Any]], dones: np.ndarray, episode_starts: np.ndarray, step: int
-    ) -> list[dict[str, Any]]:
-        """The episodes that ended with this step, from instantly scored infos."""
-        self._row_kl[episode_starts] = 0.0
-        self._row_kl += [info.get("kl", np.nan) for info in infos]
-        names = ("score", "applies", "finish_reason", "prompt", "completion", "is_success")
-        return [
-            {
-                **infos[row].get("episode", {}),
-                **{name: infos[row][name] for name in names if name in infos[row]},
-                "kl": float(self._row_kl[row]),
-                "row": int(row),
-                "step": step,
-            }
-            for row in np.flatnonzero(dones)
-        ]
 
     def _note_finished(self, episodes: list[dict[str, Any]]) -> None:
         self.finished_episodes.extend(episodes)
@@ -949,7 +921,7 @@ class TextOnPolicyAlgorithm(SavedAgent):
         if np.isfinite(successes).any():
             self.logger.record("rollout/success_rate", np.nanmean(successes))
         assert self.env is not None
-        self.logger.record("train/kl_coef", TextEnvironment(self.env).kl_coef)
+        self.logger.record("train/kl_coef", self._environment.kl_coef)
         super().dump_logs(iteration)
 
     # Saving
@@ -959,23 +931,19 @@ class TextOnPolicyAlgorithm(SavedAgent):
             "_progress",
             "exploration",
             "finished_episodes",
-            "_row_kl",
             "_pending_log",
             "_unscored",
             "processes",
             "_all_rows",
+            "_environment",
         ]
         return [*super()._excluded_save_params(), *own]
 
 
 def _in_parts(segments: list[Segment]) -> Iterator[list[Segment]]:
     """Segments of like length together, so few that a forward over them fits."""
-    ordered = sorted(segments, key=lambda segment: -segment.length)
-    start = 0
-    while start < len(ordered):
-        part = ordered[start : start + max(1, EVALUATE_TOKENS // ordered[start].length)]
-        start += len(part)
-        yield part
+    for part in micro_batches([segment.length for segment in segments], FORWARD_TOKENS):
+        yield [segments[i] for i in part]
 
 
 def ratio_figures(log_ratio: Tensor, clip_range: float | tuple[float, float]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.off_policy import TextOffPolicyAlgorithm, td_loss
 from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_bool, check_choice, check_number, check_schedule
 from textgym.generation import sample_tokens
 from textgym.language_model import HEAD_ELEMENTS, log_distribution
@@ -164,8 +164,7 @@ class QLearning(TextOffPolicyAlgorithm):
         if self.explore_with == "uniform":
             allowed = None if masks is None else torch.as_tensor(masks, device=likely.device)
             return log_distribution(torch.zeros_like(likely), allowed=allowed)
-        assert self.env is not None
-        reference = TextEnvironment(self.env).shared_language_model(self.device)
+        reference = self._environment.shared_language_model(self.device)
         return self.policy.next_token_log_probs(reference, obs, masks, rows).to(likely.device)
 
     def train(self) -> None:

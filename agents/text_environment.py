@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import gymnasium
@@ -9,19 +10,24 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from textgym.envs import TextGenVectorEnv
+from textgym.envs import RolloutScores, TextGenVectorEnv
+from textgym.envs.returned_steps import ReturnedSteps
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 from textgym.language_model import LanguageModel
 from textgym.prompts import PromptSource
+from textgym.rewards import RewardError
 from textgym.sampling import SamplingSettings
 
 TextEnv = str | gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv
 
 
 class TextEnvironment:
-    """What an agent asks of the text environment at the bottom of a ``VecEnv``, whatever is wrapped around
-    it.
+    """The text environment at the bottom of a ``VecEnv``, as an agent sees it, whatever is wrapped around it.
+
+    A rollout is :meth:`begin_rollout`, :meth:`step` as often as wanted, and :meth:`scores`: what the steps earned,
+    whenever that is computed and whoever changed it on its way.
 
     :param vec_env: around one :class:`TextGenVectorEnv`, or around N single environments
     """
@@ -30,6 +36,9 @@ class TextEnvironment:
         self.vec_env = vec_env
         bottom = vec_env.unwrapped
         self.rows: TextGenVectorEnv | None = bottom.text_env if isinstance(bottom, TextGenVecEnv) else None
+        # Where nobody stands between, the environment itself keeps the record; else what came back is recorded.
+        self._bare = deferrable(vec_env)
+        self._returned = ReturnedSteps(vec_env.num_envs)
 
     def _get(self, name: str) -> Any:
         if self.rows is not None:
@@ -104,14 +113,59 @@ class TextEnvironment:
         """Begin a round of whole episodes, see :meth:`TextGenVectorEnv.begin_round`."""
         return self.check_rounds().begin_round(episodes, group_size)
 
-    def report_log_probs(self, log_probs: np.ndarray) -> None:
-        """:param log_probs: ``(N,)`` of the actions of the coming step, in nats."""
+    # Rollouts
+
+    def begin_rollout(self, scoring: str, fresh: np.ndarray) -> None:
+        """Record the steps from now on. Those that a failed reward has left unscored stay in the record.
+
+        :param scoring: ``"instant"``, ``"deferred"`` or ``"auto"``: see
+            :class:`~textgym.agents.on_policy.TextOnPolicyAlgorithm`
+        :param fresh: ``(N,)`` bool, rows whose episode begins with the next step
+        """
+        if self._bare is not None:
+            self._bare.begin_rollout(defer_scoring=scoring != "instant")
+        else:
+            self._returned.begin(fresh)
+
+    @property
+    def steps_waiting(self) -> int:
+        """Steps that were taken and not scored."""
+        return 0 if self._bare is None else self._bare.steps_waiting
+
+    def step(self, actions: np.ndarray, log_probs: np.ndarray) -> VecEnvStepReturn:
+        """Take a step of every row.
+
+        :param actions: ``(N,)`` tokens
+        :param log_probs: ``(N,)`` under which they were drawn, in nats
+        :return: what a ``VecEnv`` returns; rewards are zero where they are computed later
+        """
         log_probs = np.minimum(log_probs, 0.0)  # a sure token may come out at +1e-7
         if self.rows is not None:
             self.rows.report_log_probs(log_probs)
         else:
             for row, log_prob in enumerate(log_probs.tolist()):
                 self.vec_env.env_method("report_log_prob", log_prob, indices=[row])
+        returned = self.vec_env.step(actions)
+        if self._bare is None:
+            self._returned.add(returned)
+        return returned
+
+    def scores(self, log_probs: np.ndarray | None = None) -> RolloutScores:
+        """What the steps since the last call earned, and the episodes that ended in them.
+
+        :param log_probs: ``(K, N)`` of the last K steps' actions, in nats, where they are known better by now; what
+            something wrapped around the environment has seen of rewards stays as it was
+        :raises RewardError: if the reward fails; the steps stay, and can be asked for again
+        """
+        return self._returned.scores() if self._bare is None else self._bare.scores(log_probs)
+
+    def end_rollout(self) -> None:
+        """Stop recording. Steps that wait are scored, if the reward allows, and forgotten."""
+        if self._bare is not None:
+            with contextlib.suppress(RuntimeError, RewardError):
+                if self._bare.steps_waiting:
+                    self._bare.scores()
+                self._bare.end_rollout()
 
     def policy_language_model(self, device: torch.device) -> LanguageModel:
         """A trainable copy of the environment's language model."""

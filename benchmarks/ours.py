@@ -121,7 +121,7 @@ class Textgym:
 
     def collect(self, clock: Clock) -> None:
         """A rollout, whose scoring is a phase of its own."""
-        score = TextGenVectorEnv.score_deferred
+        score = TextGenVectorEnv.scores
 
         def timed_score(*args: Any, **kwargs: Any) -> Any:
             clock.lap("rollout")
@@ -129,7 +129,7 @@ class Textgym:
             clock.lap("score")
             return scores
 
-        self.envs.score_deferred = timed_score  # type: ignore[method-assign]
+        self.envs.scores = timed_score  # type: ignore[method-assign]
         self.model.collect_rollouts(self.model.env, self.callback, self.model.rollout_buffer, self.model.n_steps)
         clock.lap("rollout")
 

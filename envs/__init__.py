@@ -3,14 +3,14 @@
 from textgym.envs.env import TextGenEnv
 from textgym.envs.infos import SameInfoKeys
 from textgym.envs.options import TextGenOptions
-from textgym.envs.scoring import DeferredScores
+from textgym.envs.scoring import RolloutScores
 from textgym.envs.text_actions import TextActions, TextObservations
 from textgym.envs.text_space import UnicodeText
 from textgym.envs.text_write import TextWriteEnv, TextWriteVectorEnv
 from textgym.envs.vector_env import TextGenVectorEnv
 
 __all__ = [
-    "DeferredScores",
+    "RolloutScores",
     "SameInfoKeys",
     "TextActions",
     "TextGenEnv",

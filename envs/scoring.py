@@ -11,7 +11,7 @@ in one teacher-forced pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,33 @@ from textgym.vocabulary import Vocabulary
 
 
 @dataclass
-class DeferredScores:
-    """Rewards of the last S steps of N rows, and the episodes that ended in them.
+class StepParts:
+    """What steps are paid for, besides the KL of their tokens: arrays ``(S, N)``, or ``(N,)`` of a single step.
+
+    ``taken`` says where a row took a step that earns something, and not one that only resets the row or waits.
+    ``ref_log_prob`` is in nats, NaN without a reference model.
+    """
+
+    taken: np.ndarray
+    reward_model: np.ndarray
+    penalty: np.ndarray
+    ref_log_prob: np.ndarray
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, ...]) -> StepParts:
+        """Steps of that shape that no row has taken."""
+        return cls(np.zeros(shape, dtype=bool), np.zeros(shape), np.zeros(shape), np.full(shape, np.nan))
+
+    @classmethod
+    def stack(cls, steps: list[StepParts]) -> StepParts:
+        """Of single steps."""
+        names = [part.name for part in fields(cls)]
+        return cls(*(np.stack([getattr(step, name) for step in steps]) for name in names))
+
+
+@dataclass
+class RolloutScores:
+    """Rewards of S steps of N rows, and the episodes that ended in them.
 
     ``rewards``, ``reward_model``, ``kl`` and ``ref_log_prob`` are ``(S, N)`` float32; KL and log-probabilities in nats,
     NaN without a reference model. Each episode is a dictionary with ``row``, ``step`` (in which of the S steps it
@@ -47,10 +72,10 @@ class DeferredScores:
 
 @dataclass
 class Stretch:
-    """Consecutive steps of one row within one episode, waiting to be scored."""
+    """Consecutive steps of one row within one episode."""
 
     row: int
-    first_step: int  # which of the pending steps is its first
+    first_step: int  # which of the record's steps is its first
     start: int  # completion tokens before its first step
     ids: np.ndarray  # (prompt + completion tokens,) a copy
     prompt_length: int
@@ -61,8 +86,8 @@ class Stretch:
     penalty: float
     return_before: float  # what the episode's earlier steps earned
     kl_before: float  # and their KL, nats
-    score: float = float("nan")  # Φ of the complete text, once known
-    applies: bool = True  # whether that is a number, and not None
+    score: float  # Φ of the text, once it is scored
+    applies: bool  # whether that is a number, and not None
 
     @property
     def end(self) -> int:
@@ -186,27 +211,39 @@ class Scorer:
         chosen, _ = self.reference.token_log_probs(hidden, tokens, self.temperature, mask, with_entropy=False)
         return chosen.cpu().numpy()
 
+    def paid(self, parts: StepParts, log_probs: np.ndarray, kl_coef: np.ndarray | float) -> RolloutScores:
+        """Rewards from their parts.
+
+        :param parts: of S steps of N rows
+        :param log_probs: ``(S, N)`` under which the tokens were drawn, nats
+        :param kl_coef: β, a number or ``(S, 1)``
+        """
+        kl = self.kl(log_probs, parts.ref_log_prob)
+        costs = np.where(parts.taken & (np.asarray(kl_coef) != 0), kl_coef * kl, 0.0)
+        rewards = parts.reward_model - parts.penalty - costs
+        return RolloutScores(
+            rewards=rewards.astype(np.float32),
+            reward_model=parts.reward_model.astype(np.float32),
+            kl=kl.astype(np.float32),
+            ref_log_prob=parts.ref_log_prob.astype(np.float32),
+        )
+
     @torch.no_grad()
     def score_stretches(
         self,
         stretches: list[Stretch],
-        log_probs: np.ndarray,
+        shape: tuple[int, int],
         vocabulary: Vocabulary,
-        kl_coef: float,
         allowed: list[np.ndarray] | None,
-    ) -> DeferredScores:
-        """Rewards of all steps of the stretches, in teacher-forced passes.
+    ) -> StepParts:
+        """What the steps of the stretches are paid for, from teacher-forced passes.
 
         :param stretches: in the order in which their episodes ended
-        :param log_probs: ``(S, N)`` what the policy reported
+        :param shape: ``(S, N)``, how many steps of how many rows
         :param vocabulary: decodes for rewards that read text
-        :param kl_coef: β
         :param allowed: S packed action masks ``(N, V / 8)``, or None without masking
         """
-        shape = log_probs.shape
-        reward_model, penalty = np.zeros(shape), np.zeros(shape)
-        taken = np.zeros(shape, dtype=bool)  # a step that only resets a row (autoreset in the next step) earns nothing
-        ref_log_prob = np.full(shape, np.nan)
+        parts = StepParts.nothing(shape)
         batch = _as_batch(stretches, vocabulary)
         potentials = prefix_potentials_of(self.reward, batch, [self._scoring_points(s) for s in stretches])
         for i, (stretch, values) in enumerate(zip(stretches, potentials, strict=True)):
@@ -220,22 +257,15 @@ class Scorer:
             else:
                 previous = self.potential[stretch.row] if stretch.start else 0.0
             steps = stretch.first_step + points - stretch.start - 1
-            reward_model[steps, stretch.row] = np.diff(values, prepend=previous)
+            parts.reward_model[steps, stretch.row] = np.diff(values, prepend=previous)
             self.potential[stretch.row] = stretch.score = float(values[-1] if len(values) else previous)
             last = stretch.first_step + stretch.end - stretch.start - 1
-            taken[stretch.first_step : last + 1, stretch.row] = True
-            penalty[last, stretch.row] = stretch.penalty
+            parts.taken[stretch.first_step : last + 1, stretch.row] = True
+            parts.penalty[last, stretch.row] = stretch.penalty
         if self.reference is not None and stretches:
-            steps, columns, of_tokens = self._reference_log_probs_of(stretches, batch, allowed)
-            ref_log_prob[steps, columns] = of_tokens
-        kl = self.kl(log_probs, ref_log_prob)
-        rewards = reward_model - penalty - (np.where(taken, kl_coef * kl, 0.0) if kl_coef else 0.0)
-        return DeferredScores(
-            rewards=rewards.astype(np.float32),
-            reward_model=reward_model.astype(np.float32),
-            kl=kl.astype(np.float32),
-            ref_log_prob=ref_log_prob.astype(np.float32),
-        )
+            steps, columns, log_probs = self._reference_log_probs_of(stretches, batch, allowed)
+            parts.ref_log_prob[steps, columns] = log_probs
+        return parts
 
     def _scoring_points(self, stretch: Stretch) -> np.ndarray:
         """Completion lengths at which Φ is needed: those due in the stretch, and 0 where the episode begins in it."""

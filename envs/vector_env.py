@@ -22,12 +22,12 @@ from textgym.action_masks import ActionMasks
 from textgym.checks import check_int, check_number, shown
 from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
-from textgym.envs.deferred import PendingSteps
 from textgym.envs.infos import VectorInfos
 from textgym.envs.options import TextGenOptions, prompt_room, share
+from textgym.envs.record import RolloutRecord
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
 from textgym.envs.schedule import EpisodeRound
-from textgym.envs.scoring import DeferredScores, Scorer
+from textgym.envs.scoring import RolloutScores, Scorer, StepParts
 from textgym.envs.texts import Texts
 from textgym.language_model import (
     LanguageModel,
@@ -144,9 +144,8 @@ class TextGenVectorEnv(VectorEnv):
         self._seeds: tuple[int | None, ...] | None = None
         self._reported: np.ndarray | None = None
         self._round: EpisodeRound | None = None
-        self._deferred = False
+        self._record: RolloutRecord | None = None  # within a rollout
         self._starts_due = np.zeros(self.num_envs, dtype=bool)
-        self._pending = PendingSteps(self._texts, self._scorer)
 
     # ------------------------------------------------------------------ what agents ask for
 
@@ -244,7 +243,7 @@ class TextGenVectorEnv(VectorEnv):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin an episode in every row, or in those of ``options["reset_mask"]``.
 
-        Beginning anew in every row also drops the steps that wait to be scored.
+        Beginning anew in every row also drops the steps that are recorded and were not asked for.
 
         :param seed: of row 0, the following rows get the following numbers; or a list with one seed per row
         :param options: ``reset_mask``: ``(N,)`` bool; ``prompt``: a text or a conversation for all rows, or a
@@ -257,12 +256,11 @@ class TextGenVectorEnv(VectorEnv):
         mask, prompt = options.get("reset_mask"), options.get("prompt")
         seeds = seeds_of_rows(seed, self.num_envs)
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(self._checked_mask(mask))
-        if mask is not None and len(self._pending):
-            raise RuntimeError("reset of some rows while steps wait to be scored; call score_deferred() first")
+        if mask is not None and self._record is not None and len(self._record):
+            raise RuntimeError("reset of some rows with steps in the record; call scores() first")
         if mask is not None and self._round is not None:
             raise RuntimeError("reset of some rows within a round of episodes; reset() of all rows ends the round")
         self._round = None
-        self._pending.clear()  # of episodes that are given up
         self._reported = None
         self._seed_rows(seeds, rows)
         if self._reward.needs_calibration:
@@ -277,6 +275,8 @@ class TextGenVectorEnv(VectorEnv):
         self._scorer.forget(rows)
         self._begin(rows, fixed)
         self._note_starts()
+        if self._record is not None:
+            self._record.clear()  # of episodes that are given up
         infos = VectorInfos(self.num_envs)
         self._add_reset_info(infos, rows)
         self._add_mask_info(infos, rows)
@@ -318,16 +318,17 @@ class TextGenVectorEnv(VectorEnv):
         active = np.flatnonzero(~waiting)
         infos = VectorInfos(self.num_envs)
         reward = np.zeros(self.num_envs)
-        if self._deferred:
-            self._pending.add(log_prob, None if self._masks is None else self._allowed)
+        parts = StepParts.nothing((self.num_envs,))
         if len(active):
-            ref_log_prob = self._reference_log_prob(active, actions[active])
+            parts.ref_log_prob[active] = self._reference_log_prob(active, actions[active])
             texts.append(active, actions[active])
-            if not self._deferred:
+            if not self.scoring_deferred:
                 with self._taken_back_where_it_fails(active):
-                    reward[active] = self._reward_step(active, log_prob[active], ref_log_prob, infos)
-            self._mask_actions(active)
-            self._end_episodes(active[texts.done[active]], infos)
+                    reward[active] = self._reward_step(active, log_prob[active], parts, infos)
+        if self._record is not None:
+            self._record.add(log_prob, None if self._masks is None else self._allowed, parts, self._kl_coef)
+        self._mask_actions(active)
+        self._end_episodes(active[texts.done[active]], infos)
         self._reported = None
         terminated = np.array([reason in ("eos", "stop") for reason in texts.finish_reasons]) & ~waiting
         truncated = np.array([reason == "length" for reason in texts.finish_reasons]) & ~waiting
@@ -390,7 +391,7 @@ class TextGenVectorEnv(VectorEnv):
         :param group_size: completions of each prompt
         :return: the observation, as of ``reset``
         :raises ValueError: if the numbers do not fit each other, or the environment does not reset in the same step
-        :raises RuntimeError: while steps wait to be scored
+        :raises RuntimeError: while steps are in the record
         """
         self._check_ready("begin_round")
         if self.options.autoreset_mode != AutoresetMode.SAME_STEP:
@@ -404,8 +405,7 @@ class TextGenVectorEnv(VectorEnv):
                 f"episodes={episodes} is less than num_envs={self.num_envs}: rows would never have one; make the "
                 "environment with fewer rows, or the round longer"
             )
-        if len(self._pending):
-            raise RuntimeError(f"{len(self._pending)} steps wait to be scored; call score_deferred() before a round")
+        self._check_nothing_recorded("begin_round")
         groups = episodes // group_size
         prompts = [self._prompts.sample(self._rngs[group % self.num_envs]) for group in range(groups)]
         self._round = EpisodeRound(prompts, group_size, self.num_envs)
@@ -455,59 +455,78 @@ class TextGenVectorEnv(VectorEnv):
         """Whether the episodes are those of a round."""
         return self._round is not None
 
-    # ------------------------------------------------------------------ deferred scoring
+    # ------------------------------------------------------------------ rollouts, and what they earned
+
+    @property
+    def in_rollout(self) -> bool:
+        """Whether steps are recorded, see :meth:`begin_rollout`."""
+        return self._record is not None
 
     @property
     def scoring_deferred(self) -> bool:
-        """Whether rewards come from :meth:`score_deferred` instead of ``step``."""
-        return self._deferred
+        """Whether rewards come from :meth:`scores` instead of ``step``, which pays zero."""
+        return self._record is not None and self._record.deferred
 
     @property
     def steps_waiting(self) -> int:
         """Steps that were taken and not scored."""
-        return len(self._pending)
+        return 0 if self._record is None else self._record.waiting
 
-    def defer_scoring(self, on: bool) -> None:
-        """Switch to deferred scoring, or back. While it is on, ``step`` pays zero and :meth:`score_deferred` the rest.
+    def begin_rollout(self, defer_scoring: bool = True) -> None:
+        """Record what is written from now on, and what it earns, until :meth:`scores` asks for it.
 
-        :raises RuntimeError: when switched off while steps wait to be scored
+        :param defer_scoring: True: ``step`` pays zero, and :meth:`scores` scores all steps in a few passes; False: each
+            step is scored and paid at once. The scores are the same
+        :raises RuntimeError: within a rollout that is scored in the other way
         """
-        if not on and len(self._pending):
-            raise RuntimeError(
-                f"{len(self._pending)} steps wait to be scored; call score_deferred() before switching off"
-            )
-        if on == self._deferred:
+        if self._record is not None:
+            if self._record.deferred != defer_scoring:
+                raise RuntimeError(f"the rollout has defer_scoring={self._record.deferred}: end_rollout() first")
             return
-        self._deferred = on
-        if on:
-            self._pending.go_on()
+        self._record = RolloutRecord(self._texts, self._scorer, defer_scoring)
+        if defer_scoring:
             self._starts_due[:] = False
-        else:
+
+    def scores(self, log_probs: np.ndarray | None = None) -> RolloutScores:
+        """What the steps since the last call earned, and the episodes that ended in them.
+
+        :param log_probs: ``(K, N)`` log-probabilities, in nats, of the last K steps' actions, where the agent knows
+            better by now than when it reported them; KL and rewards are then made of these
+        :raises RuntimeError: if no step was recorded
+        :raises ValueError: if ``log_probs`` has another shape
+        :raises RewardError: if the reward fails; the steps stay in the record, and can be asked for again
+        """
+        if self._record is None or not len(self._record):
+            raise RuntimeError("no step was recorded: begin_rollout(), then step")
+        return self._record.scores(self._kl_coef, log_probs)
+
+    def end_rollout(self) -> None:
+        """Stop recording.
+
+        :raises RuntimeError: while steps wait to be scored
+        """
+        if self._record is None:
+            return
+        if self._record.waiting:
+            raise RuntimeError(f"{self._record.waiting} steps wait to be scored; call scores() before end_rollout()")
+        if self._record.deferred:
             # Φ of the prompts of rows that began while scoring was deferred. Where it is deferred again, they are read
             # together with what follows.
             self._starts_due = self._texts.started & (self._texts.taken == 0)
+        self._record = None
 
     def _note_starts(self) -> None:
         """Ask for Φ of prompts that is due by now: at a reset, or before the first step from them, which can be taken
         again after an error of the reward.
         """
         rows = np.flatnonzero(self._starts_due)
-        if len(rows) and not self._deferred:
+        if len(rows) and not self.scoring_deferred:
             self._scorer.start_rows(self._texts.batch(rows))
             self._starts_due[:] = False
 
-    def score_deferred(self, log_probs: np.ndarray | None = None) -> DeferredScores:
-        """Score all steps since the last call: rewards ``(S, N)`` and the episodes that ended in them.
-
-        :param log_probs: ``(K, N)`` log-probabilities, in nats, of the last K steps' actions, where the agent knows
-            better by now than when it reported them
-        :raises RuntimeError: if deferred scoring is off or no step was taken
-        """
-        if not self._deferred or not len(self._pending):
-            raise RuntimeError("nothing to score: defer_scoring(True), then step")
-        if log_probs is not None:
-            self._pending.replace_log_probs(log_probs)
-        return self._pending.score(self._kl_coef)
+    def _check_nothing_recorded(self, what: str) -> None:
+        if self._record is not None and len(self._record):
+            raise RuntimeError(f"{len(self._record)} steps are in the record; call scores() before {what}()")
 
     # ------------------------------------------------------------------ the state, for checkpoints
 
@@ -527,12 +546,9 @@ class TextGenVectorEnv(VectorEnv):
         An environment made with the same options goes on from it exactly (:meth:`load_state_dict`). Models, prompts
         and options are not part of it.
 
-        :raises RuntimeError: while steps wait to be scored
+        :raises RuntimeError: while steps are in the record
         """
-        if len(self._pending):
-            raise RuntimeError(
-                f"{len(self._pending)} steps wait to be scored; call score_deferred() before state_dict()"
-            )
+        self._check_nothing_recorded("state_dict")
         self._note_starts()
         return {
             "texts": self._texts.state_dict(),
@@ -558,8 +574,8 @@ class TextGenVectorEnv(VectorEnv):
                 f"action_masking={state['allowed'] is not None}"
             )
         self._texts.load_state_dict(state["texts"])
-        self._pending.clear()
-        self._pending.go_on()
+        if self._record is not None:
+            self._record.clear()
         self._starts_due[:] = False
         self._scorer.potential[:] = state["potential"]
         self.kl_coef = state["kl_coef"]
@@ -578,7 +594,7 @@ class TextGenVectorEnv(VectorEnv):
 
     def _reference_log_prob(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """``(B,)`` log π_ref of each row's token in the state before it; NaN where unknown or deferred."""
-        if self._scorer.reference is None or self._deferred:
+        if self._scorer.reference is None or self.scoring_deferred:
             return np.full(len(rows), np.nan)
         allowed = None if self._masks is None else self._allowed[rows]
         texts = self._texts
@@ -594,16 +610,15 @@ class TextGenVectorEnv(VectorEnv):
                 texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], rows, texts.done[rows]
             )
 
-    def _reward_step(
-        self, rows: np.ndarray, log_prob: np.ndarray, ref_log_prob: np.ndarray, infos: VectorInfos
-    ) -> np.ndarray:
-        """``(B,)`` rewards of the newest tokens of rows, with their parts put into the infos."""
+    def _reward_step(self, rows: np.ndarray, log_prob: np.ndarray, parts: StepParts, infos: VectorInfos) -> np.ndarray:
+        """``(B,)`` rewards of the newest tokens of rows, with what they are made of put into ``parts`` and infos."""
         texts = self._texts
         batch, taken = texts.batch(rows), texts.taken[rows]
         due = np.asarray(self._scorer.is_due(taken, texts.done[rows]), dtype=bool)
-        reward_model = self._scorer.reward_step(batch, due)
+        reward_model, penalty = self._scorer.reward_step(batch, due), texts.missing_eos_penalties(rows)
+        ref_log_prob = parts.ref_log_prob[rows]
+        parts.taken[rows], parts.reward_model[rows], parts.penalty[rows] = True, reward_model, penalty
         kl = self._scorer.kl(log_prob, ref_log_prob)
-        penalty = texts.missing_eos_penalties(rows)
         reward = reward_model - penalty - (self._kl_coef * kl if self._kl_coef else 0.0)
         texts.token_rewards[rows, taken - 1] = reward
         texts.token_kl[rows, taken - 1] = kl
@@ -632,8 +647,8 @@ class TextGenVectorEnv(VectorEnv):
         if not len(rows):
             return
         batch = self._texts.batch(rows)
-        if self._deferred:
-            self._pending.finish(rows, batch.completions)
+        if self._record is not None:
+            self._record.end(rows, batch.completions)
         infos.put("finish_reason", rows, [self._texts.finish_reasons[row] for row in rows], object)
         infos.put("prompt", rows, batch.prompts, object)
         infos.put("completion", rows, batch.completions, object)
@@ -651,9 +666,10 @@ class TextGenVectorEnv(VectorEnv):
             else:
                 prompt = self._prompts.sample(self._rngs[row])
             self._texts.begin(row, *self._fit(prompt))
-        self._pending.begin(rows)
+        if self._record is not None:
+            self._record.begin(rows)
         self._mask_actions(rows)
-        self._starts_due[rows] = not self._deferred
+        self._starts_due[rows] = not self.scoring_deferred
 
     def _fit(self, prompt: PromptRow) -> FittedPrompt:
         """A prompt as the models see it, with its ids, cut where they are too many."""
@@ -674,7 +690,7 @@ class TextGenVectorEnv(VectorEnv):
 
     def _rendered(self, row: int) -> RenderedEpisode:
         texts, taken = self._texts, int(self._texts.taken[row])
-        known = not self._deferred
+        known = not self.scoring_deferred
         self._note_starts()
         return RenderedEpisode(
             prompt=texts.prompts[row].prompt,

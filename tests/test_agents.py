@@ -31,6 +31,7 @@ from textgym.agents import (
 from textgym.agents.checkpoints import resume
 from textgym.agents.groups import by_credit, group_relative_advantages, leave_one_out_advantages
 from textgym.envs.sb3 import TextGenVecEnv
+from textgym.teacher_forcing import forced_log_probs
 
 AGENTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "a2c": (A2C, {"n_steps": 8, "learning_rate": 1e-2}),
@@ -174,11 +175,15 @@ def test_rollouts_are_whole_episodes(name):
 def test_the_references_log_probs_are_those_of_its_plain_forward_and_asked_for_once(kl_coef, scoring, monkeypatch):
     model = make_agent("grpo, in the loss", tiny_vector_env(8, kl_coef=kl_coef), scoring=scoring, episodes=16)
     passes = []
-    ask = type(model)._reference_log_probs
-    monkeypatch.setattr(type(model), "_reference_log_probs", lambda *a: passes.append(1) or ask(*a))
+    for module in ("textgym.agents.on_policy", "textgym.envs.scoring"):
+        monkeypatch.setattr(
+            f"{module}.forced_log_probs", lambda *a, module=module: passes.append(module) or forced_log_probs(*a)
+        )
     move_away(model)
     buffer = with_rollout(model).rollout_buffer
-    assert len(passes) == (0 if scoring == "deferred" and kl_coef else 1)
+    # Instant scoring has stepped the reference along; without a penalty nobody has asked it yet.
+    asking = {"deferred": ["textgym.envs.scoring"], "instant": []}[scoring] if kl_coef else ["textgym.agents.on_policy"]
+    assert passes == asking
     reference = model.env.text_env.reference_language_model().model
     for segment in buffer.segments:
         steps = slice(segment.start, segment.start + segment.steps)

@@ -533,9 +533,9 @@ def test_both_schedules_pay_the_same(name, reward_every):
     options = {"language_model": opened(), "kl_coef": 0.1, "reward_every": reward_every}
     instant, _ = stepped(tiny_vector_env(4, reward=reward_named(name), **options))
     env = tiny_vector_env(4, reward=reward_named(name), **options)
-    env.defer_scoring(True)
+    env.begin_rollout()
     assert not np.any(stepped(env)[0])
-    np.testing.assert_allclose(env.score_deferred().rewards, instant, atol=1e-4)
+    np.testing.assert_allclose(env.scores().rewards, instant, atol=1e-4)
     assert np.std(instant) > 0.1
 
 

@@ -126,10 +126,10 @@ def test_what_a_rewards_own_potentials_say_is_judged_before_it_is_paid(wrong, de
     envs = make_vec(2, reward=Own(wrong))
 
     def play() -> None:
-        envs.defer_scoring(deferred)
+        envs.begin_rollout(defer_scoring=deferred)
         envs.reset(seed=0)
         envs.step(np.array([5, 5]))
-        envs.score_deferred()
+        envs.scores()
 
     with pytest.raises(RewardError, match="reward 'Own'"):
         play()

@@ -76,12 +76,12 @@ def test_a_round_is_scored_the_same_at_once_and_at_its_end(name):
     instant, deferred = make_vec(3, **options), make_vec(3, **options)
     instant.reset(seed=1)
     deferred.reset(seed=1)
-    deferred.defer_scoring(True)
+    deferred.begin_rollout()
     instant.begin_round(8, 2)
     deferred.begin_round(8, 2)
     _, rewards = finished_episodes(instant)
     finished_episodes(deferred)
-    scores = deferred.score_deferred()
+    scores = deferred.scores()
     np.testing.assert_allclose(np.stack(rewards), scores.rewards, atol=1e-4)
     assert len(scores.episodes) == 8
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_a_round_is_refused():
         other.begin_round(2)
     waiting = make_vec(2)
     waiting.reset(seed=0)
-    waiting.defer_scoring(True)
+    waiting.begin_rollout()
     waiting.step(np.array([5, 5]))
-    with pytest.raises(RuntimeError, match="steps wait to be scored"):
+    with pytest.raises(RuntimeError, match="1 steps are in the record"):
         waiting.begin_round(2)

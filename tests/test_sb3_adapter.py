@@ -248,13 +248,13 @@ def test_scoring_may_be_deferred_only_where_nobody_looks_at_the_rewards():
 
 def test_while_scoring_is_deferred_no_return_is_reported():
     env = adapter(2)
-    env.text_env.defer_scoring(True)
+    env.text_env.begin_rollout()
     env.reset()
     _, rewards, dones, infos = env.step(np.array([EOS, GOOD]))
     assert (dones.tolist(), rewards.tolist()) == ([True, False], [0.0, 0.0])
     assert "episode" not in infos[0]
     assert infos[0]["finish_reason"] == "eos"
-    assert [e["finish_reason"] for e in env.text_env.score_deferred().episodes] == ["eos"]
+    assert [e["finish_reason"] for e in env.text_env.scores().episodes] == ["eos"]
 
 
 # --- stock Stable-Baselines3

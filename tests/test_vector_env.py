@@ -390,7 +390,7 @@ def instant_and_deferred(options: dict[str, Any], seed: int, steps: int = 30, n:
     waiting = 0
     for step in range(steps):
         if not waiting and rng.random() < 0.25:
-            later.defer_scoring(not later.scoring_deferred)
+            (later.end_rollout if later.in_rollout else later.begin_rollout)()
         actions, log_probs = random_actions(rng, now)
         observation, reward, terminated, truncated, infos = now.step(actions, log_probs)
         got = later.step(actions, log_probs)
@@ -422,7 +422,7 @@ def instant_and_deferred(options: dict[str, Any], seed: int, steps: int = 30, n:
         assert "reward_model" not in got[4]
         waiting += 1
         if rng.random() < 0.3 or step == steps - 1:
-            scores = later.score_deferred()
+            scores = later.scores()
             assert scores.rewards.shape == (waiting, n)
             assert scores.rewards.dtype == np.float32
             scored.extend(scores.rewards)
@@ -464,10 +464,37 @@ def test_deferred_equals_instant_where_rows_reset_in_the_next_step(options):
         for deferred in (False, True):
             envs, rng = make_vec(n, **{**options, **extra}), np.random.default_rng(0)
             envs.reset(seed=0)
-            envs.defer_scoring(deferred)
+            envs.begin_rollout(defer_scoring=deferred)
             paid = [envs.step(*random_actions(rng, envs))[1] for _ in range(15)]
-            runs.append(envs.score_deferred().rewards if deferred else np.array(paid))
+            runs.append(envs.scores().rewards)
+            np.testing.assert_allclose(np.array(paid), 0.0 if deferred else runs[0], atol=1e-6)
         np.testing.assert_allclose(runs[0], runs[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [SETTINGS["composed, every 3"], SETTINGS["masked"]], ids=["composed", "masked"])
+@pytest.mark.parametrize("better", [False, True], ids=["reported", "better known"])
+def test_the_record_is_the_same_whenever_rewards_are_computed(options, better):
+    records = []
+    for deferred in (False, True):
+        envs, rng = make_vec(3, **options), np.random.default_rng(0)
+        envs.reset(seed=0)
+        envs.step(*random_actions(rng, envs))  # of before the record
+        envs.begin_rollout(defer_scoring=deferred)
+        for _ in range(12):
+            envs.step(*random_actions(rng, envs))
+        known = -rng.random((7, 3)) if better else None  # of the newest steps
+        records.append(envs.scores(known))
+        assert not envs.steps_waiting
+        envs.end_rollout()
+    instant, deferred = records
+    for name in ("rewards", "reward_model", "kl", "ref_log_prob"):
+        np.testing.assert_allclose(getattr(instant, name), getattr(deferred, name), atol=2e-4, err_msg=name)
+    by_end = [sorted(r.episodes, key=lambda e: (e["step"], e["row"])) for r in records]
+    assert len(by_end[0]) == len(by_end[1]) > 0
+    for one, other in zip(*by_end, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value == (pytest.approx(other[name], abs=3e-4) if isinstance(value, float) else other[name]), name
 
 
 def test_small_passes_change_nothing(monkeypatch):
@@ -477,11 +504,11 @@ def test_small_passes_change_nothing(monkeypatch):
         monkeypatch.setattr("textgym.teacher_forcing.FORWARD_TOKENS", tokens)
         monkeypatch.setattr("textgym.rewards.causal.BATCH_TOKENS", tokens)
         envs.reset(seed=0)
-        envs.defer_scoring(True)
+        envs.begin_rollout()
         rng = np.random.default_rng(0)
         for _ in range(12):
             envs.step(*random_actions(rng, envs))
-        runs.append(envs.score_deferred().rewards)
+        runs.append(envs.scores().rewards)
     np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
     np.testing.assert_allclose(runs[0], runs[2], atol=1e-5)
 
@@ -490,7 +517,7 @@ def test_infos_of_finished_episodes_are_the_same_except_for_what_is_not_known_ye
     now, later = make_vec(2), make_vec(2)
     for envs in (now, later):
         envs.reset(seed=0)
-    later.defer_scoring(True)
+    later.begin_rollout()
     actions = np.array([EOS, GOOD])
     got, expected = later.step(actions)[4], now.step(actions)[4]
     assert set(expected["final_info"]) - set(got["final_info"]) == {
@@ -503,10 +530,10 @@ def test_infos_of_finished_episodes_are_the_same_except_for_what_is_not_known_ye
 def test_the_coefficient_at_the_time_of_scoring_counts():
     envs = make_vec(2, kl_coef=0.5)
     envs.reset(seed=0)
-    envs.defer_scoring(True)
+    envs.begin_rollout()
     envs.step(np.array([GOOD, FILM]), [-1.0, -2.0])
     envs.kl_coef = 3.0
-    scores = envs.score_deferred()
+    scores = envs.scores()
     np.testing.assert_allclose(scores.rewards, scores.reward_model - 3 * scores.kl, atol=1e-5)
     np.testing.assert_allclose(scores.kl, np.array([[-1.0, -2.0]]) - scores.ref_log_prob, atol=1e-6)
 
@@ -514,11 +541,11 @@ def test_the_coefficient_at_the_time_of_scoring_counts():
 def test_a_callers_array_of_log_probs_may_be_reused():
     envs, buffer = make_vec(2), np.zeros(2)
     envs.reset(seed=0)
-    envs.defer_scoring(True)
+    envs.begin_rollout()
     for value in (-1.0, -2.0):
         buffer[:] = value
         envs.step(np.array([GOOD, FILM]), buffer)
-    scores = envs.score_deferred()
+    scores = envs.scores()
     np.testing.assert_allclose(scores.kl + scores.ref_log_prob, [[-1.0] * 2, [-2.0] * 2], atol=1e-5)
 
 
@@ -526,19 +553,19 @@ def test_deferred_scoring_is_switched_and_asked_for_in_order():
     envs = make_vec(2)
     envs.reset()
     assert not envs.scoring_deferred
-    with pytest.raises(RuntimeError, match="nothing to score"):
-        envs.score_deferred()
-    envs.defer_scoring(True)
-    with pytest.raises(RuntimeError, match="nothing to score"):
-        envs.score_deferred()
+    with pytest.raises(RuntimeError, match="no step was recorded"):
+        envs.scores()
+    envs.begin_rollout()
+    with pytest.raises(RuntimeError, match="no step was recorded"):
+        envs.scores()
     envs.step(np.array([GOOD, FILM]))
     envs.step(np.array([GOOD, FILM]))
     with pytest.raises(RuntimeError, match="2 steps wait to be scored"):
-        envs.defer_scoring(False)
-    with pytest.raises(RuntimeError, match="reset of some rows while steps wait"):
+        envs.end_rollout()
+    with pytest.raises(RuntimeError, match="reset of some rows with steps in the record"):
         envs.reset(options={"reset_mask": np.array([True, False])})
-    assert envs.score_deferred().rewards.shape == (2, 2)
-    envs.defer_scoring(False)
+    assert envs.scores().rewards.shape == (2, 2)
+    envs.end_rollout()
     assert not envs.scoring_deferred
 
 
@@ -552,12 +579,12 @@ def test_prompts_of_episodes_that_begin_while_scoring_is_deferred_are_scored_whe
     envs, instant = make_vec(2, reward=length, kl_coef=0), make_vec(2, reward=length, kl_coef=0)
     for env in (envs, instant):
         env.reset(seed=0)
-    envs.defer_scoring(True)
+    envs.begin_rollout()
     for env in (envs, instant):
         env.step(np.array([GOOD, EOS]))  # the second row begins anew
-    envs.score_deferred()
+    envs.scores()
     asked.clear()
-    envs.defer_scoring(False)
+    envs.end_rollout()
     assert not asked
     actions = np.array([FILM, GOOD])
     rewards = [env.step(actions)[1] for env in (envs, instant)]
@@ -566,10 +593,10 @@ def test_prompts_of_episodes_that_begin_while_scoring_is_deferred_are_scored_whe
     state = envs.state_dict()
     np.testing.assert_allclose(state["potential"], instant.state_dict()["potential"])
 
-    envs.defer_scoring(True)
+    envs.begin_rollout()
     envs.step(np.array([EOS, EOS]))
-    envs.score_deferred()
-    envs.defer_scoring(False)
+    envs.scores()
+    envs.end_rollout()
     np.testing.assert_allclose(envs.state_dict()["potential"], [0.5, 0.5])
 
 
@@ -582,16 +609,16 @@ def test_a_full_reset_gives_up_what_waits_to_be_scored():
         return [float(len(c)) for c in completions]
 
     envs = make_vec(2, reward=moody, kl_coef=0)
-    envs.defer_scoring(True)
+    envs.begin_rollout()
     envs.reset(seed=0)
     envs.step(np.array([GOOD, EOS]))
     for _ in range(2):  # asking again is not another question
         with pytest.raises(RewardError, match="the judge is out"):
-            envs.score_deferred()
+            envs.scores()
     broken[0] = False
     envs.reset(seed=0)
     envs.step(np.array([GOOD, EOS]))
-    scores = envs.score_deferred()
+    scores = envs.scores()
     assert scores.rewards.tolist() == [[5.0, 0.0]]
     assert len(scores.episodes) == 1
 
@@ -609,7 +636,7 @@ def test_scoring_that_failed_can_be_asked_for_again(more):
     rng, paid, scored = np.random.default_rng(0), [], []
     for envs in (now, later):
         envs.reset(seed=0)
-    later.defer_scoring(True)
+    later.begin_rollout()
 
     def play(steps):
         for _ in range(steps):
@@ -618,14 +645,14 @@ def test_scoring_that_failed_can_be_asked_for_again(more):
             later.step(actions, log_probs)
 
     play(2)
-    scored.extend(later.score_deferred().rewards)
+    scored.extend(later.scores().rewards)
     play(3)
     broken[0] = True
     with pytest.raises(RewardError, match="the judge is out"):
-        later.score_deferred()
+        later.scores()
     play(more)
     broken[0] = False
-    scored.extend(later.score_deferred().rewards)
+    scored.extend(later.scores().rewards)
     np.testing.assert_allclose(scored, paid, atol=1e-4)
 
 
@@ -703,12 +730,12 @@ def test_deferred_scoring_is_a_few_passes_however_many_steps(counted):
     options, reference, reward = counted
     envs, rng = make_vec(6, **options), np.random.default_rng(0)
     envs.reset(seed=0)
-    envs.defer_scoring(True)
+    envs.begin_rollout()
     reference.take(), reward.take()
     for _ in range(40):
         envs.step(*random_actions(rng, envs))
     assert reference.take() == reward.take() == []
-    envs.score_deferred()
+    envs.scores()
     assert len(reference.take()) == len(reward.take()) == 1
 
 
