@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from textgym.agents.learning_rewards import LearningRewards
     from textgym.agents.nlpo import NLPO
     from textgym.agents.off_policy import TextOffPolicyAlgorithm
-    from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm
+    from textgym.agents.losses import Loss
+    from textgym.agents.on_policy import TextOnPolicyAlgorithm
     from textgym.agents.policy import LanguageModelPolicy
     from textgym.agents.ppo import PPO
     from textgym.agents.q_learning import QLearning
@@ -91,7 +92,8 @@ _MODULES = {
     "agents.learning_rewards": ["LearningRewards"],
     "agents.nlpo": ["NLPO"],
     "agents.off_policy": ["TextOffPolicyAlgorithm"],
-    "agents.on_policy": ["Loss", "TextOnPolicyAlgorithm"],
+    "agents.losses": ["Loss"],
+    "agents.on_policy": ["TextOnPolicyAlgorithm"],
     "agents.policy": ["LanguageModelPolicy"],
     "agents.ppo": ["PPO"],
     "agents.q_learning": ["QLearning"],

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.type_aliases import Schedule
-from torch.nn import functional as F
 
 from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm
+from textgym.agents.losses import Loss, policy_gradient, value_loss
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 
@@ -84,13 +84,10 @@ class A2C(TextOnPolicyAlgorithm):
     def loss(self, batch: SegmentSamples) -> Loss:
         """Policy gradient, value loss and entropy bonus."""
         values, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
-        weights = self.normalized(batch.advantages)
-        if batch.importance is not None:
-            weights = weights * batch.importance
-        policy_loss = -(weights * log_prob).mean()
-        value_loss = F.mse_loss(batch.returns, values.flatten())
+        policy_loss = policy_gradient(log_prob, self.normalized(batch.advantages), batch.importance).mean()
+        critic_loss = value_loss(batch.returns, values.flatten())
         entropy_loss = -entropy.mean()
-        loss = policy_loss + self.vf_coef * value_loss
+        loss = policy_loss + self.vf_coef * critic_loss
         if self.ent_coef != 0.0:
             loss = loss + self.ent_coef * entropy_loss
-        return Loss(loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss})
+        return Loss(loss, {"policy_loss": policy_loss, "value_loss": critic_loss, "entropy_loss": entropy_loss})

@@ -17,11 +17,10 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
-from torch.nn import functional as F
 
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.on_policy import Loss
+from textgym.agents.losses import Loss, preference_loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ranking import best_and_worst, rewards_without_kl
 from textgym.agents.text_environment import TextEnv, TextEnvironment
@@ -191,8 +190,7 @@ class DPO(TextEpisodeAlgorithm):
         log_ref = self.completion_sums(batch.ref_log_prob, batch.rows, number)
         chosen, rejected = (self.beta * (log_pi - log_ref)).view(-1, 2).unbind(1)  # (P,) the implicit rewards
         margins = chosen - rejected
-        smoothing = self.label_smoothing
-        loss = -((1 - smoothing) * F.logsigmoid(margins) + smoothing * F.logsigmoid(-margins)).mean()
+        loss = preference_loss(margins, self.label_smoothing)
         figures = {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),

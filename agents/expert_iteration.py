@@ -18,7 +18,7 @@ from torch import Tensor
 
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.on_policy import Loss
+from textgym.agents.losses import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ranking import best_of_groups
 from textgym.agents.text_environment import TextEnv

@@ -16,10 +16,11 @@ from torch import Tensor
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import CREDITS, SCALES, by_credit, group_relative_advantages
-from textgym.agents.on_policy import Loss, ratio_figures
+from textgym.agents.losses import Loss, clipped_surrogate, ratio_figures
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_choice, check_int, check_number
+from textgym.kl import kl_estimate
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
 
@@ -133,17 +134,11 @@ class GRPO(TextEpisodeAlgorithm):
         _, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high
         log_ratio = log_prob - batch.old_log_prob  # (M,)
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_range, 1 + high)
-        surrogate = torch.min(batch.advantages * ratio, batch.advantages * clipped)
-        if batch.importance is not None:
-            surrogate = surrogate * batch.importance
-        token_loss = -surrogate
+        token_loss = clipped_surrogate(log_ratio, batch.advantages, (self.clip_range, high), batch.importance)
         figures = {"policy_loss": token_loss.mean(), "entropy_loss": -entropy.mean()}
         if self.kl_loss_coef > 0:
             assert batch.ref_log_prob is not None
-            log_ref_ratio = batch.ref_log_prob - log_prob
-            kl = log_ref_ratio.exp() - log_ref_ratio - 1  # k3, Schulman 2020
+            kl = kl_estimate(log_prob, batch.ref_log_prob, "k3")
             token_loss = token_loss + self.kl_loss_coef * kl
             figures["kl_ref"] = kl.mean()
         loss, weight = self._averaged(token_loss, batch)

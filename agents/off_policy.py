@@ -20,7 +20,6 @@ from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episode_replay import EpisodeReplay
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, weights_of
-from textgym.agents.on_policy import Loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_int, check_number
@@ -185,20 +184,3 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
         model = super().from_pretrained(directory, env, device=device, **arguments)
         follow(model.target, model.policy)
         return model
-
-
-def td_loss(q: Tensor, targets: Tensor, values: Tensor) -> Loss:
-    """Half the mean squared difference of Q and its target.
-
-    :param q: ``(M,)`` with gradients
-    :param targets: ``(M,)``
-    :param values: ``(M, 1)`` or ``(M,)`` of the states, for the log
-    """
-    error = q - targets
-    figures = {
-        "td_error": error.detach().abs().mean(),
-        "q_mean": q.detach().mean(),
-        "target_mean": targets.mean(),
-        "value_mean": values.detach().mean(),
-    }
-    return Loss(0.5 * error.square().mean(), figures)

@@ -25,6 +25,7 @@ from textgym.agents.blueprint import LanguageModelBlueprint
 from textgym.agents.distributed import Processes
 from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
 from textgym.agents.exploration import Exploration
+from textgym.agents.losses import Loss
 from textgym.agents.policy import LanguageModelPolicy, check_spaces
 from textgym.agents.progress import TrainingProgress
 from textgym.agents.saved_agent import SavedAgent
@@ -45,21 +46,6 @@ if TYPE_CHECKING:
 # The square of a larger one is infinite in float32. Where layers normalise, what comes of such weights may be finite.
 LARGEST_WEIGHT = 1.8e19
 SCORINGS = ("auto", "deferred", "instant")
-
-
-@dataclasses.dataclass
-class Loss:
-    """What an agent wants less of, for one minibatch.
-
-    :param value: ``()`` a mean, with gradients
-    :param figures: what is logged as ``train/NAME``, averaged over the minibatches of an update; ``approx_kl``, nats
-        per token, is what ``target_kl`` looks at, and ``ratio_first`` is kept of the first minibatch
-    :param weight: how much the mean counts beside those of other processes; default the number of transitions
-    """
-
-    value: Tensor
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float | None = None
 
 
 @dataclasses.dataclass
@@ -944,24 +930,6 @@ def _in_parts(segments: list[Segment]) -> Iterator[list[Segment]]:
     """Segments of like length together, so few that a forward over them fits."""
     for part in micro_batches([segment.length for segment in segments], FORWARD_TOKENS):
         yield [segments[i] for i in part]
-
-
-def ratio_figures(log_ratio: Tensor, clip_range: float | tuple[float, float]) -> dict[str, float]:
-    """What is logged of the ratio of new to old probabilities.
-
-    :param log_ratio: ``(M,)``
-    :param clip_range: beyond which distance from 1 a ratio counts as clipped; below and above where they differ
-    :return: ``approx_kl``, Schulman's k3 estimate of KL(old ‖ new) in nats per token
-        (http://joschu.net/blog/kl-approx.html), ``clip_fraction``, and ``ratio_first``, the largest distance from 1
-    """
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    with torch.no_grad():
-        change = log_ratio.exp() - 1
-        return {
-            "approx_kl": (change - log_ratio).mean().item(),
-            "clip_fraction": ((change > high) | (change < -low)).float().mean().item(),
-            "ratio_first": change.abs().max().item(),
-        }
 
 
 def _figures_of(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:

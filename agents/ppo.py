@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
-from torch.nn import functional as F
 
 from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.on_policy import Loss, TextOnPolicyAlgorithm, ratio_figures
+from textgym.agents.losses import Loss, clipped_surrogate, ratio_figures, value_loss
+from textgym.agents.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_schedule
@@ -156,29 +156,21 @@ class PPO(TextOnPolicyAlgorithm):
         advantages = self.normalized(batch.advantages)
 
         log_ratio = log_prob - batch.old_log_prob  # before the first optimizer step the ratio is 1
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-        surrogate = torch.min(advantages * ratio, advantages * clipped)
-        if batch.importance is not None:
-            surrogate = surrogate * batch.importance
-        policy_loss = -surrogate.mean()
-
-        if self.clip_range_vf is not None:
-            limit = self.clip_range_vf(self._current_progress_remaining)
-            values = batch.old_values + (values - batch.old_values).clamp(-limit, limit)
-        value_loss = F.mse_loss(batch.returns, values)
+        policy_loss = clipped_surrogate(log_ratio, advantages, clip_range, batch.importance).mean()
+        limit = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
+        critic_loss = value_loss(batch.returns, values, batch.old_values, limit)
         entropy_loss = -entropy.mean()
 
-        loss = policy_loss + self.vf_coef * value_loss
+        loss = policy_loss + self.vf_coef * critic_loss
         if self.ent_coef != 0.0:  # else a pass over (M, V) logits would compute a gradient of zero
             loss = loss + self.ent_coef * entropy_loss
         figures = {
             "policy_gradient_loss": policy_loss,
-            "value_loss": value_loss,
+            "value_loss": critic_loss,
             "entropy_loss": entropy_loss,
             "clip_range": clip_range,
             **ratio_figures(log_ratio, clip_range),
         }
-        if self.clip_range_vf is not None:
+        if limit is not None:
             figures["clip_range_vf"] = limit
         return Loss(loss, figures)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from textgym.agents.bellman_targets import bellman_targets
 from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.off_policy import TextOffPolicyAlgorithm, td_loss
-from textgym.agents.on_policy import Loss
+from textgym.agents.losses import Loss, td_loss
+from textgym.agents.off_policy import TextOffPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_bool, check_choice, check_number, check_schedule

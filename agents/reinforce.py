@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
-from torch.nn import functional as F
 
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import leave_one_out_advantages
-from textgym.agents.on_policy import Loss
+from textgym.agents.losses import Loss, policy_gradient, value_loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_choice
@@ -107,13 +106,10 @@ class REINFORCE(TextEpisodeAlgorithm):
     def loss(self, batch: SegmentSamples) -> Loss:
         """The policy gradient, and the value loss where the value head is the baseline."""
         values, log_prob, entropy = self.policy.evaluate_segments(batch, self.ent_coef != 0.0)
-        weights = self.normalized(batch.advantages)
-        if batch.importance is not None:
-            weights = weights * batch.importance
-        policy_loss = -(weights * log_prob).mean()
+        policy_loss = policy_gradient(log_prob, self.normalized(batch.advantages), batch.importance).mean()
         loss, figures = policy_loss, {"policy_loss": policy_loss, "entropy_loss": -entropy.mean()}
         if self.baseline == "value":
-            figures["value_loss"] = F.mse_loss(batch.returns, values.flatten())
+            figures["value_loss"] = value_loss(batch.returns, values.flatten())
             loss = loss + self.vf_coef * figures["value_loss"]
         if self.ent_coef != 0.0:
             loss = loss + self.ent_coef * figures["entropy_loss"]

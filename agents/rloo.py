@@ -15,7 +15,7 @@ from torch import Tensor
 from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
 from textgym.agents.groups import CREDITS, by_credit, leave_one_out_advantages
-from textgym.agents.on_policy import Loss, ratio_figures
+from textgym.agents.losses import Loss, clipped_surrogate, ratio_figures
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_choice, check_int, check_number
@@ -118,12 +118,7 @@ class RLOO(TextEpisodeAlgorithm):
                 importance = (
                     self.completion_sums(importance.log(), batch.rows, number).exp().clamp(max=self.importance_cap)
                 )
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        surrogate = torch.min(advantages * ratio, advantages * clipped)
-        if importance is not None:
-            surrogate = surrogate * importance
-        policy_loss = -surrogate.sum() / number
+        policy_loss = clipped_surrogate(log_ratio, advantages, self.clip_range, importance).sum() / number
         entropy_loss = -entropy.mean()
         loss = policy_loss if self.ent_coef == 0.0 else policy_loss + self.ent_coef * entropy_loss
         figures = {"policy_loss": policy_loss, "entropy_loss": entropy_loss}

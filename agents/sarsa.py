@@ -14,8 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from textgym.agents.bellman_targets import bellman_targets
 from textgym.agents.episode_buffer import SegmentSamples
 from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.off_policy import td_loss
-from textgym.agents.on_policy import Loss
+from textgym.agents.losses import Loss, td_loss
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv
 from textgym.checks import check_bool, check_number

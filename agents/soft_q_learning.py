@@ -15,8 +15,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from textgym.agents.bellman_targets import bellman_targets
 from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.off_policy import TextOffPolicyAlgorithm, td_loss
-from textgym.agents.on_policy import Loss
+from textgym.agents.losses import Loss, td_loss
+from textgym.agents.off_policy import TextOffPolicyAlgorithm
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 
