@@ -26,7 +26,6 @@ import random
 import re
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,15 +47,6 @@ from textgym.prompts import PromptSource
 _NAME = re.compile(r"checkpoint-(\d{12})")
 # What each process has of its own; weights, optimizer and counters are the same in all.
 _OWN = ("last_episode_starts", "held", "log", "env", "callbacks", "random")
-# Plain numbers of the algorithm that change while it learns.
-_COUNTERS = (
-    "num_timesteps",
-    "_total_timesteps",
-    "_num_timesteps_at_start",
-    "_episode_num",
-    "_n_updates",
-    "_current_progress_remaining",
-)
 
 
 def _check_columns(source: PromptSource) -> None:
@@ -86,20 +76,11 @@ def training_state(model: TextOnPolicyAlgorithm, callback: Any = None) -> dict[s
     :raises DivergedError: if the weights are not finite; a checkpoint of them would be worse than none
     """
     env = _text_vec_env(model)
-    if model._last_obs is None:
+    if not model.has_begun:
         raise CheckpointError("training has not begun: there is no state to keep before the first rollout")
     model.check_finite()
     state = {
-        "agent": type(model).__name__,
-        "policy": {name: tensor for name, tensor in model.policy.state_dict().items() if name not in _frozen(model)},
-        "optimizer": model.policy.optimizer.state_dict(),
-        "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
-        "finished_episodes": [dict(episode) for episode in model.ep_info_buffer or []],
-        "last_episode_starts": np.asarray(model._last_episode_starts),
-        "held": model.rollout_buffer.state_dict(),
-        "extra": model.extra_state(),
-        # What the last update recorded is written with the next rollout's figures.
-        "log": dict(model.logger.name_to_value),
+        **model.state_dict(),
         "env": env.state_dict(),
         "callbacks": [_state_of(part) for part in _callbacks(callback)],
         "random": _random_state(model),
@@ -134,32 +115,13 @@ def load_training_state(model: TextOnPolicyAlgorithm, state: dict[str, Any], cal
             "make the same ones in the same order"
         )
     env = _text_vec_env(model)
-    wrong = set(state["policy"]) ^ (set(model.policy.state_dict()) - _frozen(model))
-    if wrong:
-        raise ValueError(f"the state's policy has other weights than this one; they differ in {sorted(wrong)[:3]}")
-    model.policy.load_state_dict(state["policy"], strict=False)
-    model.policy.optimizer.load_state_dict(state["optimizer"])
-    for name, value in state["counters"].items():
-        setattr(model, name, value)
-    model.ep_info_buffer = deque(state["finished_episodes"], maxlen=model._stats_window_size)
-    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
-    model._last_obs = env.load_state_dict(state["env"])
-    model._last_episode_starts = np.asarray(state["last_episode_starts"])
-    model.rollout_buffer.load_state_dict(state.get("held", {}))
-    model.load_extra_state(state["extra"])
-    model._pending_log = state["log"]
+    model.load_state_dict(state, env.load_state_dict(state["env"]))
     for part, (_, part_state) in zip(parts, state["callbacks"], strict=True):
         if hasattr(part, "load_state_dict"):
             part.load_state_dict(part_state)
         else:
             vars(part).update(part_state)
     _set_random_state(model, state["random"])  # last: building and loading draw random numbers
-
-
-def _frozen(model: TextOnPolicyAlgorithm) -> set[str]:
-    """Weights that don't learn, such as those beside an adapter: they are where the model was opened from."""
-    parameters = model.policy.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in parameters if not parameter.requires_grad}
 
 
 def _text_vec_env(model: TextOnPolicyAlgorithm) -> TextGenVecEnv:

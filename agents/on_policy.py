@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +47,15 @@ if TYPE_CHECKING:
 # The square of a larger one is infinite in float32. Where layers normalise, what comes of such weights may be finite.
 LARGEST_WEIGHT = 1.8e19
 SCORINGS = ("auto", "deferred", "instant")
+# Plain numbers that change while an agent learns.
+_COUNTERS = (
+    "num_timesteps",
+    "_total_timesteps",
+    "_num_timesteps_at_start",
+    "_episode_num",
+    "_n_updates",
+    "_current_progress_remaining",
+)
 
 
 @dataclasses.dataclass
@@ -911,6 +921,59 @@ class TextOnPolicyAlgorithm(SavedAgent):
         super().dump_logs(iteration)
 
     # Saving
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a first observation, so that there is a state to keep."""
+        return self._last_obs is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the agent itself has to keep between two rollouts for training to go on exactly, as tensors and plain
+        data. Weights that don't learn, such as those beside an adapter, are not among it.
+
+        Where the environment stands, random states and callbacks belong to a checkpoint, too:
+        :mod:`textgym.agents.checkpoints`.
+        """
+        frozen = self._frozen()
+        return {
+            "agent": type(self).__name__,
+            "policy": {name: tensor for name, tensor in self.policy.state_dict().items() if name not in frozen},
+            "optimizer": self.policy.optimizer.state_dict(),
+            "counters": {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)},
+            "finished_episodes": [dict(episode) for episode in self.ep_info_buffer or []],
+            "last_episode_starts": np.asarray(self._last_episode_starts),
+            "held": self.rollout_buffer.state_dict(),
+            "extra": self.extra_state(),
+            # What the last update recorded is written with the next rollout's figures.
+            "log": dict(self.logger.name_to_value),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], observation: Any) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        :param state: of an agent made like this one
+        :param observation: the environment's, where it stands by now
+        :raises ValueError: if the policy has other weights
+        """
+        wrong = set(state["policy"]) ^ (set(self.policy.state_dict()) - self._frozen())
+        if wrong:
+            raise ValueError(f"the state's policy has other weights than this one; they differ in {sorted(wrong)[:3]}")
+        self.policy.load_state_dict(state["policy"], strict=False)
+        self.policy.optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.ep_info_buffer = deque(state["finished_episodes"], maxlen=self._stats_window_size)
+        self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        self._last_obs = observation
+        self._last_episode_starts = np.asarray(state["last_episode_starts"])
+        self.rollout_buffer.load_state_dict(state.get("held", {}))
+        self.load_extra_state(state["extra"])
+        self._pending_log = state["log"]
+
+    def _frozen(self) -> set[str]:
+        """Weights that don't learn, such as those beside an adapter: they are where the model was opened from."""
+        parameters = self.policy.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in parameters if not parameter.requires_grad}
 
     def _excluded_save_params(self) -> list[str]:
         own = [
