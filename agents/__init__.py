@@ -1,7 +1,6 @@
 """The Stable-Baselines3 side: a language model as a policy, and agents that train it.
 
-Each name's module is imported when it is first used: torch, transformers and Stable-Baselines3 take seconds, and the
-command line says how it is used without them.
+Each name is imported when it is first used, with what it needs: torch, transformers and Stable-Baselines3.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+from textgym.agents.names import HOME
+
+if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.agents.a2c import A2C
     from textgym.agents.blueprint import LanguageModelBlueprint
     from textgym.agents.callbacks import AdaptiveKLCallback
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from textgym.agents.grpo import GRPO
     from textgym.agents.imitation import WarmStartReport, warm_start
     from textgym.agents.learning_rewards import LearningRewards
+    from textgym.agents.losses import Loss
     from textgym.agents.nlpo import NLPO
     from textgym.agents.off_policy import TextOffPolicyAlgorithm
-    from textgym.agents.losses import Loss
     from textgym.agents.on_policy import TextOnPolicyAlgorithm
     from textgym.agents.policy import LanguageModelPolicy
     from textgym.agents.ppo import PPO
@@ -76,46 +77,13 @@ __all__ = [
     "warm_start",
 ]
 
-_MODULES = {
-    "agents.a2c": ["A2C"],
-    "agents.blueprint": ["LanguageModelBlueprint"],
-    "agents.callbacks": ["AdaptiveKLCallback"],
-    "agents.checkpoints": ["TrainingCheckpoints", "resume"],
-    "agents.dpo": ["DPO"],
-    "agents.early_stopping": ["StopOnKL"],
-    "agents.episode_buffer": ["EpisodeBuffer", "Segment", "SegmentSamples"],
-    "agents.episodes": ["TextEpisodeAlgorithm"],
-    "agents.expert_iteration": ["ExpertIteration"],
-    "agents.exploration": ["Explore"],
-    "agents.grpo": ["GRPO"],
-    "agents.imitation": ["WarmStartReport", "warm_start"],
-    "agents.learning_rewards": ["LearningRewards"],
-    "agents.nlpo": ["NLPO"],
-    "agents.off_policy": ["TextOffPolicyAlgorithm"],
-    "agents.losses": ["Loss"],
-    "agents.on_policy": ["TextOnPolicyAlgorithm"],
-    "agents.policy": ["LanguageModelPolicy"],
-    "agents.ppo": ["PPO"],
-    "agents.q_learning": ["QLearning"],
-    "agents.reinforce": ["REINFORCE"],
-    "agents.rloo": ["RLOO"],
-    "agents.sarsa": ["SARSA"],
-    "agents.saved_agent": ["TrustWarning"],
-    "agents.soft_q_learning": ["SoftQLearning"],
-    "agents.text_environment": ["TextEnvironment"],
-    "agents.trpo": ["TRPO"],
-    "checkpoint_folders": ["CheckpointError"],
-    "divergence": ["DivergedError"],
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"textgym.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+    value = getattr(importlib.import_module(f"textgym.{HOME[name]}"), name)
+    globals()[name] = value  # asked for once
+    return value
 
 
 def __dir__() -> list[str]:

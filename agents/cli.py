@@ -13,7 +13,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -29,6 +29,7 @@ from textgym.agents.cli_options import with_run_options
 from textgym.agents.cli_reward import add_train_reward
 from textgym.agents.cli_texts import add_texts, unescaped
 from textgym.agents.cli_warm_start import add_warm_start
+from textgym.agents.names import AGENTS
 from textgym.agents.runs.config import RunConfig, read_config
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-Algorithm = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "nlpo", "trpo", "softq", "q", "sarsa", "expert", "dpo"]
 
 
 def _interrupted() -> typer.Exit:
@@ -76,9 +76,7 @@ def _plain_errors() -> Iterator[None]:
 def train(
     algorithm: Annotated[
         str,
-        typer.Argument(
-            help=f"the agent: {', '.join(get_args(Algorithm))}, or your own as file.py:Class or module:Class"
-        ),
+        typer.Argument(help=f"the agent: {', '.join(AGENTS)}, or your own as file.py:Class or module:Class"),
     ] = "ppo",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML or JSON file with options; flags win")

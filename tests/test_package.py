@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from tiny_models import ARCHITECTURES, CONTEXT, EOS, PAD, VOCABULARY, tiny_model
 
 import textgym
+from textgym.agents.names import HOME
 from textgym.registration import ENVIRONMENTS
 
 if sys.version_info >= (3, 11):
@@ -38,10 +40,39 @@ def test_importing_textgym_loads_neither_torch_nor_stable_baselines3():
     assert python(f"import sys, textgym; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
-def test_importing_the_agents_does_not_load_the_trainer_of_transformers():
+def test_using_an_agent_does_not_load_the_trainer_of_transformers():
     """It takes seconds, and brings whatever is installed beside it."""
     heavy = "{'transformers.trainer', 'peft', 'datasets', 'sb3_contrib'}"
-    assert python(f"import sys, textgym.agents; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert python(f"import sys, textgym; textgym.agents.PPO; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["evaluate"], ["train-reward"], ["sft"], ["rewards"]])
+def test_help_is_shown_without_loading_what_takes_seconds(command):
+    code = (
+        "import sys\nfrom textgym.agents.cli import main\n"
+        f"sys.argv = ['textgym', *{command}, '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'stable_baselines3', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    )
+    *shown, loaded = python(code).splitlines()
+    assert any("Usage" in line for line in shown)
+    assert loaded == "[]"
+
+
+def test_each_public_name_of_the_agents_stands_in_one_table_and_is_found():
+    tree = ast.parse((ROOT / "agents" / "__init__.py").read_text(encoding="utf-8"))
+    for_type_checkers = {
+        alias.name: node.module.removeprefix("textgym.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module not in ("__future__", "typing", "textgym.agents.names")
+        for alias in node.names
+    }
+    assert for_type_checkers == HOME
+    assert set(textgym.agents.__all__) == set(HOME) == set(dir(textgym.agents)) & set(HOME)
+    for name in HOME:
+        assert getattr(textgym.agents, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'PPOO'"):
+        _ = textgym.agents.PPOO
 
 
 def test_version_is_the_one_in_pyproject():

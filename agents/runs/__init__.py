@@ -1,7 +1,11 @@
-"""Training runs from scripts and from the command line: configuration, folder, resuming."""
+"""Training runs from scripts and from the command line: configuration, folder, resuming.
+
+The configuration is plain data; the rest is imported when it is first used, with all that training needs.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from textgym.agents.runs.config import RunConfig, read_config
@@ -12,15 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "RunConfig", "RunFolder", "read_config", "run_config"]
 
+_HOME = {"Run": "training", "run_config": "training", "RunFolder": "folder"}
+
 
 def __getattr__(name: str) -> Any:
-    # The command line needs the configuration's options, and what trains only where it trains.
-    if name == "RunFolder":
-        from textgym.agents.runs.folder import RunFolder
-
-        return RunFolder
-    if name in ("Run", "run_config"):
-        from textgym.agents.runs import training
-
-        return getattr(training, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -8,38 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from textgym.agents.a2c import A2C
-from textgym.agents.dpo import DPO
-from textgym.agents.expert_iteration import ExpertIteration
-from textgym.agents.grpo import GRPO
-from textgym.agents.nlpo import NLPO
+import textgym.agents
+from textgym.agents import names
 from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.ppo import PPO
 from textgym.agents.pretrained import constructor_parameters
-from textgym.agents.q_learning import QLearning
-from textgym.agents.reinforce import REINFORCE
-from textgym.agents.rloo import RLOO
 from textgym.agents.runs.config import ALGORITHM, RunConfig, sections
-from textgym.agents.sarsa import SARSA
-from textgym.agents.soft_q_learning import SoftQLearning
-from textgym.agents.trpo import TRPO
 from textgym.checks import shown
 from textgym.named_objects import object_named
 from textgym.rewards.opening import names_code
 
 AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
-    "ppo": PPO,
-    "a2c": A2C,
-    "reinforce": REINFORCE,
-    "rloo": RLOO,
-    "grpo": GRPO,
-    "nlpo": NLPO,
-    "trpo": TRPO,
-    "softq": SoftQLearning,
-    "q": QLearning,
-    "sarsa": SARSA,
-    "expert": ExpertIteration,
-    "dpo": DPO,
+    name: getattr(textgym.agents, agent) for name, agent in names.AGENTS.items()
 }
 # The options whose values have other names on the command line.
 _NORMALIZE: dict[str, bool | str] = {"minibatch": True, "rollout": "rollout", "none": False}
