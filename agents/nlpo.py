@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 
+from textgym.action_masks import nucleus
 from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, weights_of
 from textgym.agents.policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
 from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.checks import check_int, check_number
-from textgym.generation import nucleus
 
 
 class NLPO(PPO):

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from measures import Clock
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, StaticCache
-from worker import Clock
 from workload import EOS, PAD, Workload, language_model, prompt_ids, real_tokens, scalar_model
 
 from textgym.freed_memory import keep_freed_memory

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from iteration import Worker, WorkerError
-from worker import Channel, Clock, peak_memory
+from measures import Channel, Clock, peak_memory
 from workload import PRESETS, Workload
 
 FOLDER = Path(__file__).resolve().parent

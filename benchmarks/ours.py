@@ -10,9 +10,9 @@ from typing import Any
 
 import stable_baselines3 as sb3
 import torch
+from measures import Clock
 from stable_baselines3.common.logger import Logger
 from transformers import PreTrainedModel
-from worker import Clock
 from workload import Workload, language_model, prompt_texts, scalar_model, tokenizer
 
 from textgym.agents import PPO, LanguageModelPolicy

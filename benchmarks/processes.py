@@ -31,8 +31,8 @@ ALONE, APART, TOGETHER = "one process", "apart", "together"
 def work(workload: Workload, iterations: int, output: Path) -> None:
     """What one process does; the first of those that train together, and each of the others, writes its seconds."""
     import torch
+    from measures import Clock
     from ours import Textgym
-    from worker import Clock
 
     from textgym.agents.distributed import Processes
 

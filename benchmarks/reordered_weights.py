@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from bare_model import Generate
 from iteration import say
+from measures import Clock
 from ours import Setting, Textgym
-from worker import Clock
 from workload import PRESETS, Workload, cores
 
 import textgym.language_model

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measures import PHASES, Clock
 from ours import MIXED, Setting, Textgym
-from worker import PHASES, Clock
 from workload import PRESETS, Workload, cores
 
 # What is varied, over which range, and what the rest is meanwhile.

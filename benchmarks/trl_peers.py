@@ -16,8 +16,8 @@ from typing import Any
 
 import transformers
 from datasets import Dataset
+from measures import Channel, Clock
 from transformers import TrainerCallback
-from worker import Channel, Clock
 from workload import Workload, language_model, prompt_ids, prompt_texts, real_tokens, scalar_model, tokenizer
 
 ITERATIONS = 100_000  # more than anybody asks for; the learning rate falls to 0 over them

@@ -11,10 +11,10 @@ import torch
 from tiny_agents import KeepRollouts, logs_of_learning, tiny_language_model, tiny_vector_env, values_of
 from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 
+from textgym.action_masks import nucleus
 from textgym.agents import PPO
 from textgym.agents.checkpoints import TrainingCheckpoints, read_latest, resume
 from textgym.agents.nlpo import NLPO
-from textgym.generation import nucleus
 from textgym.rewards import CausalRewardModel
 
 ROLLOUT = 48  # 12 steps of 4 rows

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.generation import nucleus
 from textgym.language_model import LanguageModel
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import Vocabulary
@@ -116,3 +115,22 @@ def masks_of(sampling: SamplingSettings, model: LanguageModel, reference: Langua
         # The texts are others than those that its owner steps through: they need a cache of their own.
         reference = reference.with_model(reference.model)
     return ActionMasks(sampling, model.vocabulary, reference)
+
+
+def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
+    """``(B, V)`` bool: the smallest set of most likely tokens whose probability reaches ``top_p``, at least one.
+
+    Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", https://arxiv.org/abs/1904.09751. ::
+
+        >>> nucleus(torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.0, 0.8]]).log(), 0.7)
+        tensor([[False,  True,  True],
+                [False, False,  True]])
+
+    :param log_probs: ``(B, V)`` in nats; minus infinity where a token can't follow
+    """
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    probs = ordered.exp()
+    keep = probs.cumsum(-1) - probs < top_p  # a token stays if those before it don't reach top_p yet
+    keep &= probs > 0  # what can't follow is in no nucleus, however near to 1 rounding lets the sum come
+    keep[:, 0] = True
+    return torch.zeros_like(keep).scatter(1, order, keep)

@@ -184,22 +184,3 @@ def token_texts(batch: PrefixBatch, row: int) -> list[str]:
         ends.append(max(common, ends[-1]))
     ends[-1] = len(completion)
     return [completion[start:end] for start, end in itertools.pairwise(ends)]
-
-
-def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
-    """``(B, V)`` bool: the smallest set of most likely tokens whose probability reaches ``top_p``, at least one.
-
-    Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", https://arxiv.org/abs/1904.09751. ::
-
-        >>> nucleus(torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.0, 0.8]]).log(), 0.7)
-        tensor([[False,  True,  True],
-                [False, False,  True]])
-
-    :param log_probs: ``(B, V)`` in nats; minus infinity where a token can't follow
-    """
-    ordered, order = log_probs.sort(dim=-1, descending=True)
-    probs = ordered.exp()
-    keep = probs.cumsum(-1) - probs < top_p  # a token stays if those before it don't reach top_p yet
-    keep &= probs > 0  # what can't follow is in no nucleus, however near to 1 rounding lets the sum come
-    keep[:, 0] = True
-    return torch.zeros_like(keep).scatter(1, order, keep)
