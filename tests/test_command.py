@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
@@ -42,11 +41,3 @@ def test_ctrl_c_while_a_command_imports_what_it_needs_is_one_line(module, monkey
     interrupted_import(monkeypatch, module)
     result = CliRunner().invoke(app, ["plot", "runs/none"])
     assert (result.exit_code, result.output) == (130, "Interrupted\n")
-
-
-def test_the_command_line_says_how_it_is_used_without_torch():
-    script = "import sys; from textgym.agents.cli import app; app(['train', '--help'], standalone_mode=False);"
-    script += "print({'torch', 'transformers', 'stable_baselines3'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "--learning-rate" in done.stdout
-    assert done.stdout.splitlines()[-1] == "set()"
