@@ -549,10 +549,11 @@ class TextGenVectorEnv(VectorEnv):
         :raises RuntimeError: while steps are in the record
         """
         self._check_nothing_recorded("state_dict")
-        self._note_starts()
         return {
             "texts": self._texts.state_dict(),
             "potential": self._scorer.potential.copy(),
+            # Asked for with the first step, and not for the state: what is cached then decides about the last bits.
+            "starts_due": self._starts_due.copy(),
             "kl_coef": self._kl_coef,
             "seeds": None if self._seeds is None else list(self._seeds),
             "random": [rng.bit_generator.state for rng in self._rngs],
@@ -576,7 +577,7 @@ class TextGenVectorEnv(VectorEnv):
         self._texts.load_state_dict(state["texts"])
         if self._record is not None:
             self._record.clear()
-        self._starts_due[:] = False
+        self._starts_due[:] = state["starts_due"]
         self._scorer.potential[:] = state["potential"]
         self.kl_coef = state["kl_coef"]
         self._seeds = None if state["seeds"] is None else tuple(state["seeds"])

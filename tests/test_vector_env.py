@@ -597,7 +597,12 @@ def test_prompts_of_episodes_that_begin_while_scoring_is_deferred_are_scored_whe
     envs.step(np.array([EOS, EOS]))
     envs.scores()
     envs.end_rollout()
-    np.testing.assert_allclose(envs.state_dict()["potential"], [0.5, 0.5])
+    asked.clear()
+    again = make_vec(2, reward=length, kl_coef=0)
+    again.load_state_dict(envs.state_dict())
+    assert not asked, "a state asks for nothing"
+    np.testing.assert_allclose(*(env.step(actions)[1] for env in (envs, again)))
+    np.testing.assert_allclose(again.step(np.array([GOOD, GOOD]))[1], envs.step(np.array([GOOD, GOOD]))[1])
 
 
 def test_a_full_reset_gives_up_what_waits_to_be_scored():
