@@ -396,7 +396,7 @@ class PadTokensApart(CachedEncoderDecoder):
         """``(B,)`` bool, the rows that have a padding token in their completion."""
         places = np.arange(ids.shape[1])
         written = (places >= self._prompt_lengths[rows, None]) & (places < lengths[:, None])
-        padded: np.ndarray = (np.isin(ids, self._pad_ids) & written).any(1)
+        padded: np.ndarray = np.any(np.isin(ids, self._pad_ids) & written, axis=1)
         return padded
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:

@@ -62,7 +62,7 @@ def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     states = hidden.reshape(1, -1, hidden.shape[-1])  # (1, N, H)
     trunk = trunk_of(model)
     if trunk is model:  # T5's language model has its encoder and decoder itself
-        trunk = model.get_decoder()  # type: ignore[operator]
+        trunk = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is trunk)
     standing_in = _with_part(model, name.split("."), _stand_in(trunk, states))
     ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
