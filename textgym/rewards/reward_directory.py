@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.language_model import quiet_progress, refusing_own_code
+from textgym.merging import adapter_base
 from textgym.rewards.base import Reward
 from textgym.rewards.causal import CausalRewardModel
 from textgym.rewards.causality import is_causal
@@ -203,6 +204,8 @@ def _check_kind(location: str, trust_remote_code: bool) -> None:
     """:raises ValueError: if a directory holds no model, or one that is not a sequence classifier"""
     if not os.path.isdir(location):
         return  # a hub id
+    if adapter_base(location) is not None:
+        return
     if not Path(location, "config.json").is_file():
         raise ValueError(f"{location!r} is not {KIND}: it has no config.json")
     with quiet_progress():

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
 from textgym.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
+from textgym.rewards.adapters import base_of_adapter, open_adapted, tokenizer_of
 from textgym.rewards.text_units import well_formed
 from textgym.turns import TurnTokens
 from textgym.vocabulary import position_limit
@@ -154,7 +155,7 @@ def open_pretrained(
     """Open a checkpoint and its tokenizer.
 
     :param auto_class: such as ``AutoModelForSequenceClassification``
-    :param path: a directory or the id of a model on the hub
+    :param path: a directory or the id of a model on the hub, or of an adapter
     :param tokenizer: by default the one saved with the model
     :param kind: what the checkpoint should be, for messages
     :param optional: beginnings of the names of weights that need not be there
@@ -167,6 +168,9 @@ def open_pretrained(
         location = str(Path(location).expanduser())
         if not os.path.isdir(location):
             raise FileNotFoundError(f"there is no directory {location!r} with {kind}")
+    if base := base_of_adapter(location):
+        model = open_adapted(auto_class, location, base, resolve_dtype(dtype), kind)
+        return model, tokenizer_of(location, base) if tokenizer is None else tokenizer
     with quiet_progress(), readable_weights(location):
         model, loading = auto_class.from_pretrained(
             location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=trust_remote_code
