@@ -204,7 +204,7 @@ def test_a_reward_model_that_is_an_adapter_scores_as_peft_does(base, tmp_path, m
     ids = tiny_tokenizer()("the film was good <eos>", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = float(tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
-    assert reward(prompts=["the film"], completions=["was good"]) == pytest.approx([expected], abs=1e-4)
+    assert reward(prompts=["the film"], completions=[" was good"]) == pytest.approx([expected], abs=1e-4)
     assert reward.name == "reward"
 
 

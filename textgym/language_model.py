@@ -562,6 +562,17 @@ def quiet_progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' report on a head that a checkpoint lacks: for whoever checks what is missing."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def _locate(spec: str | Path) -> str:
     """The directory or hub id behind a model's name."""
     if spec == "embedded":

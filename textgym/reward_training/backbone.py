@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,9 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
-from textgym.language_model import quiet_progress, refusing_own_code
+from textgym.language_model import quiet_loading, quiet_progress, refusing_own_code
 from textgym.rewards.causality import is_causal
 from textgym.rewards.headed_model import HeadedRewardModel, HeadLayers
 from textgym.trunk import trunk_of
@@ -77,7 +74,7 @@ def open_backbone(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if head == "linear":
         options["num_labels"] = num_labels
-    with refusing_own_code(f"model={path!r}"), quiet_progress(), _quiet_loading(), readable_weights(path):
+    with refusing_own_code(f"model={path!r}"), quiet_progress(), quiet_loading(), readable_weights(path):
         opened, loading = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     trunk = set(trunk_of(opened).parameters())
     of_trunk = {name for name, weight in opened.named_parameters(remove_duplicate=False) if weight in trunk}
@@ -140,14 +137,3 @@ def _location(model: str | os.PathLike[str]) -> str:
         if not os.path.isdir(path):
             raise FileNotFoundError(f"model={os.fspath(model)!r}: there is no such directory")
     return path
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' report on a head that the checkpoint lacks: what is missing is checked here."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textgym.language_model import quiet_progress
+from textgym.language_model import quiet_loading, quiet_progress
 from textgym.merging import CONFIG, adapter_base, adapter_base_on_hub, hub_file, merged_from
 
 
@@ -54,7 +54,7 @@ def open_adapted(auto_class: Any, location: str, base: str, dtype: torch.dtype, 
     rows = [len(weight) for weight in whole.values() if weight.dim() == 2]
     options = {"num_labels": min(rows)} if rows else {}
     try:
-        with quiet_progress():
+        with quiet_progress(), quiet_loading():
             model, loading = auto_class.from_pretrained(
                 base, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
             )
