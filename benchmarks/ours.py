@@ -124,9 +124,10 @@ class Textgym:
         score = TextGenVectorEnv.scores
 
         def timed_score(*args: Any, **kwargs: Any) -> Any:
+            phase = "score" if self.envs.scoring_deferred else "rollout"  # instant scoring was part of the steps
             clock.lap("rollout")
             scores = score(self.envs, *args, **kwargs)
-            clock.lap("score")
+            clock.lap(phase)
             return scores
 
         self.envs.scores = timed_score  # type: ignore[method-assign]

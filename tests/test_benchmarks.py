@@ -21,6 +21,7 @@ sys.path.append(str(BENCHMARKS))  # scripts that import each other, no package
 import bare_model  # noqa: E402
 import freed_memory  # noqa: E402
 import iteration  # noqa: E402
+import measures  # noqa: E402
 import peers  # noqa: E402
 import reordered_weights  # noqa: E402
 import report  # noqa: E402
@@ -52,7 +53,7 @@ RAGGED = TINY.replace(new_tokens=16, ragged=True)
 
 def iterated(name: str, workload: Workload) -> tuple[dict[str, float], dict[str, Any], Any]:
     """Seconds by phase, what was reported beside, and the contender, after two iterations in this process."""
-    contender, clock = worker.build(name, workload), worker.Clock("cpu")
+    contender, clock = worker.build(name, workload), measures.Clock("cpu")
     for _ in range(2):
         clock.start()
         facts = contender.iterate(clock)
@@ -113,14 +114,14 @@ def test_end_of_sequence_has_its_probability_at_every_place(tied: bool) -> None:
 
 def test_ragged_completions_of_generate_have_the_expected_mean_length() -> None:
     rows = 400
-    tokens = bare_model.Generate(RAGGED.replace(rows=rows)).iterate(worker.Clock("cpu"))["tokens"]
+    tokens = bare_model.Generate(RAGGED.replace(rows=rows)).iterate(measures.Clock("cpu"))["tokens"]
     # A geometric length of mean 4, cut at 16, has standard deviation 3.3.
     assert tokens / rows == pytest.approx(RAGGED.expected_length, abs=4 * 3.3 / rows**0.5 + 0.1)
 
 
 def test_ragged_completions_of_textgym_have_the_expected_mean_length() -> None:
     contender = worker.build("textgym", RAGGED.replace(rows=16, steps=64, epochs=1))
-    contender.collect(worker.Clock("cpu"))
+    contender.collect(measures.Clock("cpu"))
     lengths = [episode["l"] for episode in contender.model.finished_episodes]
     assert max(lengths) <= RAGGED.new_tokens
     assert statistics.mean(lengths) == pytest.approx(RAGGED.expected_length, abs=4 * 3.3 / len(lengths) ** 0.5)
@@ -169,7 +170,7 @@ def test_floor_trains_exactly_the_counted_tokens(shape: Workload, steps: int) ->
     floor.policy.lm_head.register_forward_hook(
         lambda module, args, out: trained.append(args[0].shape[:-1].numel()) if out.requires_grad else None
     )
-    facts = floor.iterate(worker.Clock("cpu"))
+    facts = floor.iterate(measures.Clock("cpu"))
     assert facts["tokens"] == shape.rows * shape.rollout_steps
     assert facts["trained_tokens"] == sum(trained) == shape.epochs * facts["tokens"]
     assert set(trained) == {shape.minibatch_tokens}
@@ -335,7 +336,7 @@ def result(
     """One that a worker might have given, with three rounds of which the middle one is the median."""
     rounds = []
     for scale in (0.5, 1.0, 4.0):
-        times = {p: scale * s * (p in covers) for p, s in zip(worker.PHASES, seconds, strict=True)}
+        times = {p: scale * s * (p in covers) for p, s in zip(measures.PHASES, seconds, strict=True)}
         decode = tokens / times["rollout"] if times["rollout"] else None
         cpu = {p: cpu_share * s for p, s in times.items()}
         rounds.append({"seconds": times, "cpu": cpu, "tokens": tokens, "decode_tokens_per_s": decode})
@@ -345,10 +346,10 @@ def result(
 @pytest.fixture
 def results() -> report.Results:
     return {
-        "textgym": result(worker.PHASES, (1.0, 1.0, 2.0), 100, 10),
-        "floor-fp32": result(worker.PHASES, (1.0, 1.0, 1.5), 100, 10),
+        "textgym": result(measures.PHASES, (1.0, 1.0, 2.0), 100, 10),
+        "floor-fp32": result(measures.PHASES, (1.0, 1.0, 1.5), 100, 10),
         "generate": result(("rollout",), (3.0, 0.0, 0.0), 200, 10),
-        "trl-ppo": result(worker.PHASES, (2.0, 2.0, 3.0), 100, 20, cpu_share=0.5),
+        "trl-ppo": result(measures.PHASES, (2.0, 2.0, 3.0), 100, 20, cpu_share=0.5),
         "textgym-fast": {"rounds": [], "failed": "gone"},
     }
 
