@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from textgym.agents.runs.config import RunConfig
 from textgym.checks import (
@@ -21,6 +22,15 @@ from textgym.checks import (
     check_text,
     check_texts,
     shown,
+)
+from textgym.rewards import (
+    AdversarialReward,
+    AnswerStore,
+    FunctionReward,
+    HashingDiscriminator,
+    LanguageIdentity,
+    Profanity,
+    RewardServer,
 )
 
 HUGE = 10**5000  # Python refuses to write it in decimal, and it is beyond every float
@@ -139,3 +149,22 @@ def test_impossible_numbers_of_a_configuration_are_named(name, value):
 def test_numbers_of_a_configuration_may_be_texts_as_yaml_reads_them():
     config = RunConfig.from_mapping({"learning_rate": "1e-4", "rows": "8", "timesteps": 64.0})
     assert (config.learning_rate, config.rows, config.timesteps) == (1e-4, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: AnswerStore(3), "path"),  # type: ignore[arg-type]
+        (lambda: AnswerStore(b"a.sqlite"), "path"),  # type: ignore[arg-type]
+        (lambda: HashingDiscriminator(seed=2.5), "seed"),  # type: ignore[arg-type]
+        (lambda: HashingDiscriminator(seed="3"), "seed"),  # type: ignore[arg-type]
+        (lambda: LanguageIdentity("de", among=torch.tensor(3)), "among"),  # type: ignore[arg-type]
+        (lambda: Profanity(torch.tensor(3)), "words"),  # type: ignore[arg-type]
+        (lambda: AdversarialReward(np.array(3)), "human_texts"),  # type: ignore[arg-type]
+        (lambda: FunctionReward(len, name=np.array([1, 2])), "name"),  # type: ignore[arg-type]
+        (lambda: RewardServer(lambda completions: [0.0], limits=3), "limits"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_rewards_of_another_kind_are_named(make, argument):
+    with pytest.raises(TypeError, match=rf"^{argument}=.* must be "):
+        make()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 LARGEST_INT = 2**63 - 1  # of an int64
@@ -165,6 +167,26 @@ def check_texts(name: str, value: Any, empty: bool = True, least: int = 0) -> li
     if not empty and not all(value):
         raise ValueError(f"{name}={shown(value)} must not have an empty text")
     return list(value)
+
+
+def listed(value: Any) -> Any:
+    """The values of a set, a generator or the like as a list; what has none is left to the check of its kind."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return value
+    try:
+        return list(value)
+    except TypeError:  # an array without dimensions
+        return value
+
+
+def check_path(name: str, value: Any) -> Path:
+    """A path, with ``~`` for the user's home.
+
+    :raises TypeError: if it is neither a text nor a path
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name}={shown(value)} must be a path (str or pathlib.Path)")
+    return Path(value).expanduser()
 
 
 def check_seed(name: str, value: Any) -> int | None:

@@ -407,7 +407,7 @@ def load_language_model(
         )
     weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
     location = _locate(spec)
-    if base := _base_below(spec, location, trust_remote_code):
+    if base := _base_below(spec, location):
         own = location if _has_tokenizer(location) else None
         with _opening_the_base(spec, base):
             below = load_language_model(
@@ -460,7 +460,7 @@ def _opening_the_base(spec: str | Path, base: str) -> Iterator[None]:
         ) from e
 
 
-def _base_below(spec: str | Path, location: str, trust_remote_code: bool) -> str | None:
+def _base_below(spec: str | Path, location: str) -> str | None:
     """What an adapter was trained on; None of a model.
 
     :param location: a directory, or a hub id
@@ -468,14 +468,9 @@ def _base_below(spec: str | Path, location: str, trust_remote_code: bool) -> str
     if Path(location).is_dir():
         return adapter_base(location)
     try:
-        AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-    except ValueError:
-        return None  # opening it says what is wrong
+        return None if hub_file(location, "config.json") else adapter_base_on_hub(location)
     except OSError as e:
-        if base := adapter_base_on_hub(location):
-            return base
         raise _cannot_open(spec, e) from e
-    return None
 
 
 def _has_tokenizer(location: str) -> bool:
@@ -502,7 +497,7 @@ def load_vocabulary(
             spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code, chat_template_kwargs=chat_template_kwargs
         ).vocabulary
     location = _locate(spec)
-    if base := _base_below(spec, location, trust_remote_code):
+    if base := _base_below(spec, location):
         own = location if _has_tokenizer(location) else None
         return load_vocabulary(
             base,

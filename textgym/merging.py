@@ -129,6 +129,7 @@ def adapter_base_on_hub(name: str) -> str | None:
     """The same of an adapter on the hub, or in the cache of what was there; None if there is none.
 
     :param name: an id such as ``organisation/adapter``
+    :raises OSError: as :func:`hub_file`
     :raises ValueError: if there is an adapter whose configuration doesn't say
     """
     file = hub_file(name, CONFIG)
@@ -136,14 +137,11 @@ def adapter_base_on_hub(name: str) -> str | None:
 
 
 def hub_file(name: str, file: str) -> str | None:
-    """Where a file of a hub id is on this machine; None if it has no such file, or can't be reached."""
-    path: str | None = cached_file(
-        name,
-        file,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    """Where a file of a hub id is on this machine; None if the id has no such file.
+
+    :raises OSError: if there is no such id, or the hub can't be reached and its cache doesn't have the id
+    """
+    path: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return path
 
 

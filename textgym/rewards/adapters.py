@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.exactness import first_line
 from textgym.language_model import quiet_loading, quiet_progress
 from textgym.merging import CONFIG, adapter_base, adapter_base_on_hub, hub_file, merged_from
 
@@ -18,11 +19,15 @@ from textgym.merging import CONFIG, adapter_base, adapter_base_on_hub, hub_file,
 def base_of_adapter(location: str) -> str | None:
     """What an adapter in a directory or on the hub was trained on; None of a model.
 
-    :raises ValueError: if there is an adapter whose configuration doesn't say
+    :raises ValueError: if there is no such directory or hub id, the hub can't be reached, or an adapter's
+        configuration doesn't say
     """
     if os.path.isdir(location):
         return adapter_base(location)
-    return adapter_base_on_hub(location) if hub_file(location, "config.json") is None else None
+    try:
+        return adapter_base_on_hub(location) if hub_file(location, "config.json") is None else None
+    except OSError as e:
+        raise ValueError(f"there is no directory {location!r}, and on the hub: {first_line(e)}") from e
 
 
 def open_adapted(auto_class: Any, location: str, base: str, dtype: torch.dtype, kind: str) -> PreTrainedModel:

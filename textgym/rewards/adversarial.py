@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from textgym.checks import check_choice, check_int, check_number, check_texts
+from textgym.checks import check_choice, check_int, check_number, check_texts, listed
 from textgym.rewards.base import Reward, potentials_of, prefix_potentials_of
 from textgym.rewards.learning import LearningReward
 from textgym.rewards.prefixes import PrefixBatch
@@ -85,10 +85,7 @@ class AdversarialReward(LearningReward):
         epochs: int = 1,
         seed: int = 0,
     ) -> None:
-        given = (
-            list(human_texts) if isinstance(human_texts, Iterable) and not isinstance(human_texts, str) else human_texts
-        )
-        self.human_texts = [text for text in check_texts("human_texts", given) if text.split()]
+        self.human_texts = [text for text in check_texts("human_texts", listed(human_texts)) if text.split()]
         if not self.human_texts:
             raise ValueError("human_texts has no text with a word in it; give texts that people wrote")
         check_choice("output", output, get_args(Output))
@@ -192,6 +189,7 @@ class HashingDiscriminator:
         self.l2 = l2
         self.weights = np.zeros(size + 1)  # the last is the bias
         self._squares = np.zeros(size + 1)  # of the gradients so far
+        check_int("seed", seed, low=0)
         self._rng = np.random.default_rng(seed)
 
     def logits(self, texts: list[str]) -> np.ndarray:

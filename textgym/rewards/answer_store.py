@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from textgym.checks import check_bool, check_number, shown
+from textgym.checks import check_bool, check_number, check_path, shown
 
 # The order of what is compared is not kept: whoever asks shows both in an order of its own.
 _SCHEMA = """
@@ -64,8 +64,8 @@ class AnswerStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 5.0) -> None:
-        self.path = Path(path).expanduser()
-        self.timeout = timeout
+        self.path = check_path("path", path)
+        self.timeout = check_number("timeout", timeout, low=0.0, unit="seconds")
         self._unsaved = False  # whether an answer of this process waits beside the file
         with self._refusals("open"):
             self.path.parent.mkdir(parents=True, exist_ok=True)

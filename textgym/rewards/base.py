@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym.chat import MESSAGES
-from textgym.checks import check_choice, shown
+from textgym.checks import check_choice, check_text, shown
 from textgym.rewards.errors import RewardError, RewardValueError
 from textgym.rewards.message_functions import (
     OF_OTHER_TYPES,
@@ -269,7 +269,7 @@ class FunctionReward(Reward):
         if not callable(fn):
             raise TypeError(f"a reward function must be callable, got {type(fn).__name__} {fn!r}")
         self.fn = fn
-        self._name = name or _name_of(fn)
+        self._name = _name_of(fn) if name is None else check_text("name", name, empty=False)
         check_choice("reads", reads, (None, "texts", "messages"))
         self._is_told = reads is not None
         self.reads_messages = is_annotated_with_messages(fn) if reads is None else reads == "messages"

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from textgym.checks import check_text, check_texts
+from textgym.checks import check_text, check_texts, listed
 from textgym.rewards.extras import import_extra
 from textgym.rewards.text_rules import TextRule
 from textgym.rewards.text_units import well_formed, words_of
@@ -60,7 +60,7 @@ class LanguageIdentity(TextRule):
         self.identifier = copy.copy(_identifier())  # which languages it tells apart is its own, the tables are shared
         known = set(self.identifier.labels)
         check_text("language", language)
-        wanted = known if among is None else {language, *check_texts("among", _listed(among))}
+        wanted = known if among is None else {language, *check_texts("among", listed(among))}
         unknown = sorted(({language} | wanted) - known)
         if unknown:
             raise ValueError(f"unknown language {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -114,7 +114,7 @@ class Profanity(TextRule):
     """
 
     def __init__(self, words: Iterable[str] | None = None) -> None:
-        given = _default_words() if words is None else words if isinstance(words, str) else _listed(words)
+        given = _default_words() if words is None else words if isinstance(words, str) else listed(words)
         phrases = (tuple(words_of(word.casefold())) for word in check_texts("words", given))
         self.words = frozenset(phrase for phrase in phrases if phrase)
         if not self.words:
@@ -131,11 +131,6 @@ class Profanity(TextRule):
             profane += found
             place += max(found, 1)
         return 0.0 - profane / max(len(words), 1)
-
-
-def _listed(values: Any) -> Any:
-    """The values of a set or a generator as a list; what has none is left to the check of its kind."""
-    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else values
 
 
 def _default_words() -> list[str]:

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from textgym.checks import check_int, check_number
+from textgym.checks import check_int, check_number, shown
 from textgym.rewards.base import as_list, as_reward, scores_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.extras import import_extra
@@ -95,6 +95,8 @@ def reward_app(reward: Any, label_column: str = "labels", limits: RequestLimits 
     responses = import_extra("starlette.responses", "serve", "serving a reward")
     routing = import_extra("starlette.routing", "serve", "serving a reward")
     served = as_reward(reward)
+    if not isinstance(limits, RequestLimits | None):
+        raise TypeError(f"limits={shown(limits)} must be RequestLimits(...), or None for the defaults")
     desk = _Desk(limits or RequestLimits())
     turn = asyncio.Lock()  # a model's caches are for one caller
 

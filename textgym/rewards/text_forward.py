@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.exactness import first_line
 from textgym.language_model import quiet_progress, resolve_device, resolve_dtype
 from textgym.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.rewards.adapters import base_of_adapter, open_adapted, tokenizer_of
@@ -168,13 +169,18 @@ def open_pretrained(
         location = str(Path(location).expanduser())
         if not os.path.isdir(location):
             raise FileNotFoundError(f"there is no directory {location!r} with {kind}")
+    if os.path.isfile(location):
+        raise FileNotFoundError(f"{location!r} is a file, not a directory with {kind}")
     if base := base_of_adapter(location):
         model = open_adapted(auto_class, location, base, resolve_dtype(dtype), kind)
         return model, tokenizer_of(location, base) if tokenizer is None else tokenizer
-    with quiet_progress(), readable_weights(location):
-        model, loading = auto_class.from_pretrained(
-            location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=trust_remote_code
-        )
+    try:
+        with quiet_progress(), readable_weights(location):
+            model, loading = auto_class.from_pretrained(
+                location, dtype=resolve_dtype(dtype), output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+    except OSError as e:
+        raise ValueError(f"{location!r} can't be opened as {kind}: {first_line(e)}") from e
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith(optional))
     if missing:
         raise ValueError(
