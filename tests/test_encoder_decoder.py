@@ -543,14 +543,16 @@ def test_both_schedules_pay_the_same(name, reward_every):
 def test_rewards_telescope_to_the_final_score(name):
     env = tiny_vector_env(3, language_model=opened(), reward=reward_named(name), kl_coef=0.0)
     env.reset(seed=0)
-    start, paid, ended = env._scorer.potential.copy(), np.zeros(3), 0
+    start, paid, ended = np.zeros(3), np.zeros(3), 0
     rng = np.random.default_rng(1)
     for _ in range(30):
+        env._note_starts()
+        start[paid == 0] = env._scorer.potential[paid == 0]  # Φ of the prompt, before the first token
         _, reward, terminated, truncated, info = env.step(rng.integers(2, len(VOCABULARY), 3))
         paid += reward
         for row in np.flatnonzero(terminated | truncated):
             assert paid[row] == pytest.approx(info["final_info"]["score"][row] - start[row], abs=1e-5)
-            start[row], paid[row], ended = env._scorer.potential[row], 0.0, ended + 1
+            paid[row], ended = 0.0, ended + 1
     assert ended > 5
 
 
