@@ -142,13 +142,7 @@ class TrainingProgress(BaseCallback):
         )
 
     def _shown_figures(self) -> list[str]:
-        forms = {
-            "score": "score {:+.3f}",
-            "return": "return {:+.3f}",
-            "kl": "KL {:.2f} nats",
-            "length": "length {:.1f}",
-        }
-        return [form.format(self._figures[name]) for name, form in forms.items() if name in self._figures]
+        return [form.format(self._figures[name]) for name, form in _FORMS.items() if name in self._figures]
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
