@@ -78,7 +78,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = (sys.executable, *map(str, command))
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=ROOT)
 
 
 def environment_of(config: str) -> dict[str, str]:
