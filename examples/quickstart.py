@@ -1,4 +1,4 @@
-"""Teach a small language model to write positive film reviews, and show what changed. About three minutes on two cores.
+"""Teach a small language model to write positive film reviews, and show what changed. 3 to 7 minutes on two cores.
 
 Everything comes with textgym: the language model, the reward model (the sentiment that people read in film reviews,
 predicted for every prefix), and prompts that neither has seen. The reward of a token is the change of predicted
