@@ -12,31 +12,31 @@ from textgym.agents.names import HOME
 
 if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.agents.a2c import A2C
-    from textgym.agents.blueprint import LanguageModelBlueprint
-    from textgym.agents.callbacks import AdaptiveKLCallback
-    from textgym.agents.checkpoints import TrainingCheckpoints, resume
+    from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+    from textgym.agents.callbacks.adaptive_kl import AdaptiveKLCallback
+    from textgym.agents.callbacks.checkpoints import TrainingCheckpoints, resume
+    from textgym.agents.callbacks.early_stopping import StopOnKL
+    from textgym.agents.callbacks.learning_rewards import LearningRewards
+    from textgym.agents.common.exploration import Explore
+    from textgym.agents.common.losses import Loss
+    from textgym.agents.common.off_policy import TextOffPolicyAlgorithm
+    from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+    from textgym.agents.common.saved_agent import TrustWarning
+    from textgym.agents.common.text_environment import TextEnvironment
+    from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
     from textgym.agents.dpo import DPO
-    from textgym.agents.early_stopping import StopOnKL
-    from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
-    from textgym.agents.episodes import TextEpisodeAlgorithm
     from textgym.agents.expert_iteration import ExpertIteration
-    from textgym.agents.exploration import Explore
     from textgym.agents.grpo import GRPO
     from textgym.agents.imitation import WarmStartReport, warm_start
-    from textgym.agents.learning_rewards import LearningRewards
-    from textgym.agents.losses import Loss
     from textgym.agents.nlpo import NLPO
-    from textgym.agents.off_policy import TextOffPolicyAlgorithm
-    from textgym.agents.on_policy import TextOnPolicyAlgorithm
-    from textgym.agents.policy import LanguageModelPolicy
+    from textgym.agents.policy.blueprint import LanguageModelBlueprint
+    from textgym.agents.policy.language_model_policy import LanguageModelPolicy
     from textgym.agents.ppo import PPO
     from textgym.agents.q_learning import QLearning
     from textgym.agents.reinforce import REINFORCE
     from textgym.agents.rloo import RLOO
     from textgym.agents.sarsa import SARSA
-    from textgym.agents.saved_agent import TrustWarning
     from textgym.agents.soft_q_learning import SoftQLearning
-    from textgym.agents.text_environment import TextEnvironment
     from textgym.agents.trpo import TRPO
     from textgym.checkpoint_folders import CheckpointError
     from textgym.divergence import DivergedError

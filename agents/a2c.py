@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 
-from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.losses import Loss, policy_gradient, value_loss
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.losses import Loss, policy_gradient, value_loss
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 
 
 class A2C(TextOnPolicyAlgorithm):
     """A2C for text environments: log-probabilities weighted by advantages, with a value head as critic.
 
-    Arguments are those of :class:`~textgym.agents.on_policy.TextOnPolicyAlgorithm`, which PPO shares, with the defaults
-    that SB3's A2C has for λ and the advantages. The optimizer is Adam, and not SB3's RMSprop, which
+    Arguments are those of :class:`~textgym.agents.common.on_policy.TextOnPolicyAlgorithm`, which PPO shares, with the
+    defaults that SB3's A2C has for λ and the advantages. The optimizer is Adam, and not SB3's RMSprop, which
     ``policy_kwargs=dict(optimizer_class=torch.optim.RMSprop, optimizer_kwargs=dict(alpha=0.99, eps=1e-5))`` gives. ::
 
         >>> import gymnasium as gym, textgym

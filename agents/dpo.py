@@ -18,16 +18,16 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.losses import Loss, preference_loss
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.ranking import best_and_worst, rewards_without_kl
-from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.common.losses import Loss, preference_loss
+from textgym.agents.common.ranking import best_and_worst, rewards_without_kl
+from textgym.agents.common.text_environment import TextEnv, TextEnvironment
+from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_int, check_number
 from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel
-from textgym.prompts import PromptSource
+from textgym.prompts.rows import PromptSource
 
 
 def check_no_stored_pairs(source: PromptSource) -> None:
@@ -45,7 +45,7 @@ class DPO(TextEpisodeAlgorithm):
 
     Completions are ranked by what the environment pays for them *without* its KL penalty: the loss has β itself. What
     else it pays counts, such as the penalty for a missing end. Further arguments are those of
-    :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+    :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> from textgym.agents.dpo import DPO

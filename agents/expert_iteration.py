@@ -16,12 +16,12 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.losses import Loss
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.ranking import best_of_groups
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.common.losses import Loss
+from textgym.agents.common.ranking import best_of_groups
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_int, check_number
 
 
@@ -30,7 +30,7 @@ class ExpertIteration(TextEpisodeAlgorithm):
 
     What counts as the best is the return that the environment pays, KL penalty included. A rollout none of whose
     completions is good enough for ``threshold`` changes nothing. Further arguments are those of
-    :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+    :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> from textgym.agents.expert_iteration import ExpertIteration

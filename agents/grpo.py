@@ -13,12 +13,12 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.groups import CREDITS, SCALES, by_credit, group_relative_advantages
-from textgym.agents.losses import Loss, clipped_surrogate, ratio_figures
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.groups import CREDITS, SCALES, by_credit, group_relative_advantages
+from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_choice, check_int, check_number
 from textgym.kl import kl_estimate
 
@@ -28,7 +28,7 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
 class GRPO(TextEpisodeAlgorithm):
     """Completions of one prompt compared with their mean, over their standard deviation.
 
-    Further arguments are those of :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+    Further arguments are those of :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4, kl_coef=0.0)
@@ -37,7 +37,7 @@ class GRPO(TextEpisodeAlgorithm):
         16
 
     :param group_size: completions of each prompt, K, at least 2
-    :param credit: ``"completion"`` or ``"token"``, see :mod:`textgym.agents.groups`
+    :param credit: ``"completion"`` or ``"token"``, see :mod:`textgym.agents.common.groups`
     :param loss_type: how tokens are averaged. ``"grpo"``: over each completion, then over completions, so that tokens
         of long ones count less; ``"dr_grpo"``: the sum over the token budget of all completions, so that every token
         counts the same whatever its completion's length; ``"dapo"``: over all tokens of the minibatch

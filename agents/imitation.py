@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.assistant_turns import assistant_mask
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_choice, check_int, check_number
 from textgym.continuation import continuation_ids
 from textgym.language_model import LanguageModel, load_language_model, quiet_progress
-from textgym.prompt_fitting import fit_prompt
-from textgym.prompts import PromptRows, as_prompt_source, split_prompts
+from textgym.prompts.assistant_turns import assistant_mask
+from textgym.prompts.fitting import fit_prompt
+from textgym.prompts.opening import as_prompt_source, split_prompts
+from textgym.prompts.rows import PromptRows
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
 
 Learner: TypeAlias = "str | Path | PreTrainedModel | LanguageModel | LanguageModelPolicy | TextOnPolicyAlgorithm"

@@ -16,10 +16,10 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.action_masks import nucleus
-from textgym.agents.lagging_policy import follow, lagging_copy, set_weights, weights_of
-from textgym.agents.policy import LanguageModelPolicy
+from textgym.agents.common.text_environment import TextEnv, TextEnvironment
+from textgym.agents.policy.lagging_policy import follow, lagging_copy, set_weights, weights_of
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.agents.ppo import PPO
-from textgym.agents.text_environment import TextEnv, TextEnvironment
 from textgym.checks import check_int, check_number
 
 

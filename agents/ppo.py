@@ -18,11 +18,11 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
-from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.losses import Loss, clipped_surrogate, ratio_figures, value_loss
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures, value_loss
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_schedule
 
 DEFAULT_BATCH_SIZE = 512  # tokens
@@ -40,7 +40,7 @@ class PPO(TextOnPolicyAlgorithm):
         16
 
     :param policy: ``"LanguageModelPolicy"`` or a subclass of
-        :class:`~textgym.agents.policy.LanguageModelPolicy`
+        :class:`~textgym.agents.policy.language_model_policy.LanguageModelPolicy`
     :param env: an id, a Gymnasium environment or vector environment, or a ``VecEnv``
     :param learning_rate: a number, or a function of the remaining progress (1 to 0)
     :param n_steps: tokens per row and rollout, T

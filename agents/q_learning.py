@@ -15,12 +15,12 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from textgym.agents.bellman_targets import bellman_targets
-from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.losses import Loss, td_loss
-from textgym.agents.off_policy import TextOffPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.bellman_targets import bellman_targets
+from textgym.agents.common.losses import Loss, td_loss
+from textgym.agents.common.off_policy import TextOffPolicyAlgorithm
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_choice, check_number, check_schedule
 from textgym.generation import sample_tokens
 from textgym.language_model import HEAD_ELEMENTS, log_distribution
@@ -49,7 +49,7 @@ class QLearning(TextOffPolicyAlgorithm):
     episodes stay valid. What the environment is told, and ``rollout/kl_ref`` measures, is the probability with which
     the token really was drawn, exploration included.
 
-    Further arguments are those of :class:`~textgym.agents.off_policy.TextOffPolicyAlgorithm`. ::
+    Further arguments are those of :class:`~textgym.agents.common.off_policy.TextOffPolicyAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4, kl_coef=0.0)
@@ -168,7 +168,7 @@ class QLearning(TextOffPolicyAlgorithm):
         return self.policy.next_token_log_probs(reference, obs, masks, rows).to(likely.device)
 
     def train(self) -> None:
-        """Update the policy, see :class:`~textgym.agents.off_policy.TextOffPolicyAlgorithm`."""
+        """Update the policy, see :class:`~textgym.agents.common.off_policy.TextOffPolicyAlgorithm`."""
         super().train()
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
 

@@ -13,12 +13,12 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.groups import leave_one_out_advantages
-from textgym.agents.losses import Loss, policy_gradient, value_loss
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.groups import leave_one_out_advantages
+from textgym.agents.common.losses import Loss, policy_gradient, value_loss
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_choice
 
 BASELINES = ("value", "mean", "none")
@@ -27,7 +27,7 @@ BASELINES = ("value", "mean", "none")
 class REINFORCE(TextEpisodeAlgorithm):
     """Log-probabilities weighted by the rewards that follow, minus a baseline.
 
-    Further arguments are those of :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+    Further arguments are those of :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4)

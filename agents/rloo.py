@@ -12,12 +12,12 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.groups import CREDITS, by_credit, leave_one_out_advantages
-from textgym.agents.losses import Loss, clipped_surrogate, ratio_figures
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.groups import CREDITS, by_credit, leave_one_out_advantages
+from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_choice, check_int, check_number
 
 
@@ -26,8 +26,8 @@ class RLOO(TextEpisodeAlgorithm):
 
     A completion is one action with the probability of all its tokens, so the ratio of new to old probabilities, which
     is clipped as in PPO, is that of the completion. With ``credit="token"`` tokens are actions with ratios of their own
-    (:mod:`textgym.agents.groups`). Further arguments are those of
-    :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+    (:mod:`textgym.agents.common.groups`). Further arguments are those of
+    :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 
-from textgym.agents.bellman_targets import bellman_targets
-from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.episodes import TextEpisodeAlgorithm
-from textgym.agents.losses import Loss, td_loss
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv
+from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.bellman_targets import bellman_targets
+from textgym.agents.common.losses import Loss, td_loss
+from textgym.agents.common.text_environment import TextEnv
+from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_number
 
 
@@ -40,7 +40,7 @@ class SARSA(TextEpisodeAlgorithm):
     There is no replay: old episodes say what an older policy earns. The gradient of Q with respect to V is 1 / α times
     that with respect to a log-probability and would drown it in the transformer that both share, so α times of it goes
     from the value head into the transformer; where the loss is least stays the same. Further arguments are those of
-    :class:`~textgym.agents.episodes.TextEpisodeAlgorithm`. ::
+    :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4)

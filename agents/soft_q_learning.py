@@ -13,12 +13,12 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from textgym.agents.bellman_targets import bellman_targets
-from textgym.agents.episode_buffer import SegmentSamples
-from textgym.agents.losses import Loss, td_loss
-from textgym.agents.off_policy import TextOffPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.bellman_targets import bellman_targets
+from textgym.agents.common.losses import Loss, td_loss
+from textgym.agents.common.off_policy import TextOffPolicyAlgorithm
+from textgym.agents.common.text_environment import TextEnv, TextEnvironment
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 
 
 class SoftQLearning(TextOffPolicyAlgorithm):
@@ -43,7 +43,7 @@ class SoftQLearning(TextOffPolicyAlgorithm):
     episodes; that is peculiar to soft values. Long paths carry what the end earns to the beginning at once.
 
     Needs an environment with ``kl_coef`` > 0. Further arguments are those of
-    :class:`~textgym.agents.off_policy.TextOffPolicyAlgorithm`. ::
+    :class:`~textgym.agents.common.off_policy.TextOffPolicyAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4, kl_coef=0.1)

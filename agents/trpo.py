@@ -22,10 +22,10 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from textgym.agents.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.policy import LanguageModelPolicy
-from textgym.agents.text_environment import TextEnv, TextEnvironment
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.common.text_environment import TextEnv, TextEnvironment
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_int, check_number
 from textgym.language_model import log_distribution
 
@@ -48,7 +48,7 @@ class TRPO(TextOnPolicyAlgorithm):
 
     The transformer moves by natural gradients, the value head alone by Adam: the value loss does not reach the
     transformer. Arguments have the names and the meaning they have there; those that are missing here are those of
-    :class:`~textgym.agents.on_policy.TextOnPolicyAlgorithm`. ::
+    :class:`~textgym.agents.common.on_policy.TextOnPolicyAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
         >>> from textgym.agents.trpo import TRPO

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from workload import EOS, PAD, Workload, language_model, prompt_ids, real_tokens, scalar_model
 
-from textgym.freed_memory import keep_freed_memory
+from textgym.engine.freed_memory import keep_freed_memory
 
 # On a CPU the backward of torch's bf16 flash attention takes longer, up to about there, than plain matrix products.
 SHORT_CONTEXT = 512  # tokens

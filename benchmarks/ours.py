@@ -139,8 +139,8 @@ class StableBaselines3:
     """The update of ``stable_baselines3.PPO`` over single steps, each with a forward of its whole prefix.
 
     The policy and the rollout are textgym's, and so are, for this rollout, losses and gradients
-    (``tests/test_ppo_equals_sb3.py``). It is slow: one minibatch of the first epoch is timed, and the time multiplied
-    by the number of optimizer steps.
+    (``tests/agents/test_ppo_equals_sb3.py``). It is slow: one minibatch of the first epoch is timed, and the time
+    multiplied by the number of optimizer steps.
     """
 
     covers = ("update",)

@@ -34,7 +34,7 @@ def work(workload: Workload, iterations: int, output: Path) -> None:
     from measures import Clock
     from ours import Textgym
 
-    from textgym.agents.distributed import Processes
+    from textgym.agents.distributed.processes import Processes
 
     torch.set_num_threads(workload.threads)
     processes = Processes.join(timeout=600, cpu=workload.device == "cpu")

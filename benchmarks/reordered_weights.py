@@ -26,7 +26,7 @@ from ours import Setting, Textgym
 from workload import PRESETS, Workload, cores
 
 import textgym.language_model
-from textgym.freed_memory import keep_freed_memory
+from textgym.engine.freed_memory import keep_freed_memory
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from textgym.chat.messages import is_one_conversation
 from textgym.checks import check_int, check_mapping, check_text, shown
-from textgym.messages import is_one_conversation
 
 
 def seeds_of_rows(seed: Any, num_rows: int | None) -> list[int | None] | None:

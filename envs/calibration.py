@@ -10,8 +10,8 @@ import torch
 from textgym.action_masks import masks_of
 from textgym.generation import complete_rows
 from textgym.language_model import LanguageModel
-from textgym.prompt_fitting import FittedPrompt
-from textgym.prompts import PromptRow, PromptSource
+from textgym.prompts.fitting import FittedPrompt
+from textgym.prompts.rows import PromptRow, PromptSource
 from textgym.rewards import Reward
 from textgym.sampling import SamplingSettings
 

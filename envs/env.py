@@ -13,7 +13,7 @@ from textgym.envs.arguments import check_start, log_probabilities, reset_options
 from textgym.envs.options import TextGenOptions, share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
-from textgym.prompts import PromptSource
+from textgym.prompts.rows import PromptSource
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import Vocabulary
 

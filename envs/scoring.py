@@ -20,7 +20,7 @@ from torch import Tensor
 
 from textgym.kl import kl_estimate
 from textgym.language_model import LanguageModel
-from textgym.prompts import as_columns
+from textgym.prompts.rows import as_columns
 from textgym.rewards import PrefixBatch, Reward
 from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
 from textgym.teacher_forcing import forced_log_probs

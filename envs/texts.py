@@ -9,7 +9,7 @@ import numpy as np
 
 from textgym.envs.options import TextGenOptions
 from textgym.generation import token_texts
-from textgym.prompts import PromptRow, as_columns
+from textgym.prompts.rows import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
 from textgym.vocabulary import Vocabulary
 

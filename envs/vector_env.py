@@ -19,6 +19,7 @@ from gymnasium.vector.utils import batch_space
 from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
+from textgym.chat.messages import is_one_conversation
 from textgym.checks import check_int, check_number, shown
 from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
@@ -26,7 +27,7 @@ from textgym.envs.infos import VectorInfos
 from textgym.envs.options import TextGenOptions, prompt_room, share
 from textgym.envs.record import RolloutRecord
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
-from textgym.envs.schedule import EpisodeRound
+from textgym.envs.rounds import EpisodeRound
 from textgym.envs.scoring import RolloutScores, Scorer, StepParts
 from textgym.envs.texts import Texts
 from textgym.language_model import (
@@ -36,9 +37,10 @@ from textgym.language_model import (
     resolve_device,
     resolve_dtype,
 )
-from textgym.messages import is_one_conversation
-from textgym.prompt_fitting import FittedPrompt, all_chat, fit_prompt, judge_lengths
-from textgym.prompts import PromptRow, PromptSource, as_prompt_source, read_prompt
+from textgym.prompts.fitting import FittedPrompt, all_chat, fit_prompt, judge_lengths
+from textgym.prompts.opening import as_prompt_source
+from textgym.prompts.reading import read_prompt
+from textgym.prompts.rows import PromptRow, PromptSource
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
 

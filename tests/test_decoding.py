@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import textgym.envs  # noqa: F401  registers the environments
+from textgym.chat.turns import TurnTokens
 from textgym.generation import token_texts
-from textgym.turns import TurnTokens
 
 TEXTS = [
     "今天天气真好，出门记得带伞哦。",

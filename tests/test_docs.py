@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from places import ROOT
 
 from textgym.agents import PPO
 from textgym.agents.runs import Run, RunConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"^(?P<skip><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -123,7 +123,7 @@ def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch, s
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from textgym.agents.cli import app
+    from textgym.agents.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     for name, text in MY_FILES.items():
@@ -145,7 +145,7 @@ def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch, s
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_the_commands_of_a_page_have_the_options_it_names(page):
     typer = pytest.importorskip("typer")
-    from textgym.agents.cli import app
+    from textgym.agents.cli.main import app
 
     commands = typer.main.get_command(app).commands
     for block in blocks(page):

@@ -19,7 +19,7 @@ from textgym.evaluation import Evaluation, completion_log_probs, evaluate, score
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition
-from textgym.prompts import PromptRow, PromptRows
+from textgym.prompts.rows import PromptRow, PromptRows
 from textgym.rewards import FunctionReward, PrefixBatch, as_reward
 from textgym.sampling import SamplingSettings
 

@@ -6,12 +6,11 @@ import doctest
 import importlib.util
 import json
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(?P<above>[^\n]*)\n\n(?P<table>(?:\|.*\n)+)")
 DECIMAL = re.compile(r"[+−]?\d+\.\d+(?: [±→].*)?")
 MARKED = re.compile(r"<!-- (figures|by hand): .+ -->")

@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from textgym import gemma3
 from textgym.generation import complete, complete_rows, sample_tokens
 from textgym.language_model import (
     LanguageModel,
@@ -38,7 +37,8 @@ from textgym.language_model import (
     resolve_device,
     resolve_dtype,
 )
-from textgym.prompts import PromptRow
+from textgym.packaged import gemma3
+from textgym.prompts.rows import PromptRow
 
 V = len(VOCABULARY)
 TOKEN_IDS = {"vocab_size": V, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -469,8 +469,8 @@ def test_a_failed_conversion_leaves_nothing_behind(cache, package, monkeypatch):
     def open_tokenizer(folder, gguf_file):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("textgym.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", open_model)
-    monkeypatch.setattr("textgym.gguf_checkpoint.AutoTokenizer.from_pretrained", open_tokenizer)
+    monkeypatch.setattr("textgym.packaged.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", open_model)
+    monkeypatch.setattr("textgym.packaged.gguf_checkpoint.AutoTokenizer.from_pretrained", open_tokenizer)
     with pytest.raises(RuntimeError, match="broken"):
         load_language_model("smollm2")
     assert list(cache.iterdir()) == []
@@ -481,10 +481,13 @@ def test_smollm2_is_converted_once_and_then_opened_from_the_cache(cache, package
     (package / "model.gguf").touch()
     with monkeypatch.context() as conversion:
         conversion.setattr(
-            "textgym.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_model("llama")
+            "textgym.packaged.gguf_checkpoint.AutoModelForCausalLM.from_pretrained",
+            lambda *_, **__: tiny_model("llama"),
         )
-        conversion.setattr("textgym.gguf_checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer())
-        from textgym.smollm2 import smollm2_directory
+        conversion.setattr(
+            "textgym.packaged.gguf_checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer()
+        )
+        from textgym.packaged.smollm2 import smollm2_directory
 
         assert smollm2_directory().parent == cache
     shutil.rmtree(package)
@@ -512,7 +515,7 @@ def parts(tmp_path, monkeypatch) -> list[Path]:
 def test_gemma3_is_put_together_from_its_parts_and_converted_once(cache, parts, monkeypatch):
     pytest.importorskip("gguf")
     whole = bytes([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
-    monkeypatch.setattr("textgym.gemma3.SHA256", hashlib.sha256(whole).hexdigest())
+    monkeypatch.setattr("textgym.packaged.gemma3.SHA256", hashlib.sha256(whole).hexdigest())
     read = []
 
     def open_model(folder, gguf_file, **_):
@@ -520,8 +523,10 @@ def test_gemma3_is_put_together_from_its_parts_and_converted_once(cache, parts, 
         return tiny_model("llama")
 
     with monkeypatch.context() as conversion:
-        conversion.setattr("textgym.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", open_model)
-        conversion.setattr("textgym.gguf_checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer())
+        conversion.setattr("textgym.packaged.gguf_checkpoint.AutoModelForCausalLM.from_pretrained", open_model)
+        conversion.setattr(
+            "textgym.packaged.gguf_checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_tokenizer()
+        )
         gemma3.gemma3_directory()
     assert read == [whole]
     for part in parts:

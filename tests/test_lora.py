@@ -17,9 +17,9 @@ from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from textgym.agents import PPO
+from textgym.engine.shared_weights import storage
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import AdaptedLanguageModel, add_lora
-from textgym.shared_weights import storage
 
 IDS = torch.randint(4, 60, (3, 12), generator=torch.Generator().manual_seed(0))
 

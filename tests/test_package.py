@@ -6,12 +6,12 @@ import ast
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import pytest
 import torch
+from places import ROOT
 from tiny_models import ARCHITECTURES, CONTEXT, EOS, PAD, VOCABULARY, tiny_model
 
 import textgym
@@ -23,7 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"textgym": "textgym", "envs": "textgym.envs", "agents": "textgym.agents"}
 NOT_SHIPPED = {"textgym.embedded.build"}
 
@@ -49,7 +48,7 @@ def test_using_an_agent_does_not_load_the_trainer_of_transformers():
 @pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["evaluate"], ["train-reward"], ["sft"], ["rewards"]])
 def test_help_is_shown_without_loading_what_takes_seconds(command):
     code = (
-        "import sys\nfrom textgym.agents.cli import main\n"
+        "import sys\nfrom textgym.agents.cli.main import main\n"
         f"sys.argv = ['textgym', *{command}, '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'stable_baselines3', 'matplotlib', 'pandas'} & set(sys.modules)))"

@@ -17,7 +17,7 @@ from textgym.agents.runs.held_out import HeldOutPrompts
 from textgym.evaluation import completion_log_probs, evaluate, score_tokens
 from textgym.generation import complete, complete_rows
 from textgym.language_model import LanguageModel, load_language_model
-from textgym.prompts import PromptRow
+from textgym.prompts.rows import PromptRow
 from textgym.rewards import FunctionReward
 from textgym.sampling import SamplingSettings
 

@@ -26,7 +26,7 @@ from textgym.rewards import (
     TokenF1,
     as_reward,
 )
-from textgym.rewards.text_units import clauses_of, is_chinese, sentences_of, spaced, units_of, words_of
+from textgym.text_units import clauses_of, is_chinese, sentences_of, spaced, units_of, words_of
 
 CHINESE, JAPANESE, THAI = "今天天气真好，出门记得带伞哦。", "にほんごの映画です。", "ภาษาไทยดีมาก"
 LAO, KHMER, BURMESE = "ພາສາລາວ", "ភាសាខ្មែរ", "မြန်မာစာ"

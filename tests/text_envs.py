@@ -14,7 +14,7 @@ import textgym  # noqa: F401  registers TextGen-v0
 from textgym.envs import TextGenVectorEnv
 from textgym.language_model import LanguageModel
 from textgym.rewards import FunctionReward, Reward
-from textgym.rewards.causal import CausalRewardModel
+from textgym.rewards.models.causal import CausalRewardModel
 
 TOKENIZER = tiny_tokenizer()
 LANGUAGE_MODEL = LanguageModel(tiny_model("llama"), TOKENIZER)

@@ -21,8 +21,9 @@ from textgym.checks import check_int
 from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
-from textgym.prompt_fitting import as_chat, fit_prompt
-from textgym.prompts import PromptRow, PromptRows, as_prompt_source
+from textgym.prompts.fitting import as_chat, fit_prompt
+from textgym.prompts.opening import as_prompt_source
+from textgym.prompts.rows import PromptRow, PromptRows
 from textgym.rewards import PrefixBatch, Reward
 from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
 from textgym.sampling import SamplingSettings

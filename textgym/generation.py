@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.chat.turns import TurnTokens
 from textgym.divergence import DivergedError
 from textgym.language_model import LanguageModel, log_distribution
-from textgym.prompts import PromptRow, as_columns
+from textgym.prompts.rows import PromptRow, as_columns
 from textgym.rewards import PrefixBatch
-from textgym.turns import TurnTokens
 
 if TYPE_CHECKING:
     from textgym.action_masks import ActionMasks

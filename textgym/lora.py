@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from textgym.encoder_decoder import model_inputs
+from textgym.engine.encoder_decoder import model_inputs
+from textgym.engine.merging import adapted_weight, merge_layers
+from textgym.engine.shared_weights import copy_sharing_weights, sharing_memo
 from textgym.language_model import LanguageModel
-from textgym.merging import adapted_weight, merge_layers
-from textgym.shared_weights import copy_sharing_weights, sharing_memo
 from textgym.vocabulary import is_encoder_decoder
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from textgym.checks import check_int, check_number, check_texts
-from textgym.rewards.text_units import units_of
+from textgym.text_units import units_of
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

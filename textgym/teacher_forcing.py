@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from textgym.engine.micro_batches import micro_batches
 from textgym.language_model import LanguageModel
-from textgym.micro_batches import micro_batches
 
 FORWARD_TOKENS = 16_384  # most padded tokens in one pass; bounds memory, not results
 MASK_ELEMENTS = 2**25  # most entries of action masks held at once (32 MiB); bounds memory, not results

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from textgym.turns import TurnTokens
+from textgym.chat.turns import TurnTokens
 
 
 class Vocabulary:
     """A tokenizer and the sizes of the model it belongs to.
 
-    ``turns`` knows which tokens open and end a turn (:class:`~textgym.turns.TurnTokens`).
+    ``turns`` knows which tokens open and end a turn (:class:`~textgym.chat.turns.TurnTokens`).
 
     :param tokenizer: the tokenizer
     :param config: configuration of the model

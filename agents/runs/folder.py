@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 
-from textgym.agents.checkpoints import checkpoints_in
+from textgym.agents.callbacks.checkpoints import checkpoints_in
 from textgym.checkpoint_folders import (
     LOCK,
     PARTIAL,

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.runs.config import RunConfig
 from textgym.envs import TextGenVectorEnv
 from textgym.evaluation import Evaluation, evaluate
 from textgym.metrics import bootstrap_interval
-from textgym.prompts import PromptRow
+from textgym.prompts.rows import PromptRow
 
 ENOUGH_TEXTS = 64  # completions in an evaluation; where prompts are fewer, each is completed several times
 BEYOND_NOISE = 1.645  # standard errors of a paired difference; by chance it is exceeded in one of twenty comparisons

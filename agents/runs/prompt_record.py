@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from textgym.checkpoint_folders import write_text_whole
-from textgym.prompts import PromptRow
+from textgym.prompts.rows import PromptRow
 
 
 def prompt_hash(prompt: str) -> str:

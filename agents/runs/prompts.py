@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from textgym.agents.runs.config import RunConfig
 from textgym.language_model import load_vocabulary
-from textgym.prompt_files import load_prompt_file
-from textgym.prompts import PromptRows, as_prompt_source, split_prompts
+from textgym.prompts.files import load_prompt_file
+from textgym.prompts.opening import as_prompt_source, split_prompts
+from textgym.prompts.rows import PromptRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ def rows_of_file(source: str, reading: FileReading, tokenizer: PreTrainedTokeniz
     """The prompts of a file, a folder or a data set of the hub.
 
     :param tokenizer: of the model that is to go on from them
-    :raises ValueError: as :func:`~textgym.prompt_files.load_prompt_file`
+    :raises ValueError: as :func:`~textgym.prompts.files.load_prompt_file`
     """
     return load_prompt_file(
         source,

@@ -11,16 +11,16 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from textgym.agents.checkpoints import training_state, write_checkpoint
-from textgym.agents.distributed import Processes
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.callbacks.checkpoints import training_state, write_checkpoint
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.distributed.processes import Processes
 from textgym.agents.runs.config import RunConfig
 from textgym.agents.runs.diagnosis import diagnose
 from textgym.agents.runs.folder import GrowingFile, JSONLines, ResumableTensorBoard, RunFolder
 from textgym.agents.runs.held_out import BestEvaluation, HeldOutPrompts, held_out_figures
 from textgym.divergence import DivergedError
 from textgym.envs import TextGenVectorEnv
-from textgym.prompts import PromptRow
+from textgym.prompts.rows import PromptRow
 
 
 class StopRun(Exception):

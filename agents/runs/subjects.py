@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textgym.agents.pretrained import AGENT, read_sampling
+from textgym.agents.common.pretrained import AGENT, read_sampling
 from textgym.agents.runs.config import RunConfig
 from textgym.agents.runs.folder import RunFolder
 from textgym.agents.runs.prompt_record import prompt_hash, trained_on
@@ -16,7 +16,7 @@ from textgym.agents.runs.training import policy_of, run_config
 from textgym.agents.runs.trust import check_code, check_model_code
 from textgym.envs.options import prompt_room
 from textgym.language_model import LanguageModel, load_language_model
-from textgym.prompts import PromptRow
+from textgym.prompts.rows import PromptRow
 from textgym.sampling import SamplingSettings
 
 

@@ -17,20 +17,21 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 import textgym  # noqa: F401  registers the environment ids
-from textgym.agents.callbacks import AdaptiveKLCallback
-from textgym.agents.checkpoints import checkpoints_in, load_training_state, read_latest
-from textgym.agents.distributed import DividePrompts, ProcessError, Processes, SharedPrompts
+from textgym.agents.callbacks.adaptive_kl import AdaptiveKLCallback
+from textgym.agents.callbacks.checkpoints import checkpoints_in, load_training_state, read_latest
+from textgym.agents.callbacks.early_stopping import StopOnKL
+from textgym.agents.callbacks.learning_rewards import LearningRewards
+from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.agents.distributed.processes import ProcessError, Processes
+from textgym.agents.distributed.shared_prompts import DividePrompts, SharedPrompts
 from textgym.agents.dpo import DPO, check_no_stored_pairs
-from textgym.agents.early_stopping import StopOnKL
-from textgym.agents.learning_rewards import LearningRewards
-from textgym.agents.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.plots import plot_runs
-from textgym.agents.policy import LanguageModelPolicy
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.agents.runs.agents import agent_class, agent_name, arguments_of, resolved
 from textgym.agents.runs.changes import check_changes
 from textgym.agents.runs.config import RunConfig, read_config
 from textgym.agents.runs.folder import RunFolder, write_csv
 from textgym.agents.runs.paths import with_absolute_paths
+from textgym.agents.runs.plots import plot_runs
 from textgym.agents.runs.prompt_record import check_same_prompts, write_prompt_record
 from textgym.agents.runs.prompts import load_prompts
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
@@ -38,8 +39,8 @@ from textgym.agents.runs.trust import seals
 from textgym.checkpoint_folders import CheckpointError, FolderLock, is_whole, write_text_whole
 from textgym.divergence import DivergedError
 from textgym.envs import TextGenVectorEnv
-from textgym.prompt_fitting import judge_lengths
-from textgym.prompts import PromptRow
+from textgym.prompts.fitting import judge_lengths
+from textgym.prompts.rows import PromptRow
 from textgym.rewards.errors import RewardValueError
 from textgym.rewards.learning import has_learning_parts
 from textgym.rewards.opening import load_reward

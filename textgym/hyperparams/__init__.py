@@ -5,7 +5,7 @@ The zoo takes a file's path, which ``python -m textgym.hyperparams ppo`` prints:
     python -m rl_zoo3.train --algo ppo --env TextGen-v0 --gym-packages textgym \\
         --conf-file "$(python -m textgym.hyperparams ppo)"
 
-For textgym's own agent there is :mod:`textgym.agents.zoo`, which finds its file by itself.
+For textgym's own agent there is :mod:`textgym.agents.cli.zoo`, which finds its file by itself.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from textgym.merging import merge_layers
-from textgym.trunk import trunk_of
+from textgym.engine.merging import merge_layers
+from textgym.engine.trunk import trunk_of
 
 ADAPTER = "default"  # what peft calls the one adapter of a model
 

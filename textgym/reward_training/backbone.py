@@ -16,11 +16,11 @@ from transformers import (
     set_seed,
 )
 
+from textgym.engine.trunk import trunk_of
+from textgym.engine.weight_files import readable_weights
 from textgym.language_model import quiet_loading, quiet_progress, refusing_own_code
-from textgym.rewards.causality import is_causal
-from textgym.rewards.headed_model import HeadedRewardModel, HeadLayers
-from textgym.trunk import trunk_of
-from textgym.weight_files import readable_weights
+from textgym.rewards.models.causality import is_causal
+from textgym.rewards.models.headed_model import HeadedRewardModel, HeadLayers
 
 Head = Literal["linear", "mlp", "cnn"]
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -48,7 +48,7 @@ def open_backbone(
     :param num_labels: outputs of the head
     :param seed: of the new head
     :param head: ``"linear"``, ``"mlp"`` or ``"cnn"``
-    :param head_size: see :meth:`~textgym.rewards.headed_model.HeadedRewardModel.around`, as for
+    :param head_size: see :meth:`~textgym.rewards.models.headed_model.HeadedRewardModel.around`, as for
         ``head_dropout`` and ``head_layers``
     :param trust_remote_code: run Python code that comes with the checkpoint, where it has some
     :raises FileNotFoundError: if ``model`` is written as a path and is not a directory
@@ -121,15 +121,15 @@ def _location(model: str | os.PathLike[str]) -> str:
 
         return str(LANGUAGE_MODEL)
     if path == "minilm":
-        from textgym.minilm import minilm_directory
+        from textgym.packaged.minilm import minilm_directory
 
         return str(minilm_directory())
     if path == "smollm2":
-        from textgym.smollm2 import smollm2_directory
+        from textgym.packaged.smollm2 import smollm2_directory
 
         return str(smollm2_directory())
     if path == "gemma3":
-        from textgym.gemma3 import gemma3_directory
+        from textgym.packaged.gemma3 import gemma3_directory
 
         return str(gemma3_directory())
     if isinstance(model, os.PathLike) or path.startswith((".", "~", os.sep)):

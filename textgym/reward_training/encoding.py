@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from textgym.turns import TurnTokens
+from textgym.chat.turns import TurnTokens
 
 
 @dataclass(frozen=True)

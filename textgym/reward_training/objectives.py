@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textgym.rewards.causal import ACTIVATIONS, Activation
+from textgym.rewards.models.causal import ACTIVATIONS, Activation
 
 from .data import Task
 from .losses import (

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from textgym.checks import check_choice, check_int, check_number, check_seed
-from textgym.rewards.causal import ACTIVATIONS, Activation
-from textgym.rewards.headed_model import HeadLayers
+from textgym.rewards.models.causal import ACTIVATIONS, Activation
+from textgym.rewards.models.headed_model import HeadLayers
 
 from .backbone import HEADS, Head
 from .data import RewardData, Task

@@ -7,7 +7,7 @@
 | ``"labels"`` | ``text``, or ``prompt`` and ``completion``; ``label`` | which class a text belongs to |
 | ``"tasks"`` | as for scores or labels, and ``task`` | one of several things about a text |
 
-Prompts and completions may be messages, and are found in the layouts of :mod:`textgym.layouts`.
+Prompts and completions may be messages, and are found in the layouts of :mod:`textgym.prompts.layouts`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.chat import has_template
-from textgym.layouts import ReadRow, read_row
-from textgym.messages import is_conversation
-from textgym.row_files import LocatedRows, kind_of, plain_dataset, read_rows, streamed
+from textgym.chat.chat_prompts import has_template
+from textgym.chat.messages import is_conversation
+from textgym.prompts.layouts import ReadRow, read_row
+from textgym.prompts.row_files import LocatedRows, kind_of, plain_dataset, read_rows, streamed
 
 from .data import KINDS, Kind, RewardData, RewardRow, Task, TaskKind
 

@@ -23,7 +23,7 @@ from textgym.checkpoint_folders import (
     write_text_whole,
 )
 from textgym.language_model import quiet_progress
-from textgym.rewards.headed_model import HeadedRewardModel
+from textgym.rewards.models.headed_model import HeadedRewardModel
 from textgym.rewards.reward_directory import ENSEMBLE_FILE
 
 from .report import RewardReport
@@ -194,8 +194,9 @@ def model_card(model: PreTrainedModel, report: RewardReport) -> str:
     if isinstance(model, HeadedRewardModel):
         text += (
             f"Trained by textgym. It has a custom head (`{config.head}`), which transformers alone does not know: the "
-            f"model type in `config.json` is `{config.model_type}`, and `import textgym.rewards.headed_model` is what "
-            f"makes the Auto classes open it.\n\n```python\n{_OPENED_BY_TEXTGYM}```\n"
+            f"model type in `config.json` is `{config.model_type}`, and "
+            "`import textgym.rewards.models.headed_model` is what makes the Auto classes open "
+            f"it.\n\n```python\n{_OPENED_BY_TEXTGYM}```\n"
         )
     else:
         text += (

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textgym.rewards.causality import is_causal
-from textgym.rewards.headed_model import HeadedRewardModel
-from textgym.rewards.text_forward import readable_tokens
-from textgym.trunk import trunk_of
+from textgym.engine.trunk import trunk_of
+from textgym.rewards.models.causality import is_causal
+from textgym.rewards.models.headed_model import HeadedRewardModel
+from textgym.rewards.models.text_forward import readable_tokens
 
 from .encoding import EncodedText, encode, encode_pairs
 

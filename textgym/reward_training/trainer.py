@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from textgym.checkpoint_folders import check_manifest, write_whole
 from textgym.divergence import DivergedError
-from textgym.trunk import trunk_of
+from textgym.engine.trunk import trunk_of
 
 from .data import RewardData
 from .encoding import EncodedText, end_positions, token_positions

@@ -30,10 +30,10 @@ from transformers import (
     set_seed,
 )
 
+from textgym.chat.template_arguments import with_template_arguments
 from textgym.checkpoint_folders import FolderLock
 from textgym.checks import check_choice, check_int
 from textgym.language_model import quiet_progress
-from textgym.template_arguments import with_template_arguments
 
 from .adapters import add_adapters, merge_adapters
 from .backbone import open_backbone, open_tokenizer
@@ -117,7 +117,7 @@ def train_reward(
     :param trust_remote_code: run Python code that comes with ``model``, where it or its tokenizer has some; the
         directory then has it, too, and opens where that is said again
     :param chat_template_kwargs: variables of the chat template and their values, such as
-        ``{"enable_thinking": False}``; see :mod:`textgym.template_arguments`
+        ``{"enable_thinking": False}``; see :mod:`textgym.chat.template_arguments`
     :param options: those of :class:`RewardTrainingOptions`
     :return: the report; the model of the epoch with the smallest validation loss is what is measured and saved. Of an
         ensemble, that of the mean of its members

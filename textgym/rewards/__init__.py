@@ -16,33 +16,39 @@ from typing import TYPE_CHECKING, Any
 from textgym.rewards.base import FunctionReward, PrefixBatch, Reward, RewardError, as_reward
 
 if TYPE_CHECKING:
-    from textgym.rewards.adversarial import AdversarialReward, HashingDiscriminator
-    from textgym.rewards.answer_store import AnswerStore, AnswerStoreError
-    from textgym.rewards.causal import CausalRewardModel
-    from textgym.rewards.causal_discriminator import CausalDiscriminator
-    from textgym.rewards.classifier import ClassifierReward, ProcessReward
-    from textgym.rewards.coherence import EmbeddingCoherence, LikelihoodCoherence
-    from textgym.rewards.constraint import Constraint
-    from textgym.rewards.discounted import DiscountedPotential
-    from textgym.rewards.diversity import EmbeddingDiversity, SelfBLEU
-    from textgym.rewards.embedding import EmbeddingSimilarity, SentenceEncoder
-    from textgym.rewards.ensemble import Ensemble
-    from textgym.rewards.formats import JsonFormat, RegexMatch, XmlTags
-    from textgym.rewards.human import HumanReward, TerminalAsker
-    from textgym.rewards.language_model import Fluency, LogProbReward, SentenceFluency, TargetLikelihood, TokenMatch
+    from textgym.rewards.combining.constraint import Constraint
+    from textgym.rewards.combining.discounted import DiscountedPotential
+    from textgym.rewards.combining.ensemble import Ensemble
+    from textgym.rewards.combining.length_debiased import LengthDebiased
+    from textgym.rewards.combining.monte_carlo_dropout import MonteCarloDropout
+    from textgym.rewards.combining.router import Router
+    from textgym.rewards.combining.running_normalisation import RunningNormalized
+    from textgym.rewards.learned.adversarial import AdversarialReward, HashingDiscriminator
+    from textgym.rewards.learned.causal_discriminator import CausalDiscriminator
+    from textgym.rewards.learned.novelty import NoveltyReward
     from textgym.rewards.learning import LearningReward, learn_from
-    from textgym.rewards.length_debiased import LengthDebiased
-    from textgym.rewards.lexicons import LanguageIdentity, Profanity, SentimentLexicon
-    from textgym.rewards.monte_carlo_dropout import MonteCarloDropout
-    from textgym.rewards.novelty import NoveltyReward
-    from textgym.rewards.predicted_difference import PredictedDifference, difference_rows
-    from textgym.rewards.reference_metrics import Bleu, ChrF, ExactMatch, Meteor, Rouge, Ter, TokenF1
-    from textgym.rewards.remote import RemoteReward
+    from textgym.rewards.models.causal import CausalRewardModel
+    from textgym.rewards.models.classifier import ClassifierReward, ProcessReward
+    from textgym.rewards.models.coherence import EmbeddingCoherence, LikelihoodCoherence
+    from textgym.rewards.models.embedding import EmbeddingSimilarity, SentenceEncoder
+    from textgym.rewards.models.language_model import (
+        Fluency,
+        LogProbReward,
+        SentenceFluency,
+        TargetLikelihood,
+        TokenMatch,
+    )
+    from textgym.rewards.outside.answer_store import AnswerStore, AnswerStoreError
+    from textgym.rewards.outside.human import HumanReward, TerminalAsker
+    from textgym.rewards.outside.remote import RemoteReward
+    from textgym.rewards.outside.serving import RequestLimits, RewardServer, reward_app, serve_reward
     from textgym.rewards.reward_directory import open_reward
-    from textgym.rewards.router import Router
-    from textgym.rewards.running_normalisation import RunningNormalized
-    from textgym.rewards.serving import RequestLimits, RewardServer, reward_app, serve_reward
-    from textgym.rewards.text_rules import (
+    from textgym.rewards.text.diversity import EmbeddingDiversity, SelfBLEU
+    from textgym.rewards.text.formats import JsonFormat, RegexMatch, XmlTags
+    from textgym.rewards.text.lexicons import LanguageIdentity, Profanity, SentimentLexicon
+    from textgym.rewards.text.predicted_difference import PredictedDifference, difference_rows
+    from textgym.rewards.text.reference_metrics import Bleu, ChrF, ExactMatch, Meteor, Rouge, Ter, TokenF1
+    from textgym.rewards.text.text_rules import (
         DistinctN,
         Grammar,
         KeywordAbsence,
@@ -120,65 +126,65 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AdversarialReward": "adversarial",
-    "AnswerStore": "answer_store",
-    "AnswerStoreError": "answer_store",
-    "Bleu": "reference_metrics",
-    "CausalDiscriminator": "causal_discriminator",
-    "CausalRewardModel": "causal",
-    "ChrF": "reference_metrics",
-    "ClassifierReward": "classifier",
-    "Constraint": "constraint",
-    "DiscountedPotential": "discounted",
-    "DistinctN": "text_rules",
-    "EmbeddingCoherence": "coherence",
-    "EmbeddingDiversity": "diversity",
-    "EmbeddingSimilarity": "embedding",
-    "Ensemble": "ensemble",
-    "ExactMatch": "reference_metrics",
-    "Fluency": "language_model",
-    "Grammar": "text_rules",
-    "HashingDiscriminator": "adversarial",
-    "HumanReward": "human",
-    "JsonFormat": "formats",
-    "KeywordAbsence": "text_rules",
-    "KeywordPresence": "text_rules",
-    "LanguageIdentity": "lexicons",
+    "AdversarialReward": "learned.adversarial",
+    "AnswerStore": "outside.answer_store",
+    "AnswerStoreError": "outside.answer_store",
+    "Bleu": "text.reference_metrics",
+    "CausalDiscriminator": "learned.causal_discriminator",
+    "CausalRewardModel": "models.causal",
+    "ChrF": "text.reference_metrics",
+    "ClassifierReward": "models.classifier",
+    "Constraint": "combining.constraint",
+    "DiscountedPotential": "combining.discounted",
+    "DistinctN": "text.text_rules",
+    "EmbeddingCoherence": "models.coherence",
+    "EmbeddingDiversity": "text.diversity",
+    "EmbeddingSimilarity": "models.embedding",
+    "Ensemble": "combining.ensemble",
+    "ExactMatch": "text.reference_metrics",
+    "Fluency": "models.language_model",
+    "Grammar": "text.text_rules",
+    "HashingDiscriminator": "learned.adversarial",
+    "HumanReward": "outside.human",
+    "JsonFormat": "text.formats",
+    "KeywordAbsence": "text.text_rules",
+    "KeywordPresence": "text.text_rules",
+    "LanguageIdentity": "text.lexicons",
     "LearningReward": "learning",
-    "LengthDebiased": "length_debiased",
-    "LengthTarget": "text_rules",
-    "LikelihoodCoherence": "coherence",
-    "LogProbReward": "language_model",
-    "Meteor": "reference_metrics",
-    "MonteCarloDropout": "monte_carlo_dropout",
-    "NoveltyReward": "novelty",
-    "PredictedDifference": "predicted_difference",
-    "ProcessReward": "classifier",
-    "Profanity": "lexicons",
-    "Readability": "text_rules",
-    "RegexMatch": "formats",
-    "RemoteReward": "remote",
-    "Repetition": "text_rules",
-    "RequestLimits": "serving",
-    "RewardServer": "serving",
-    "Rouge": "reference_metrics",
-    "Router": "router",
-    "RunningNormalized": "running_normalisation",
-    "SelfBLEU": "diversity",
-    "SentenceEncoder": "embedding",
-    "SentenceFluency": "language_model",
-    "SentimentLexicon": "lexicons",
-    "TargetLikelihood": "language_model",
-    "Ter": "reference_metrics",
-    "TerminalAsker": "human",
-    "TokenF1": "reference_metrics",
-    "TokenMatch": "language_model",
-    "XmlTags": "formats",
-    "difference_rows": "predicted_difference",
+    "LengthDebiased": "combining.length_debiased",
+    "LengthTarget": "text.text_rules",
+    "LikelihoodCoherence": "models.coherence",
+    "LogProbReward": "models.language_model",
+    "Meteor": "text.reference_metrics",
+    "MonteCarloDropout": "combining.monte_carlo_dropout",
+    "NoveltyReward": "learned.novelty",
+    "PredictedDifference": "text.predicted_difference",
+    "ProcessReward": "models.classifier",
+    "Profanity": "text.lexicons",
+    "Readability": "text.text_rules",
+    "RegexMatch": "text.formats",
+    "RemoteReward": "outside.remote",
+    "Repetition": "text.text_rules",
+    "RequestLimits": "outside.serving",
+    "RewardServer": "outside.serving",
+    "Rouge": "text.reference_metrics",
+    "Router": "combining.router",
+    "RunningNormalized": "combining.running_normalisation",
+    "SelfBLEU": "text.diversity",
+    "SentenceEncoder": "models.embedding",
+    "SentenceFluency": "models.language_model",
+    "SentimentLexicon": "text.lexicons",
+    "TargetLikelihood": "models.language_model",
+    "Ter": "text.reference_metrics",
+    "TerminalAsker": "outside.human",
+    "TokenF1": "text.reference_metrics",
+    "TokenMatch": "models.language_model",
+    "XmlTags": "text.formats",
+    "difference_rows": "text.predicted_difference",
     "learn_from": "learning",
     "open_reward": "reward_directory",
-    "reward_app": "serving",
-    "serve_reward": "serving",
+    "reward_app": "outside.serving",
+    "serve_reward": "outside.serving",
 }
 
 

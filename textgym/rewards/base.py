@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.chat import MESSAGES
+from textgym.chat.chat_prompts import MESSAGES
 from textgym.checks import check_choice, check_text, shown
 from textgym.rewards.errors import RewardError, RewardValueError
 from textgym.rewards.message_functions import (

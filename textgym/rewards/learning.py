@@ -2,8 +2,8 @@
 
 Scoring never changes them. They change at one place only, :meth:`LearningReward.observe`, which gets complete texts
 between two rollouts: so one text has one Φ within a rollout, instant and deferred scoring agree, and a resumed run goes
-on exactly. In training :class:`textgym.agents.learning_rewards.LearningRewards` calls it with the episodes that ended;
-elsewhere :func:`learn_from` does.
+on exactly. In training :class:`textgym.agents.callbacks.learning_rewards.LearningRewards` calls it with the episodes
+that ended; elsewhere :func:`learn_from` does.
 
 A Φ that changes between rollouts is a dynamic potential: the first token after a change is paid Φ_new(s') − Φ_old(s),
 which leaves the optimal policies as they are (Devlin and Kudenko, "Dynamic Potential-Based Reward Shaping", 2012). One
@@ -58,7 +58,7 @@ def learn_from(
 ) -> list[LearningReward]:
     """Let every learning part of a reward learn from complete texts, each once, inner parts before those around them.
 
-    A part that only some rows are routed to (:class:`~textgym.rewards.router.Router`) sees those rows only.
+    A part that only some rows are routed to (:class:`~textgym.rewards.combining.router.Router`) sees those rows only.
 
     :param reward: any reward; one without learning parts is left as it is
     :param prompts: B prompt texts

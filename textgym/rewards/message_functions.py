@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from textgym.chat import MESSAGES, plain_conversation
-from textgym.messages import is_one_conversation
+from textgym.chat.chat_prompts import MESSAGES, plain_conversation
+from textgym.chat.messages import is_one_conversation
 
 OF_OTHER_TYPES = (TypeError, IndexError, KeyError, AttributeError)
 """What a function raises that is given texts where it expects messages."""
@@ -58,8 +58,9 @@ def as_watched_messages(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
 def as_texts(prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> dict[str, Any]:
     """A reward's arguments with texts in place of messages.
 
-    :param prompts: B texts or conversations; of these the text is :func:`~textgym.chat.plain_conversation`, and models
-        that have a chat template read the column ``messages``
+    :param prompts: B texts or conversations; of these the text is
+        :func:`~textgym.chat.chat_prompts.plain_conversation`, and models that have a chat template read the column
+        ``messages``
     :param completions: B texts, or lists of messages, whose contents are joined
     :param columns: the others
     :return: all of them by name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.turns import TurnTokens
+from textgym.chat.turns import TurnTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class PrefixBatch:
 
     @cached_property
     def texts(self) -> list[str]:
-        """B decoded texts of prompt and completion together; see :meth:`~textgym.turns.TurnTokens.decode`."""
+        """B decoded texts of prompt and completion together; see :meth:`~textgym.chat.turns.TurnTokens.decode`."""
         lengths = self.lengths.tolist()
         return self._decode([ids[:n].tolist() for ids, n in zip(self.input_ids, lengths, strict=True)])
 

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.engine.merging import adapter_base
+from textgym.engine.shared_weights import copy_sharing_weights
+from textgym.engine.trunk import trunk_of
 from textgym.language_model import quiet_progress, refusing_own_code
-from textgym.merging import adapter_base
 from textgym.rewards.base import Reward
-from textgym.rewards.causal import CausalRewardModel
-from textgym.rewards.causality import is_causal
-from textgym.rewards.classifier import ClassifierReward
-from textgym.rewards.ensemble import Aggregate, Ensemble
-from textgym.rewards.headed_model import MODEL_TYPE
-from textgym.rewards.router import Router
-from textgym.rewards.text_forward import open_pretrained
-from textgym.shared_weights import copy_sharing_weights
-from textgym.trunk import trunk_of
+from textgym.rewards.combining.ensemble import Aggregate, Ensemble
+from textgym.rewards.combining.router import Router
+from textgym.rewards.models.causal import CausalRewardModel
+from textgym.rewards.models.causality import is_causal
+from textgym.rewards.models.classifier import ClassifierReward
+from textgym.rewards.models.headed_model import MODEL_TYPE
+from textgym.rewards.models.text_forward import open_pretrained
 
 ENSEMBLE_FILE = "ensemble.json"
 KIND = "a trained reward model"

@@ -1,0 +1,1 @@
+"""What agents learn from: the segments of a rollout, and a replay of episodes."""

@@ -1,0 +1,143 @@
+"""Episodes that an agent goes on learning from: their tokens, what these earned, the reference model's log-probs."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.checks import check_int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One whole episode of T tokens.
+
+    :param prompt: ``(P,)`` int64 token ids
+    :param actions: ``(T,)`` int64 token ids
+    :param rewards: ``(T,)`` float32
+    :param ref_log_probs: ``(T,)`` float32, nats, or None
+    :param masks: ``(T, V / 8)`` uint8, the packed action masks, or None
+    """
+
+    prompt: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    ref_log_probs: np.ndarray | None
+    masks: np.ndarray | None
+
+
+class EpisodeReplay:
+    """The newest episodes, in as much memory as their tokens take: some 20 bytes each, with action masks V / 8 more.
+
+    :param capacity: most episodes; the oldest make room
+    :param observation_space: the environment's
+    :param action_space: ``Discrete(V)``
+    :param device: where minibatches are put
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_int("capacity", capacity, low=1)
+        self.capacity = capacity
+        self._spaces = (observation_space, action_space)
+        self._device = device
+        self._episodes: deque[Episode] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        """How many episodes there are."""
+        return len(self._episodes)
+
+    @property
+    def transitions(self) -> int:
+        """How many tokens these have."""
+        return sum(len(episode.actions) for episode in self._episodes)
+
+    def add(self, buffer: EpisodeBuffer, rewards: np.ndarray) -> None:
+        """Take over the episodes of a rollout.
+
+        :param buffer: of whole episodes
+        :param rewards: ``(T, N)`` what is to be learned from, in the place of the buffer's own
+        """
+        for segment in sorted(buffer.segments, key=lambda segment: segment.episode):
+            at = (slice(segment.start, segment.start + segment.steps), segment.row)
+            reference, masks = buffer.ref_log_probs, buffer.packed_masks
+            episode = Episode(
+                prompt=segment.prefix.copy(),
+                actions=buffer.actions[at][:, 0].copy(),
+                rewards=rewards[at].astype(np.float32),
+                ref_log_probs=None if reference is None else reference[at].astype(np.float32),
+                masks=None if masks is None else masks[at].copy(),
+            )
+            self._episodes.append(episode)
+
+    def sample(self, number: int) -> SegmentSamples:
+        """A minibatch of different episodes, each as likely as every other.
+
+        :param number: B; all there are, if there are no more
+        :raises ValueError: if there are none
+        """
+        if not self._episodes:
+            raise ValueError("the replay has no episodes yet: add a rollout first")
+        chosen = np.random.permutation(len(self))[:number]  # noqa: NPY002 (the generator that SB3 seeds)
+        return self._samples([self._episodes[i] for i in chosen])
+
+    def _samples(self, episodes: list[Episode]) -> SegmentSamples:
+        """One minibatch: a rollout in which each episode has a row of its own."""
+        longest = max(len(episode.actions) for episode in episodes)
+        buffer = EpisodeBuffer(longest, *self._spaces, self._device, n_envs=len(episodes))  # type: ignore[arg-type]
+        segments = []
+        if episodes[0].ref_log_probs is not None:
+            buffer.ref_log_probs = np.zeros((longest, len(episodes)), dtype=np.float32)
+        if episodes[0].masks is not None:
+            buffer.packed_masks = np.zeros((longest, len(episodes), episodes[0].masks.shape[1]), dtype=np.uint8)
+        for row, episode in enumerate(episodes):
+            steps = len(episode.actions)
+            segments.append(Segment(row, 0, steps, episode.prompt, row))
+            buffer.actions[:steps, row, 0] = episode.actions
+            buffer.rewards[:steps, row] = episode.rewards
+            if buffer.ref_log_probs is not None:
+                buffer.ref_log_probs[:steps, row] = episode.ref_log_probs
+            if buffer.packed_masks is not None:
+                buffer.packed_masks[:steps, row] = episode.masks
+        return buffer.samples(segments)
+
+    # For checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All episodes, oldest first, as few arrays."""
+        episodes = list(self._episodes)
+        if not episodes:
+            return {"lengths": np.zeros((0, 2), dtype=np.int64)}
+        joined: dict[str, Any] = {"lengths": np.array([[len(e.prompt), len(e.actions)] for e in episodes])}
+        for name in ("prompt", "actions", "rewards", "ref_log_probs", "masks"):
+            parts = [getattr(episode, name) for episode in episodes]
+            joined[name] = None if parts[0] is None else np.concatenate(parts)
+        return joined
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave; of more than there is room for, the newest stay."""
+        self._episodes.clear()
+        prompt_end = end = 0
+        for prompt_length, steps in np.asarray(state["lengths"]).tolist():
+            prompt, tokens = slice(prompt_end, prompt_end + prompt_length), slice(end, end + steps)
+            prompt_end, end = prompt.stop, tokens.stop
+            reference, masks = state["ref_log_probs"], state["masks"]
+            episode = Episode(
+                prompt=state["prompt"][prompt],
+                actions=state["actions"][tokens],
+                rewards=state["rewards"][tokens],
+                ref_log_probs=None if reference is None else reference[tokens],
+                masks=None if masks is None else masks[tokens],
+            )
+            self._episodes.append(episode)

@@ -1,0 +1,5 @@
+"""``python -m textgym.agents.cli``, as ``accelerate launch -m`` starts it."""
+
+from textgym.agents.cli.command import main
+
+main()

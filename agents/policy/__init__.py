@@ -1,0 +1,1 @@
+"""The language model as a Stable-Baselines3 policy, and its copies."""

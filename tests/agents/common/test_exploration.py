@@ -1,0 +1,129 @@
+"""Exploring: tokens are drawn from another distribution, and everything else stays that of the policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.utils import LinearSchedule
+from tiny_agents import logs_of_learning, tiny_ppo, tiny_vector_env, values_of
+
+from textgym.agents import GRPO, PPO, Explore
+from textgym.agents.common.exploration import Exploration
+
+
+def explored(options: dict[str, float], agent: type = PPO, env_options: dict | None = None, **arguments) -> PPO:
+    """An agent with a rollout that it explored in, whose weights aren't the reference model's any more."""
+    env = tiny_vector_env(8, **(env_options or {}))
+    model = tiny_ppo(env, **arguments) if agent is PPO else agent("LanguageModelPolicy", env, seed=0, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    callback = model._setup_learn(1000, Explore(**options))[1]
+    callback.on_training_start({}, {})
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model
+
+
+@pytest.mark.parametrize("agent", [PPO, GRPO])
+@pytest.mark.parametrize(
+    ("options", "temperature", "share"),
+    [({"temperature": 1.7}, 1.7, 0.0), ({"reference_share": 0.3}, 1.0, 0.3),
+     ({"temperature": 0.8, "reference_share": 0.5}, 0.8, 0.5)],
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [False, True])
+def test_stored_log_probs_are_the_policys_and_weights_correct_for_it(agent, options, temperature, share, masked):
+    """Against plain forwards of the two transformers over each prefix."""
+    env_options = {"temperature": 0.9, "kl_coef": 0.1, "action_masking": masked}
+    model = explored(options, agent, env_options)
+    reference = model.env.text_env.reference_language_model().model
+    buffer = model.rollout_buffer
+    for segment in buffer.segments[:6]:
+        ids = list(segment.prefix)
+        for step in range(segment.start, segment.start + segment.steps):
+            action = int(buffer.actions[step, segment.row, 0])
+            both = []
+            for network in (model.policy.transformer, reference):
+                with torch.no_grad():
+                    logits = network(torch.tensor([ids])).logits[0, -1] / 0.9
+                if masked:
+                    allowed = np.unpackbits(buffer.packed_masks[step, segment.row], count=len(logits)).astype(bool)
+                    logits[torch.as_tensor(~allowed)] = -torch.inf
+                both.append(logits.softmax(-1))
+            policy, other = both
+            flat = policy ** (1 / temperature)
+            drawn = (1 - share) * flat / flat.sum() + share * other
+            assert buffer.log_probs[step, segment.row] == pytest.approx(float(policy[action].log()), abs=1e-4)
+            weight = min(float(policy[action] / drawn[action]), 2.0)
+            assert buffer.importance[step, segment.row] == pytest.approx(weight, rel=1e-3)
+            ids.append(action)
+
+
+def test_tokens_come_from_the_mixture():
+    """With nearly all tokens from the reference, their mean log-probability is the reference's."""
+    model = explored({"reference_share": 0.999}, n_steps=100, env_options={"kl_coef": 0.0})
+    expected = explored({"reference_share": 0.0}, n_steps=100, env_options={"kl_coef": 0.0})
+
+    def under_reference(agent: PPO) -> float:
+        reference = agent.env.text_env.reference_language_model()
+        batch = next(agent.rollout_buffer.get())
+        hidden = reference.cached(agent.policy.context).hidden_at(
+            batch.input_ids, batch.lengths, batch.rows, batch.positions
+        )
+        with torch.no_grad():
+            chosen, entropy = reference.token_log_probs(hidden, batch.actions, 1.0)
+        return float((chosen + entropy).mean())  # 0 in the mean for the model's own tokens
+
+    assert abs(under_reference(model)) < 0.15
+    assert under_reference(expected) < -0.2
+
+
+def test_without_exploring_nothing_is_weighed():
+    model = tiny_ppo().learn(48)
+    assert model.rollout_buffer.importance is None
+    model.learn(48, callback=Explore(temperature=1.5))
+    assert model.rollout_buffer.importance is not None
+    assert model.exploration is None
+    model.learn(48)
+    assert model.rollout_buffer.importance is None
+
+
+def test_schedules_follow_the_progress_and_the_first_ratio_stays_one():
+    model = tiny_ppo(tiny_vector_env(8), n_steps=8, batch_size=32)
+    logs = logs_of_learning(model, 320, callback=Explore(LinearSchedule(2.0, 1.0, 1.0), 0.2))
+    temperatures = values_of(logs, "rollout/exploration_temperature")
+    assert temperatures[0] == pytest.approx(2.0, abs=1e-6)
+    assert np.all(np.diff(temperatures) < 0)
+    assert set(values_of(logs, "rollout/exploration_reference_share")) == {0.2}
+    assert max(values_of(logs, "train/ratio_first")) < 1e-4
+
+
+def test_an_exploring_agent_learns():
+    model = tiny_ppo(tiny_vector_env(8, kl_coef=0.05), n_steps=16, batch_size=32, learning_rate=5e-3)
+    explore = Explore(LinearSchedule(1.5, 1.0, 1.0), 0.1)
+    scores = values_of(logs_of_learning(model, 4000, callback=explore), "rollout/score_mean")
+    assert scores[0] < 0.25
+    assert scores[-1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"reference_share": 1.0}, "reference_share=1.0 must be below 1"),
+        ({"reference_share": -0.1}, "reference_share=-0.1"),
+        ({"temperature": LinearSchedule(1.0, 0.0, 1.0)}, "temperature=0.0"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Explore(**options)
+
+
+def test_log_probs_of_a_mixture_by_hand():
+    policy = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    reference = torch.tensor([[0.0, 0.2, 0.8]]).log()
+    mixture = Exploration(reference_share=0.25).log_probs(policy, reference).exp()
+    torch.testing.assert_close(mixture, torch.tensor([[0.375, 0.425, 0.2]]))
+    assert torch.equal(Exploration().log_probs(policy, None), policy)

@@ -1,0 +1,1 @@
+"""How a transformer is stepped, cached, packed and read: everything below :mod:`textgym.language_model`."""

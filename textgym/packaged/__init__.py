@@ -1,0 +1,1 @@
+"""Models that come as packages from PyPI, for machines that reach no model hub."""

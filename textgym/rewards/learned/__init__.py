@@ -1,0 +1,1 @@
+"""Rewards that learn while a policy is trained."""

@@ -1,0 +1,1 @@
+"""Rewards by neural networks, and the forwards that they share."""

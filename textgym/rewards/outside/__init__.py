@@ -1,0 +1,1 @@
+"""Rewards from elsewhere: a person, a server."""
