@@ -22,7 +22,8 @@ from textgym.kl import kl_estimate
 from textgym.language_model import LanguageModel
 from textgym.prompts.rows import as_columns
 from textgym.rewards import PrefixBatch, Reward
-from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
+from textgym.rewards.base import potentials_of, prefix_potentials_of
+from textgym.rewards.scores import payable
 from textgym.teacher_forcing import forced_log_probs
 from textgym.vocabulary import Vocabulary
 

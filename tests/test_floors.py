@@ -59,20 +59,18 @@ def module_files() -> dict[str, Path]:
 FILES = module_files()
 
 
-def nodes(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
-    """What is run when a module is imported; with ``everywhere`` also what its functions import when called."""
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """What is run when a module is imported or its functions are called."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not everywhere:
-            continue
         yield node
-        yield from nodes(node, everywhere)
+        yield from nodes(node)
 
 
-def imports_of(module: str, everywhere: bool = True) -> set[str]:
+def imports_of(module: str) -> set[str]:
     found = set()
-    for node in nodes(ast.parse(FILES[module].read_text(encoding="utf-8")), everywhere):
+    for node in nodes(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -110,7 +108,9 @@ def test_no_import_goes_to_a_higher_floor():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    graph = {module: imports_of(module, everywhere=False) for module in FILES}
+    """Not in their functions either, but for rewards, whose operators make rewards of rewards."""
+    graph = {module: imports_of(module) for module in FILES}
+    graph["textgym.rewards.base"].remove("textgym.rewards.arithmetic")
     left = dict(graph)
     while leaves := [module for module, imported in left.items() if not imported & set(left)]:
         for leaf in leaves:

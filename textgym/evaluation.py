@@ -25,7 +25,8 @@ from textgym.prompts.fitting import as_chat, fit_prompt
 from textgym.prompts.opening import as_prompt_source
 from textgym.prompts.rows import PromptRow, PromptRows
 from textgym.rewards import PrefixBatch, Reward
-from textgym.rewards.base import payable, potentials_of, prefix_potentials_of
+from textgym.rewards.base import potentials_of, prefix_potentials_of
+from textgym.rewards.scores import payable
 from textgym.sampling import SamplingSettings
 from textgym.teacher_forcing import forced_log_probs
 

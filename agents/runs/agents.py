@@ -15,7 +15,7 @@ from textgym.agents.common.pretrained import constructor_parameters
 from textgym.agents.runs.config import ALGORITHM, RunConfig, sections
 from textgym.checks import shown
 from textgym.named_objects import object_named
-from textgym.rewards.opening import names_code
+from textgym.rewards.code_names import names_code
 
 AGENTS: dict[str, type[TextOnPolicyAlgorithm]] = {
     name: getattr(textgym.agents, agent) for name, agent in names.AGENTS.items()

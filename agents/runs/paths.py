@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from textgym.agents.runs.config import RunConfig
-from textgym.rewards.opening import code_in
+from textgym.rewards.code_names import code_in
 
 _NAMES = ("train", "test", "auto", "embedded", "smollm2", "gemma3")
 

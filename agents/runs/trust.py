@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textgym.rewards.code_names import code_in, names_code
 from textgym.rewards.expressions import reaches_out
-from textgym.rewards.opening import code_in, names_code
 
 if TYPE_CHECKING:
     from textgym.agents.runs.config import RunConfig

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from textgym.embedded import REWARD_MODEL
 from textgym.rewards import Reward, as_reward
-from textgym.rewards.expressions import parse_reward, reaches_out, reward_names
-from textgym.rewards.opening import code_in, load_reward, reward_named
+from textgym.rewards.code_names import code_in
+from textgym.rewards.expressions import parse_reward, reaches_out, reward_named, reward_names
+from textgym.rewards.opening import load_reward
 
 PROMPTS = ["take", "the film"]
 COMPLETIONS = [" an umbrella. An umbrella.", " is good"]
@@ -42,6 +45,27 @@ def test_rewards_can_be_arguments_of_rewards():
     assert routed(prompts=["p", "p"], completions=["good", "good"], user=["a", "b"]) == [1.0, 2.0]
     ensemble = parse_reward("ensemble([keywords(['good']), keywords(['bad'])], 'mean')")
     assert ensemble(prompts=["p"], completions=["good"]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("formula", "columns"),
+    [
+        ("ensemble(['{path}', '{path}'], 'mean')", {}),
+        ("router('user', {{'a': '{path}'}}, default='{path}', normalise=False)", {"user": ["a", "b"]}),
+        ("running_normalized('{path}', warm_up=False)", {}),
+        ("length_debiased('{path}', slope=0.0)", {}),
+        ("predicted_difference('{path}', 'wanted', ' ')", {"wanted": PROMPTS}),
+    ],
+)
+def test_a_formula_opens_the_directories_that_rewards_are_made_of(formula, columns, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(REWARD_MODEL, path)
+    found = scores(parse_reward(formula.format(path=path)), **columns)
+    if "wanted" in columns:
+        expected = as_reward(path)(prompts=[f"{text} " for text in PROMPTS], completions=COMPLETIONS)
+    else:
+        expected = scores(as_reward(path))
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_embedded_is_the_reward_model_that_ships():

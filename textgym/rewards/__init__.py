@@ -13,7 +13,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from textgym.rewards.base import FunctionReward, PrefixBatch, Reward, RewardError, as_reward
+from textgym.rewards.base import Reward
+from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import FunctionReward
+from textgym.rewards.prefixes import PrefixBatch
 
 if TYPE_CHECKING:
     from textgym.rewards.combining.constraint import Constraint
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         TargetLikelihood,
         TokenMatch,
     )
+    from textgym.rewards.opening import as_reward
     from textgym.rewards.outside.answer_store import AnswerStore, AnswerStoreError
     from textgym.rewards.outside.human import HumanReward, TerminalAsker
     from textgym.rewards.outside.remote import RemoteReward
@@ -180,6 +184,7 @@ _MODULES = {
     "TokenF1": "text.reference_metrics",
     "TokenMatch": "models.language_model",
     "XmlTags": "text.formats",
+    "as_reward": "opening",
     "difference_rows": "text.predicted_difference",
     "learn_from": "learning",
     "open_reward": "reward_directory",

@@ -14,15 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym.checks import check_number, shown
-from textgym.rewards.base import (
-    FunctionReward,
-    Reward,
-    as_list,
-    potentials_of,
-    prefix_potentials_of,
-    scores_of,
-)
+from textgym.rewards.base import Reward, potentials_of, prefix_potentials_of
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import check_reward
+from textgym.rewards.scores import as_list, scores_of
 
 if TYPE_CHECKING:
     from textgym.rewards.prefixes import PrefixBatch
@@ -268,7 +263,7 @@ def divide(left: Any, right: Any) -> Reward:
 
 def _operand(value: Any) -> Reward:
     if isinstance(value, Reward) or callable(value):
-        return value if isinstance(value, Reward) else FunctionReward(value)
+        return check_reward("a part of a reward", value)
     raise TypeError(f"rewards combine with rewards, functions and finite numbers, not with {shown(value)}")
 
 

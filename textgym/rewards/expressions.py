@@ -10,13 +10,16 @@ import ast
 import difflib
 import inspect
 import operator
+import os
 import re
 import reprlib
 from collections.abc import Callable
 from typing import Any
 
 from textgym import rewards
-from textgym.rewards.base import Reward, as_reward
+from textgym.embedded import REWARD_MODEL
+from textgym.rewards.base import Reward
+from textgym.rewards.code_names import names_code
 
 # What people call them; every reward also has its class's name, in CamelCase and in snake_case.
 _SHORT = {
@@ -51,6 +54,7 @@ _SIGNS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 _LONGEST = 10_000  # characters
+_HUB_ID = re.compile(r"[A-Za-z_][\w.-]*/[A-Za-z_][\w.-]*")
 
 
 def reward_names() -> dict[str, str]:
@@ -74,6 +78,36 @@ def reaches_out(text: str) -> bool:
     """Whether a formula names a reward that writes files or sends texts to other machines."""
     names = reward_names()
     return any(names.get(word) in _REACH_OUT for word in re.findall(r"\w+", text))
+
+
+def reward_named(text: str, trust_remote_code: bool = False) -> Reward:
+    """The reward of a name that runs no code: a formula, a directory, a hub id, or ``embedded``.
+
+    :param trust_remote_code: run Python code that comes with a reward model in a directory or on the hub
+    :raises ValueError: if there is no such reward, or the name is that of code
+    :raises FileNotFoundError: if it is written as a path and nothing is there
+    """
+    from textgym.rewards.reward_directory import open_reward  # loads transformers
+
+    text = text.strip()
+    if text == EMBEDDED:
+        return embedded_reward()
+    if os.path.isdir(text) or text.startswith((".", "~", os.sep)):
+        return open_reward(text, trust_remote_code=trust_remote_code)
+    if _HUB_ID.fullmatch(text):
+        if os.path.isdir(text.partition("/")[0]):
+            raise FileNotFoundError(f"reward={text!r}: there is no such directory")
+        return open_reward(text, trust_remote_code=trust_remote_code)
+    if names_code(text):
+        raise ValueError(f"reward={text!r} is Python code: import it, and pass the function or object itself")
+    return parse_reward(text)
+
+
+def embedded_reward() -> Reward:
+    """The sentiment model that ships with textgym."""
+    from textgym.rewards.reward_directory import open_reward  # loads transformers
+
+    return open_reward(REWARD_MODEL)
 
 
 def parse_reward(text: str, given: dict[str, Reward] | None = None) -> Reward:
@@ -103,7 +137,7 @@ def parse_reward(text: str, given: dict[str, Reward] | None = None) -> Reward:
     except (RecursionError, MemoryError) as error:
         raise ValueError("reward is a formula that is nested too deeply") from error
     if isinstance(value, str):
-        return as_reward(value)
+        return reward_named(value)
     if not isinstance(value, Reward):
         raise ValueError(f"reward={shown(text)} is {reprlib.repr(value)}, expected a reward, such as grammar")
     return value
@@ -162,7 +196,7 @@ class _Reader:
         if node.id in self.given:
             return self.given[node.id]
         if node.id == EMBEDDED:
-            return as_reward(None)
+            return embedded_reward()
         return self._made(node.id, node, [], {})
 
     def _called(self, node: ast.Call) -> Reward:
@@ -194,11 +228,14 @@ class _Reader:
     def _tried(self, node: ast.expr, call: Callable[..., Any], positional: list[Any], named: dict[str, Any]) -> Reward:
         signature = inspect.signature(call)
         try:
-            signature.bind(*positional, **named)
+            bound = signature.bind(*positional, **named)
         except TypeError as error:
             raise self._wrong(node, f"does not fit its arguments ({written(signature)}): {error}") from error
+        for name, value in bound.arguments.items():
+            if "RewardLike" in str(signature.parameters[name].annotation):
+                bound.arguments[name] = _opened(value)
         try:
-            made: Reward = call(*positional, **named)
+            made: Reward = call(*bound.args, **bound.kwargs)
         except (TypeError, ValueError, AttributeError) as error:
             raise self._wrong(node, f"is refused: {error}") from error
         return made
@@ -214,13 +251,22 @@ class _Reader:
         """A number or a reward."""
         value = self.value(node)
         if isinstance(value, str):
-            return as_reward(value)
+            return reward_named(value)
         if isinstance(value, bool) or not isinstance(value, (int, float, Reward)):
             raise self._wrong(node, "is neither a number nor a reward")
         return value
 
     def _wrong(self, node: ast.expr, problem: str) -> ValueError:
         return ValueError(f"reward={shown(self.text)}: {ast.unparse(node)} {problem}")
+
+
+def _opened(value: Any) -> Any:
+    """The argument of a reward that takes rewards, with those opened that are texts."""
+    if isinstance(value, list):
+        return [_opened(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _opened(item) for key, item in value.items()}
+    return reward_named(value) if isinstance(value, str) else value
 
 
 def _is_reward(name: str) -> bool:

@@ -1,25 +1,49 @@
-"""Rewards by name: what ``--reward`` and configurations hold, from a formula to a function in a Python file."""
+"""What users may pass as ``reward=`` or name with ``--reward``, opened: objects, formulas, directories, code."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import re
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from textgym.named_objects import object_named
-from textgym.rewards.base import Reward, as_reward
-from textgym.rewards.expressions import EMBEDDED, parse_reward
-from textgym.rewards.reward_directory import open_reward
+from textgym.rewards.base import Reward
+from textgym.rewards.code_names import QUOTED_OR_CODE
+from textgym.rewards.expressions import embedded_reward, parse_reward, reward_named
+from textgym.rewards.function_reward import check_reward
+from textgym.rewards.scores import described
 
-# A quoted text, or a function in a file or module, as in my_reward.py:score and package.module:score.
-_QUOTED_OR_CODE = re.compile(
-    r"""(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
-    | (?<![\w.])(?P<code>(?:[A-Za-z]:[\\/]|~?/|\.{1,2}/)?[A-Za-z_][\w./\\-]*:[A-Za-z_]\w*)""",
-    re.VERBOSE,
-)
-_HUB_ID = re.compile(r"[A-Za-z_][\w.-]*/[A-Za-z_][\w.-]*")
+
+def as_reward(obj: Any) -> Reward:
+    """Turn what a user may pass as ``reward=`` into a :class:`Reward`.
+
+    :param obj: a :class:`Reward`; a callable with TRL's signature; a directory or hub id of a reward model or
+        classifier, causal or encoder, or of an ensemble of them, see
+        :func:`~textgym.rewards.reward_directory.open_reward`; a formula such as ``"0.5*coherence + 0.5*grammar"``, see
+        :func:`~textgym.rewards.expressions.parse_reward`; or None for the embedded reward model
+    :raises TypeError: for anything else
+    :raises FileNotFoundError: if a path is not a directory
+    :raises ValueError: if a directory holds no reward model, or a formula can't be read
+    """
+    if isinstance(obj, Reward) or callable(obj):
+        return check_reward("reward", obj)
+    if obj is None:
+        return embedded_reward()
+    if isinstance(obj, str):
+        return reward_named(obj)
+    if isinstance(obj, PathLike):
+        from textgym.rewards.reward_directory import open_reward  # loads transformers
+
+        return open_reward(obj)
+    several = isinstance(obj, (list, tuple))
+    raise TypeError(
+        "reward must be a callable reward(prompts, completions, **columns) -> list[float | None], a textgym "
+        "Reward, a path or hub id of a reward model, or None for the embedded one; got "
+        + described(obj)
+        + ("; several rewards combine by arithmetic: 0.5 * a + 0.5 * b" if several else "")
+    )
 
 
 def load_reward(text: str, trust_remote_code: bool = False) -> Reward:
@@ -55,46 +79,10 @@ def load_reward(text: str, trust_remote_code: bool = False) -> Reward:
         given[placeholder] = _object_in(where, name, text)
         return placeholder
 
-    formula = _QUOTED_OR_CODE.sub(remember, text)
+    formula = QUOTED_OR_CODE.sub(remember, text)
     if formula in given:
         return given[formula]
     return parse_reward(formula, given) if given else reward_named(text, trust_remote_code)
-
-
-def reward_named(text: str, trust_remote_code: bool = False) -> Reward:
-    """The same, but for what would run code.
-
-    :raises ValueError: as :func:`load_reward`, and if it names code
-    """
-    text = text.strip()
-    if text == EMBEDDED:
-        return as_reward(None)
-    if os.path.isdir(text) or text.startswith((".", "~", os.sep)):
-        return open_reward(text, trust_remote_code=trust_remote_code)
-    if _HUB_ID.fullmatch(text):
-        if os.path.isdir(text.partition("/")[0]):
-            raise FileNotFoundError(f"reward={text!r}: there is no such directory")
-        return open_reward(text, trust_remote_code=trust_remote_code)
-    if names_code(text):
-        raise ValueError(f"reward={text!r} is Python code: import it, and pass the function or object itself")
-    return parse_reward(text)
-
-
-def code_in(text: str) -> list[str]:
-    """The Python code that is run when a reward of that name is loaded. ::
-
-    >>> code_in("0.5 * my_reward.py:score + router('a:b', {}) - package.module:thing")
-    ['my_reward.py:score', 'package.module:thing']
-    """
-    where, _, _ = text.strip().rpartition(":")
-    if where.endswith(".py") and Path(where).expanduser().is_file():
-        return [text.strip()]
-    return [match["code"] for match in _QUOTED_OR_CODE.finditer(text) if match["code"]]
-
-
-def names_code(text: str) -> bool:
-    """Whether loading a reward of that name runs a Python file or imports a module."""
-    return bool(code_in(text))
 
 
 def _object_in(where: str, name: str, text: str) -> Reward:

@@ -98,6 +98,25 @@ def test_a_penalised_ensemble_never_scores_above_its_mean(batch):
 
 
 @pytest.mark.parametrize(
+    ("made", "complaint"),
+    [
+        (
+            lambda: Ensemble([words, "runs/model"]),
+            r"members\[1\]='runs/model' must be a reward.*; as_reward\('runs/model'\)",
+        ),
+        (lambda: Ensemble("grammar"), "members='grammar' must be a list"),
+        (lambda: Router("user", {"ann": "grammar"}), r"routes\['ann'\]='grammar' must be a reward.*; as_reward\("),
+        (lambda: Router("user", {"ann": words}, default=3), "default=3 must be a reward, or a function .* of one$"),
+        (lambda: RunningNormalized(None), r"reward=None must be a reward.*; as_reward\(None\) opens one"),
+        (lambda: LengthDebiased(int), "reward is the class int; pass an instance"),
+    ],
+)
+def test_what_is_made_of_rewards_takes_no_names_of_them(made, complaint):
+    with pytest.raises(TypeError, match=complaint):
+        made()
+
+
+@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (([characters],), "at least two members, got 1"),

@@ -44,7 +44,7 @@ def test_a_model_learns_to_predict_a_difference_and_rewards_with_it(tmp_path):
         patience=30,
         device="cpu",
     )
-    reward = PredictedDifference(str(tmp_path / "model"))
+    reward = PredictedDifference(as_reward(tmp_path / "model"))
     unseen = triples(200, 1)
     scores = reward(
         prompts=["say it"] * 200,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from textgym.checks import check_choice, check_number
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import as_reward
+from textgym.rewards.function_reward import RewardLike, check_reward
 
 
 class Constraint(Composed):
@@ -37,7 +37,7 @@ class Constraint(Composed):
 
     def __init__(
         self,
-        reward: Any,
+        reward: RewardLike,
         *,
         at_least: float | None = None,
         at_most: float | None = None,
@@ -54,7 +54,7 @@ class Constraint(Composed):
         self.high = math.inf if at_most is None else float(at_most)
         if self.low > self.high:
             raise ValueError(f"at_least={at_least} lies above at_most={at_most}: nothing could be allowed")
-        part = as_reward(reward)
+        part = check_reward("reward", reward)
         limits = "".join(f", {name}={value:g}" for name, value in given.items() if value is not None)
         super().__init__([part], f"Constraint({part.name}{limits})")
 

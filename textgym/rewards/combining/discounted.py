@@ -9,8 +9,9 @@ import numpy as np
 
 from textgym.checks import check_number
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import as_reward, prefix_potentials_of
+from textgym.rewards.base import prefix_potentials_of
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import RewardLike, check_reward
 from textgym.rewards.prefixes import PrefixBatch
 
 
@@ -41,14 +42,14 @@ class DiscountedPotential(Composed):
         >>> [env.step(token)[1] for token in tokens]  # 0.5 · 1 − 0, then 0.5 · 2 − 1
         [0.5, 0.0]
 
-    :param reward: Φ
+    :param reward: Φ, a reward or a function with the signature of one
     :param gamma: the agent's discount, in (0, 1]
     :raises ValueError: if gamma is not in (0, 1]
     """
 
-    def __init__(self, reward: Any, gamma: float) -> None:
+    def __init__(self, reward: RewardLike, gamma: float) -> None:
         check_number("gamma", gamma, low=0.0, high=1.0, open_low=True)
-        inner = as_reward(reward)
+        inner = check_reward("reward", reward)
         super().__init__([inner], f"discounted({inner.name}, {gamma:g})")
         self.gamma = float(gamma)
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from textgym.checks import check_choice, check_number, shown
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import as_reward, scores_of
+from textgym.rewards.function_reward import RewardLike, check_reward
+from textgym.rewards.scores import scores_of
 
 Aggregate = Literal["mean", "min", "mean-std", "mean-variance"]
 
@@ -46,19 +47,21 @@ class Ensemble(Composed):
         mean-std: 1.920
         mean-variance: 0.667
 
-    :param members: at least two rewards, or what ``as_reward`` takes
+    :param members: at least two rewards or functions with the signature of one; ``as_reward`` opens those of
+        directories
     :param aggregate: see the table
     :param k: weight of the penalty
     :raises ValueError: for fewer than two members, an unknown aggregate, or a k that is negative or not finite
     """
 
-    def __init__(self, members: Sequence[Any], aggregate: Aggregate = "mean-std", k: float = 1.0) -> None:
-        if isinstance(members, str) or not isinstance(members, Sequence):
+    def __init__(self, members: Sequence[RewardLike], aggregate: Aggregate = "mean-std", k: float = 1.0) -> None:
+        given: Any = members
+        if isinstance(given, str) or not isinstance(given, Sequence):
             raise TypeError(f"members={shown(members)} must be a list of at least two rewards")
         if len(members) < 2:
             raise ValueError(f"an ensemble has at least two members, got {len(members)}")
         check_aggregate(aggregate, k)
-        rewards = [as_reward(member) for member in members]
+        rewards = [check_reward(f"members[{i}]", member) for i, member in enumerate(members)]
         super().__init__(rewards, f"ensemble({aggregate}: {', '.join(reward.name for reward in rewards)})")
         self.aggregate = aggregate
         self.k = float(k)

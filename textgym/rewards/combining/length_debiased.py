@@ -9,9 +9,11 @@ import numpy as np
 
 from textgym.checks import check_choice, check_number
 from textgym.rewards.arithmetic import Composed, Normalized
-from textgym.rewards.base import as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import potentials_of, prefix_potentials_of
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import RewardLike, check_reward
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import as_list, scores_of
 from textgym.text_units import units_of
 
 LengthUnit = Literal["words", "characters", "tokens"]
@@ -33,7 +35,7 @@ class LengthDebiased(Composed):
         >>> LengthDebiased(wordy, slope=0.5)(prompts=["", ""], completions=["good", "a very good film"])
         [1.0, 1.0]
 
-    :param reward: what is debiased
+    :param reward: what is debiased, a reward or a function with the signature of one
     :param slope: a, in Φ per unit of length; None to measure it
     :param unit: ``"words"`` (between white space; characters in scripts without spaces), ``"characters"``, or
         ``"tokens"`` of the policy, which costs nothing on prefixes, and needs ``completion_ids`` where the reward is
@@ -41,9 +43,9 @@ class LengthDebiased(Composed):
     :raises ValueError: if the slope is not finite or the unit unknown
     """
 
-    def __init__(self, reward: Any, slope: float | None = None, unit: LengthUnit = "words") -> None:
+    def __init__(self, reward: RewardLike, slope: float | None = None, unit: LengthUnit = "words") -> None:
         check_choice("unit", unit, get_args(LengthUnit))
-        inner = as_reward(reward)
+        inner = check_reward("reward", reward)
         super().__init__([inner], f"length_debiased({inner.name})")
         self.slope = None if slope is None else check_number("slope", slope)
         self.unit = unit

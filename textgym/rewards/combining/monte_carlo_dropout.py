@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from textgym.checks import check_int, check_number
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import potentials_of, prefix_potentials_of
 from textgym.rewards.combining.ensemble import Aggregate, aggregated, check_aggregate, spread_of
+from textgym.rewards.function_reward import RewardLike, check_reward
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import as_list, scores_of
 
 HEADS = ("score", "classifier")  # what sequence classifiers call their last layer
 
@@ -45,7 +47,7 @@ class MonteCarloDropout(Composed):
         >>> unsure(**texts)[0] < model(**texts)[0]
         True
 
-    :param reward: a reward with a ``model``, such as a causal reward model or a classifier, or the directory of one
+    :param reward: a reward with a ``model``, such as a causal reward model or a classifier
     :param passes: number of networks
     :param aggregate: what to make of their scores, see :class:`~textgym.rewards.combining.ensemble.Ensemble`
     :param k: weight of the penalty
@@ -57,7 +59,7 @@ class MonteCarloDropout(Composed):
 
     def __init__(
         self,
-        reward: Any,
+        reward: RewardLike,
         passes: int = 8,
         aggregate: Aggregate = "mean-std",
         k: float = 1.0,
@@ -68,11 +70,11 @@ class MonteCarloDropout(Composed):
         check_int("passes", passes, low=2, also="as one network has no spread")
         check_number("head_dropout", head_dropout, low=0.0, high=1.0, open_high=True)
         check_int("seed", seed, low=0)
-        reward = as_reward(reward)
-        model = getattr(reward, "model", None)
+        inner = check_reward("reward", reward)
+        model = getattr(inner, "model", None)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"reward {reward.name!r} has no model to drop features of; give a reward model")
-        super().__init__([reward], f"monte_carlo_dropout({reward.name})")
+            raise TypeError(f"reward {inner.name!r} has no model to drop features of; give a reward model")
+        super().__init__([inner], f"monte_carlo_dropout({inner.name})")
         self.passes = passes
         self.aggregate = aggregate
         self.k = float(k)

@@ -9,11 +9,13 @@ import numpy as np
 
 from textgym.checks import check_bool, check_text, shown
 from textgym.rewards.arithmetic import Composed
-from textgym.rewards.base import Reward, as_list, as_reward, potentials_of, prefix_potentials_of, scores_of
+from textgym.rewards.base import Reward, potentials_of, prefix_potentials_of
 from textgym.rewards.columns import rows_of_columns
 from textgym.rewards.combining.running_normalisation import RunningNormalized
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import RewardLike, check_reward
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import as_list, scores_of
 
 
 class Router(Composed):
@@ -33,14 +35,20 @@ class Router(Composed):
         [3.0, -3.0]
 
     :param column: the column of the prompt rows that decides
-    :param routes: for each value of it a reward, or what ``as_reward`` takes
+    :param routes: for each value of it a reward or a function with the signature of one
     :param default: for rows with any other value; without it such a row is an error
     :param normalise: whether each route is normalised by its own running statistics
     :raises ValueError: if there are no routes
     :raises RewardError: in scoring, if the column is missing or a row's value has no route
     """
 
-    def __init__(self, column: str, routes: Mapping[Any, Any], default: Any = None, normalise: bool = True) -> None:
+    def __init__(
+        self,
+        column: str,
+        routes: Mapping[Any, RewardLike],
+        default: RewardLike | None = None,
+        normalise: bool = True,
+    ) -> None:
         check_text("column", column, empty=False)
         check_bool("normalise", normalise)
         if not isinstance(routes, Mapping):
@@ -50,9 +58,11 @@ class Router(Composed):
         self.column = column
         self.keys = tuple(routes)
         known = frozenset(routes)
-        selections = [Route(column, as_reward(reward), known, key) for key, reward in routes.items()]
+        selections = [
+            Route(column, check_reward(f"routes[{key!r}]", reward), known, key) for key, reward in routes.items()
+        ]
         if default is not None:
-            selections.append(Route(column, as_reward(default), known))
+            selections.append(Route(column, check_reward("default", default), known))
         self.has_default = default is not None
         parts: list[Reward] = [RunningNormalized(part) if normalise else part for part in selections]
         super().__init__(parts, f"router({column}: {', '.join(map(str, self.keys))})")

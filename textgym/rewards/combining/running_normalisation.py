@@ -9,9 +9,10 @@ import numpy as np
 
 from textgym.checks import check_bool
 from textgym.rewards.arithmetic import Normalized
-from textgym.rewards.base import as_reward, scores_of
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import RewardLike, check_reward
 from textgym.rewards.learning import LearningReward
+from textgym.rewards.scores import scores_of
 
 
 class RunningNormalized(Normalized, LearningReward):
@@ -34,14 +35,14 @@ class RunningNormalized(Normalized, LearningReward):
         >>> reward(prompts=[""], completions=["abcd"])
         [2.0]
 
-    :param reward: what is normalised
+    :param reward: what is normalised, a reward or a function with the signature of one
     :param warm_up: whether the environment begins the statistics with texts of the reference model; without it the
         first rollout is not normalised at all (mean 0, std 1)
     """
 
-    def __init__(self, reward: Any, warm_up: bool = True) -> None:
+    def __init__(self, reward: RewardLike, warm_up: bool = True) -> None:
         check_bool("warm_up", warm_up)
-        super().__init__(as_reward(reward))
+        super().__init__(check_reward("reward", reward))
         self._name = f"running_normalized({self.reward.name})"
         self.count = 0
         self._squares = 0.0  # sum of squared distances from the mean

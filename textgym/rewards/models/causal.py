@@ -28,13 +28,14 @@ from textgym.engine.exactness import SteppedModel, Stepping
 from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.engine.trunk import trunk_of
 from textgym.language_model import resolve_device, resolve_dtype
-from textgym.rewards.base import Reward, wanted_per_row
+from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 from textgym.rewards.models import headed_model  # noqa: F401  teaches transformers to open models with heads of their own
 from textgym.rewards.models.own_template import OwnTemplate
 from textgym.rewards.models.same_tokens import SameTokens
 from textgym.rewards.models.text_forward import open_pretrained
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import wanted_per_row
 from textgym.vocabulary import context_limit, is_encoder_decoder, position_limit
 
 Activation = Literal["identity", "tanh", "sigmoid"]

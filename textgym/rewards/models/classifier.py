@@ -23,13 +23,14 @@ from textgym.chat.messages import is_conversation
 from textgym.checks import check_choice, check_text
 from textgym.engine.exactness import SteppedModel, Stepping
 from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
-from textgym.rewards.base import Reward, wanted_per_row
+from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 from textgym.rewards.models.causal import ACTIVATIONS
 from textgym.rewards.models.own_template import OwnTemplate
 from textgym.rewards.models.same_tokens import SameTokens
 from textgym.rewards.models.text_forward import Side, TextForward, open_pretrained
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import wanted_per_row
 from textgym.text_units import well_formed
 from textgym.vocabulary import is_encoder_decoder
 

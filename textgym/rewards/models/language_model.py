@@ -16,13 +16,14 @@ from textgym.checks import check_choice, check_number, check_text, shown
 from textgym.engine.cached_model import WeightsVersion
 from textgym.engine.micro_batches import BATCH_TOKENS
 from textgym.language_model import load_vocabulary
-from textgym.rewards.base import Reward, wanted_per_row
+from textgym.rewards.base import Reward
 from textgym.rewards.columns import column_of, texts_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.models.likelihood import ModelSpec, Origin, TextLikelihood, check_finite
 from textgym.rewards.models.own_template import OwnTemplate
 from textgym.rewards.models.same_tokens import SameTokens
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import wanted_per_row
 from textgym.text_units import sentences_of
 
 Normalize = Literal["mean", "sum"]

@@ -13,19 +13,13 @@ from typing import Any, Literal, Protocol, TextIO, get_args
 import numpy as np
 
 from textgym.checks import check_choice, check_int, check_number
-from textgym.rewards.base import (
-    Reward,
-    as_list,
-    as_reward,
-    potentials_of,
-    prefix_potentials_of,
-    scores_of,
-    wanted_per_row,
-)
+from textgym.rewards.base import Reward, potentials_of, prefix_potentials_of
 from textgym.rewards.columns import rows_of_columns
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import RewardLike, check_reward
 from textgym.rewards.outside.answer_store import AnswerStore, AnswerStoreError
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import as_list, scores_of, wanted_per_row
 
 HumanMode = Literal["score", "compare"]
 Choice = Literal["first", "second", "tie"]
@@ -144,7 +138,7 @@ class HumanReward(Reward):
     :param store: the answers, or the path of their file
     :param ask: how to ask, such as :class:`TerminalAsker`; None only replays
     :param mode: ``"score"`` or ``"compare"``
-    :param fallback: scores texts that nobody has judged; what ``as_reward`` takes, but None is "not applicable"
+    :param fallback: scores texts that nobody has judged, a reward or a function; with None they are "not applicable"
     :param ask_about: ``"complete"`` or ``"all"``, see above
     :param questions_per_call: most questions in one call; None for no limit
     :raises ValueError: if an argument is impossible
@@ -156,7 +150,7 @@ class HumanReward(Reward):
         store: AnswerStore | str | os.PathLike[str],
         ask: Any = None,
         mode: HumanMode = "score",
-        fallback: Any = None,
+        fallback: RewardLike | None = None,
         ask_about: Literal["complete", "all"] = "complete",
         questions_per_call: int | None = None,
     ) -> None:
@@ -167,7 +161,7 @@ class HumanReward(Reward):
         self.store = store if isinstance(store, AnswerStore) else AnswerStore(store)
         self.ask: Asker | None = ask
         self.mode = mode
-        self.parts: tuple[Reward, ...] = () if fallback is None else (as_reward(fallback),)
+        self.parts: tuple[Reward, ...] = () if fallback is None else (check_reward("fallback", fallback),)
         self.ask_about = ask_about
         self.questions_per_call = questions_per_call
         self._skipped: set[tuple[str, str]] = set()

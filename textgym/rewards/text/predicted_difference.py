@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from textgym.checks import check_text
-from textgym.rewards.base import Reward, as_reward
+from textgym.rewards.base import Reward
 from textgym.rewards.columns import column_of, rows_of_columns
 from textgym.rewards.errors import RewardError
+from textgym.rewards.function_reward import RewardLike, check_reward
 
 SEPARATOR = "\n"
 
@@ -32,14 +33,14 @@ class PredictedDifference(Reward):
     Range: that of the model. None where the row's target is None.
 
     :param model: predicts minus the difference of ``completions`` and ``prompts``, which are given the targets: a
-        reward, a directory that ``textgym train-reward`` wrote, or what else :func:`~textgym.rewards.as_reward` takes
+        reward, such as ``as_reward`` opens of a directory that ``textgym train-reward`` wrote, or a function
     :param column: the column of the prompt rows with the targets, texts
     :param separator: what stands between target and completion, where the model learned
     :raises RewardError: in scoring, if there is no such column or an entry is no text
     """
 
-    def __init__(self, model: Any, column: str = "target", separator: str = SEPARATOR) -> None:
-        self.model = as_reward(model)
+    def __init__(self, model: RewardLike, column: str = "target", separator: str = SEPARATOR) -> None:
+        self.model = check_reward("model", model)
         self.column = check_text("column", column, empty=False)
         self.separator = check_text("separator", separator)
 

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from textgym.checks import check_bool, check_choice, check_int, check_number, check_texts
-from textgym.rewards.base import Reward, wanted_per_row
+from textgym.rewards.base import Reward
 from textgym.rewards.columns import column_of
 from textgym.rewards.errors import RewardError
 from textgym.rewards.prefixes import PrefixBatch
+from textgym.rewards.scores import wanted_per_row
 from textgym.text_units import keyword_pattern, ngrams_of, sentences_of, units_of, words_of
 
 
