@@ -12,7 +12,7 @@ from textgym.agents.names import HOME
 
 if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.agents.a2c import A2C
-    from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+    from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
     from textgym.agents.callbacks.adaptive_kl import AdaptiveKLCallback
     from textgym.agents.callbacks.checkpoints import TrainingCheckpoints, resume
     from textgym.agents.callbacks.early_stopping import StopOnKL
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.agents.trpo import TRPO
     from textgym.checkpoint_folders import CheckpointError
     from textgym.divergence import DivergedError
+    from textgym.envs.segments import Segment
 
 __all__ = [
     "A2C",

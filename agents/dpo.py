@@ -18,13 +18,14 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.common.losses import Loss, preference_loss
 from textgym.agents.common.ranking import best_and_worst, rewards_without_kl
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
 from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_int, check_number
+from textgym.envs.segments import Segment
 from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel
 from textgym.prompts.rows import PromptSource

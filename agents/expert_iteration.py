@@ -16,13 +16,14 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
-from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.common.losses import Loss
 from textgym.agents.common.ranking import best_of_groups
 from textgym.agents.common.text_environment import TextEnv
 from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_int, check_number
+from textgym.envs.segments import Segment
 
 
 class ExpertIteration(TextEpisodeAlgorithm):

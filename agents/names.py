@@ -29,7 +29,7 @@ HOMES = {
     "agents.callbacks.checkpoints": ("TrainingCheckpoints", "resume"),
     "agents.dpo": ("DPO",),
     "agents.callbacks.early_stopping": ("StopOnKL",),
-    "agents.buffers.episode_buffer": ("EpisodeBuffer", "Segment", "SegmentSamples"),
+    "agents.buffers.episode_buffer": ("EpisodeBuffer", "SegmentSamples"),
     "agents.common.whole_episodes": ("TextEpisodeAlgorithm",),
     "agents.expert_iteration": ("ExpertIteration",),
     "agents.common.exploration": ("Explore",),
@@ -50,6 +50,7 @@ HOMES = {
     "agents.soft_q_learning": ("SoftQLearning",),
     "agents.common.text_environment": ("TextEnvironment",),
     "agents.trpo": ("TRPO",),
+    "envs.segments": ("Segment",),
     "checkpoint_folders": ("CheckpointError",),
     "divergence": ("DivergedError",),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from textgym.action_masks import masks_of
-from textgym.generation import complete_rows
+from textgym.generation import complete_texts
 from textgym.language_model import LanguageModel
 from textgym.prompts.fitting import FittedPrompt
 from textgym.prompts.rows import PromptRow, PromptSource
@@ -38,18 +38,8 @@ def calibrate(
     batches = []
     for _ in range(SAMPLES // BATCH):
         fitted = [fit(prompts.sample(rng)) for _ in range(BATCH)]
-        batches.append(
-            complete_rows(
-                model,
-                [row for row, _ in fitted],
-                [ids for _, ids in fitted],
-                max_new_tokens=sampling.max_new_tokens,
-                min_new_tokens=sampling.min_new_tokens,
-                temperature=sampling.temperature,
-                masks=masks,
-                generator=generator,
-            )
-        )
+        texts = complete_texts(model, fitted, sampling, masks=masks, generator=generator)
+        batches.append(texts.batch(np.arange(BATCH)))
     reward.forget(np.arange(BATCH))
     for part in reward.uncalibrated():
         part.calibrate_on(*batches)

@@ -10,7 +10,8 @@ from gymnasium import error
 from gymnasium.vector import AutoresetMode
 
 from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
-from textgym.envs.options import TextGenOptions, share
+from textgym.envs.options import TextGenOptions
+from textgym.envs.sharing import share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
 from textgym.prompts.rows import PromptSource

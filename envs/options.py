@@ -11,48 +11,10 @@ from typing import Any
 from gymnasium.vector import AutoresetMode
 
 from textgym.checks import check_bool, check_choice, check_int, check_number, check_temperature
+from textgym.envs.sharing import unshare
 from textgym.kl import KL_ESTIMATORS
 
-DEFAULT_MAX_PROMPT_TOKENS = 64
 RENDER_MODES = ("ansi", "human", "rgb_array")
-
-
-class Shared:
-    """Holds an object that copies of an ``EnvSpec`` must share: a model, a tokenizer, a reward, a data set.
-
-    Gymnasium deep-copies the keyword arguments of a specification each time one is read from a wrapper; a model copied
-    that way would double the memory and silently stop being the object its owner trains or watches.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        return self
-
-    def __repr__(self) -> str:
-        return f"Shared({self.value!r})"
-
-
-def share(value: Any) -> Any:
-    """Wrap everything that isn't plain data, such as JSON has, in :class:`Shared`."""
-    if isinstance(value, AutoresetMode):
-        return value.value  # JSON has no enumerations
-    return value if isinstance(value, Shared) or _is_plain(value) else Shared(value)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON has it."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
-
-
-def unshare(value: Any) -> Any:
-    """The object inside a :class:`Shared`, or the value itself."""
-    return value.value if isinstance(value, Shared) else value
 
 
 @dataclass(frozen=True)
@@ -146,26 +108,3 @@ class TextGenOptions:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-def prompt_room(max_prompt_tokens: int | None, max_new_tokens: int, context_limit: int | None) -> int:
-    """Most tokens of a prompt: as asked, or 64, or what the model's context leaves.
-
-    :param max_prompt_tokens: the option, None where it isn't given
-    :param max_new_tokens: the option
-    :param context_limit: most tokens that the model takes, None for any number
-    :raises ValueError: if the two options are together more than that
-    """
-    room = None if context_limit is None else context_limit - max_new_tokens
-    if room is not None and room < 1:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model's context is {context_limit}"
-        )
-    if max_prompt_tokens is None:
-        return DEFAULT_MAX_PROMPT_TOKENS if room is None else min(DEFAULT_MAX_PROMPT_TOKENS, room)
-    if room is not None and max_prompt_tokens > room:
-        raise ValueError(
-            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} are together more than the "
-            f"model's context of {context_limit} tokens"
-        )
-    return max_prompt_tokens

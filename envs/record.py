@@ -6,10 +6,13 @@ deferred scoring the rewards of all steps are worked out when they are asked for
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from textgym.envs.scoring import RolloutScores, Scorer, StepParts, Stretch
-from textgym.envs.texts import Texts
+from textgym.envs.scoring import EpisodeScore, RolloutScores, Scorer, StepParts
+from textgym.envs.segments import RecordedSegment
+from textgym.envs.texts import EpisodeTexts
 
 
 class RolloutRecord:
@@ -20,7 +23,7 @@ class RolloutRecord:
     :param deferred: whether steps are scored when they are asked for, and not as they are taken
     """
 
-    def __init__(self, texts: Texts, scorer: Scorer, deferred: bool) -> None:
+    def __init__(self, texts: EpisodeTexts, scorer: Scorer, deferred: bool) -> None:
         self.texts = texts
         self.scorer = scorer
         self.deferred = deferred
@@ -40,7 +43,7 @@ class RolloutRecord:
         self._log_probs: list[np.ndarray] = []  # (N,) of each step
         self._masks: list[np.ndarray] = []  # (N, V / 8)
         self._parts: list[tuple[StepParts, float]] = []  # with instant scoring: (N,) arrays, and β
-        self._ended: list[Stretch] = []
+        self._ended: list[tuple[RecordedSegment, EpisodeScore]] = []  # with instant scoring the scores are known
         self._before = self.texts.taken.copy()  # (N,) completion tokens that were written before the record
 
     def begin(self, rows: np.ndarray) -> None:
@@ -64,7 +67,7 @@ class RolloutRecord:
     def end(self, rows: np.ndarray, completions: list[str]) -> None:
         """Note the episodes that ended with the newest step, before others begin in their rows."""
         for row, completion in zip(rows.tolist(), completions, strict=True):
-            self._ended.append(self._stretch(row, completion))
+            self._ended.append((self._segment(row, completion), self.scorer.score_of(row)))
 
     def scores(self, kl_coef: float, log_probs: np.ndarray | None = None) -> RolloutScores:
         """What the steps earned. They leave the record, unless the reward raises an error: then it can be asked again.
@@ -77,38 +80,26 @@ class RolloutRecord:
             self._replace(log_probs)
         texts = self.texts
         running = np.flatnonzero(~texts.done & (texts.taken > self._before)).tolist()
-        stretches = [*self._ended, *(self._stretch(row, None) for row in running)]
+        segments = [*(segment for segment, _ in self._ended), *(self._segment(row, None) for row in running)]
         coefficients: np.ndarray | float = kl_coef
         if self.deferred:
-            parts = self.scorer.score_stretches(
-                stretches, (len(self), len(texts.lengths)), texts.vocabulary, self._masks or None
-            )
+            shape = (len(self), len(texts.lengths))
+            parts, found = self.scorer.score_segments(segments, shape, texts.vocabulary, self._masks or None)
         else:
             parts = StepParts.stack([parts for parts, _ in self._parts])
             coefficients = np.array([[coefficient] for _, coefficient in self._parts])  # (S, 1)
+            found = [score for _, score in self._ended]
         scores = self.scorer.paid(parts, np.stack(self._log_probs), coefficients)
+        ended = len(self._ended)
         self.clear()
-        for stretch in stretches:
-            row, steps = stretch.row, slice(stretch.first_step, stretch.first_step + stretch.end - stretch.start)
-            rewards, kl = scores.rewards[steps, row], scores.kl[steps, row]
-            if stretch.finish_reason is None:
-                texts.token_rewards[row, stretch.start : stretch.end] = rewards
-                texts.token_kl[row, stretch.start : stretch.end] = kl
-                continue
-            scores.episodes.append(
-                {
-                    "row": row,
-                    "step": steps.stop - 1,
-                    "r": stretch.return_before + float(rewards.sum(dtype=np.float64)),
-                    "l": stretch.end,
-                    "score": stretch.score,
-                    "applies": stretch.applies,
-                    "kl": stretch.kl_before + float(kl.sum(dtype=np.float64)),  # NaN without a reference model
-                    "finish_reason": stretch.finish_reason,
-                    "prompt": stretch.prompt,
-                    "completion": stretch.completion,
-                }
-            )
+        for segment in segments[ended:]:
+            end = int(texts.taken[segment.row])
+            written = slice(end - segment.steps, end)
+            texts.token_rewards[segment.row, written] = scores.rewards[segment.steps_in_rollout, segment.row]
+            texts.token_kl[segment.row, written] = scores.kl[segment.steps_in_rollout, segment.row]
+        scores.episodes += [
+            _episode(segment, score, scores) for segment, score in zip(segments[:ended], found[:ended], strict=True)
+        ]
         return scores
 
     def _replace(self, log_probs: np.ndarray) -> None:
@@ -120,22 +111,38 @@ class RolloutRecord:
             )
         self._log_probs[steps - len(log_probs) :] = list(log_probs.astype(np.float64))
 
-    def _stretch(self, row: int, completion: str | None) -> Stretch:
+    def _segment(self, row: int, completion: str | None) -> RecordedSegment:
         """The steps of a row that are in the record; the newest is the newest of all."""
-        texts, start = self.texts, int(self._before[row])
-        return Stretch(
+        texts, before = self.texts, int(self._before[row])
+        steps, length = int(texts.taken[row]) - before, int(texts.lengths[row])
+        return RecordedSegment(
             row=row,
-            first_step=len(self) - (int(texts.taken[row]) - start),
-            start=start,
-            ids=texts.ids[row, : texts.lengths[row]].copy(),
+            start=len(self) - steps,
+            ids=texts.ids[row, :length].copy(),
+            positions=np.arange(length - steps, length),
             prompt_length=int(texts.prompt_lengths[row]),
             prompt=texts.prompts[row].prompt,
             columns=texts.prompts[row].columns,
             finish_reason=texts.finish_reasons[row],
             completion=completion,
             penalty=float(texts.missing_eos_penalties(np.array([row]))[0]),
-            return_before=float(texts.token_rewards[row, :start].sum()),
-            kl_before=float(texts.token_kl[row, :start].sum()),
-            score=float(self.scorer.potential[row]),
-            applies=bool(self.scorer.applies[row]),
+            return_before=float(texts.token_rewards[row, :before].sum()),
+            kl_before=float(texts.token_kl[row, :before].sum()),
         )
+
+
+def _episode(segment: RecordedSegment, score: EpisodeScore, scores: RolloutScores) -> dict[str, Any]:
+    """What is said of an episode that ended with a segment."""
+    at = (segment.steps_in_rollout, segment.row)
+    return {
+        "row": segment.row,
+        "step": int(segment.steps_in_rollout[-1]),
+        "r": segment.return_before + float(scores.rewards[at].sum(dtype=np.float64)),
+        "l": int(segment.states[-1]),
+        "score": score.score,
+        "applies": score.applies,
+        "kl": segment.kl_before + float(scores.kl[at].sum(dtype=np.float64)),  # NaN without a reference model
+        "finish_reason": segment.finish_reason,
+        "prompt": segment.prompt,
+        "completion": segment.completion,
+    }

@@ -5,19 +5,20 @@ Both schedules pay the same rewards::
     r_t = [Φ(x, y_≤t) − Φ(x, y_<t)] − β · kl_t − penalty_t
 
 Instant scoring computes them beside the agent: one token more through the reference model and the reward model at every
-step. Deferred scoring remembers the tokens and scores whole stretches of episodes afterwards, all prefixes of a stretch
+step. Deferred scoring remembers the tokens and scores whole segments of episodes afterwards, all prefixes of a segment
 in one teacher-forced pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.envs.segments import RecordedSegment
 from textgym.kl import kl_estimate
 from textgym.language_model import LanguageModel
 from textgym.prompts.rows import as_columns
@@ -53,6 +54,13 @@ class StepParts:
         return cls(*(np.stack([getattr(step, name) for step in steps]) for name in names))
 
 
+class EpisodeScore(NamedTuple):
+    """Φ of a text, and whether the reward applies to it: where it is None, 0 is paid."""
+
+    score: float
+    applies: bool
+
+
 @dataclass
 class RolloutScores:
     """Rewards of S steps of N rows, and the episodes that ended in them.
@@ -69,31 +77,6 @@ class RolloutScores:
     kl: np.ndarray
     ref_log_prob: np.ndarray
     episodes: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Stretch:
-    """Consecutive steps of one row within one episode."""
-
-    row: int
-    first_step: int  # which of the record's steps is its first
-    start: int  # completion tokens before its first step
-    ids: np.ndarray  # (prompt + completion tokens,) a copy
-    prompt_length: int
-    prompt: str
-    columns: dict[str, Any]
-    finish_reason: str | None  # None while the episode goes on
-    completion: str | None
-    penalty: float
-    return_before: float  # what the episode's earlier steps earned
-    kl_before: float  # and their KL, nats
-    score: float  # Φ of the text, once it is scored
-    applies: bool  # whether that is a number, and not None
-
-    @property
-    def end(self) -> int:
-        """Completion tokens after its last step."""
-        return len(self.ids) - self.prompt_length
 
 
 class Scorer:
@@ -230,62 +213,67 @@ class Scorer:
         )
 
     @torch.no_grad()
-    def score_stretches(
+    def score_segments(
         self,
-        stretches: list[Stretch],
+        segments: list[RecordedSegment],
         shape: tuple[int, int],
         vocabulary: Vocabulary,
         allowed: list[np.ndarray] | None,
-    ) -> StepParts:
-        """What the steps of the stretches are paid for, from teacher-forced passes.
+    ) -> tuple[StepParts, list[EpisodeScore]]:
+        """What the steps of segments are paid for, from teacher-forced passes, and Φ behind each segment.
 
-        :param stretches: in the order in which their episodes ended
+        :param segments: K of them, in the order in which their episodes ended
         :param shape: ``(S, N)``, how many steps of how many rows
         :param vocabulary: decodes for rewards that read text
         :param allowed: S packed action masks ``(N, V / 8)``, or None without masking
         """
-        parts = StepParts.nothing(shape)
-        batch = _as_batch(stretches, vocabulary)
-        potentials = prefix_potentials_of(self.reward, batch, [self._scoring_points(s) for s in stretches])
-        for i, (stretch, values) in enumerate(zip(stretches, potentials, strict=True)):
+        parts, scores = StepParts.nothing(shape), []
+        batch = _as_batch(segments, vocabulary)
+        due = [self._scored_states(segment) for segment in segments]
+        points = [segment.states[states] for segment, states in zip(segments, due, strict=True)]
+        potentials = prefix_potentials_of(self.reward, batch, points)
+        for i, (segment, states, values) in enumerate(zip(segments, due, potentials, strict=True)):
+            row = segment.row
             if len(values):
-                self.applies[stretch.row] = not np.isnan(payable(self.reward, values, batch, i)[-1])
-            stretch.applies = bool(self.applies[stretch.row])
+                self.applies[row] = not np.isnan(payable(self.reward, values, batch, i)[-1])
             values = np.nan_to_num(values)
-            points = self._scoring_points(stretch)
-            if len(points) and points[0] == stretch.start:  # Φ of the prompt, where the episode begins here
-                previous, points, values = values[0], points[1:], values[1:]
+            if len(states) and states[0] == 0:  # Φ of the prompt, where the episode begins here
+                previous, states, values = values[0], states[1:], values[1:]
             else:
-                previous = self.potential[stretch.row] if stretch.start else 0.0
-            steps = stretch.first_step + points - stretch.start - 1
-            parts.reward_model[steps, stretch.row] = np.diff(values, prepend=previous)
-            self.potential[stretch.row] = stretch.score = float(values[-1] if len(values) else previous)
-            last = stretch.first_step + stretch.end - stretch.start - 1
-            parts.taken[stretch.first_step : last + 1, stretch.row] = True
-            parts.penalty[last, stretch.row] = stretch.penalty
-        if self.reference is not None and stretches:
-            steps, columns, log_probs = self._reference_log_probs_of(stretches, batch, allowed)
+                previous = self.potential[row] if segment.states[0] else 0.0
+            steps = segment.steps_in_rollout
+            parts.reward_model[steps[states - 1], row] = np.diff(values, prepend=previous)
+            self.potential[row] = float(values[-1] if len(values) else previous)
+            scores.append(self.score_of(row))
+            parts.taken[steps, row] = True
+            parts.penalty[steps[-1], row] = segment.penalty
+        if self.reference is not None and segments:
+            steps, columns, log_probs = self._reference_log_probs_of(segments, batch, allowed)
             parts.ref_log_prob[steps, columns] = log_probs
-        return parts
+        return parts, scores
 
-    def _scoring_points(self, stretch: Stretch) -> np.ndarray:
-        """Completion lengths at which Φ is needed: those due in the stretch, and 0 where the episode begins in it."""
-        lengths = np.arange(stretch.start + 1, stretch.end + 1)
-        last = np.zeros(len(lengths), dtype=bool)
-        last[-1] = stretch.finish_reason is not None
-        due = lengths[self.is_due(lengths, last)]
-        begins = self.pays_differences and stretch.start == 0
+    def score_of(self, row: int) -> EpisodeScore:
+        """Φ of the text in a row, as it was last scored."""
+        return EpisodeScore(float(self.potential[row]), bool(self.applies[row]))
+
+    def _scored_states(self, segment: RecordedSegment) -> np.ndarray:
+        """Which of a segment's states Φ is needed of: those due after its steps, and the first where it is a prompt."""
+        states = np.arange(1, segment.steps + 1)
+        last = np.zeros(segment.steps, dtype=bool)
+        last[-1] = segment.finish_reason is not None
+        due = states[self.is_due(segment.states[1:], last)]
+        begins = self.pays_differences and segment.states[0] == 0
         return np.concatenate([[0], due]).astype(np.int64) if begins else due
 
     def _reference_log_probs_of(
-        self, stretches: list[Stretch], batch: PrefixBatch, allowed: list[np.ndarray] | None
+        self, segments: list[RecordedSegment], batch: PrefixBatch, allowed: list[np.ndarray] | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps ``(M,)`` and rows ``(M,)`` of the stretches' tokens, and their log-probabilities ``(M,)`` under the
+        """Steps ``(M,)`` and rows ``(M,)`` of the segments' tokens, and their log-probabilities ``(M,)`` under the
         reference model."""
         assert self.reference is not None
-        rows = np.concatenate([np.full(s.end - s.start, i) for i, s in enumerate(stretches)])
-        at = np.concatenate([s.prompt_length + np.arange(s.start, s.end) for s in stretches])
-        steps = np.concatenate([s.first_step + np.arange(s.end - s.start) for s in stretches])
+        rows = np.concatenate([np.full(segment.steps, i) for i, segment in enumerate(segments)])
+        at = np.concatenate([segment.positions for segment in segments])
+        steps = np.concatenate([segment.steps_in_rollout for segment in segments])
         columns = batch.rows[rows]
 
         def masks(which: np.ndarray) -> np.ndarray:
@@ -309,19 +297,19 @@ class Scorer:
         return steps, columns, log_probs
 
 
-def _as_batch(stretches: list[Stretch], vocabulary: Vocabulary) -> PrefixBatch:
-    width = max((len(s.ids) for s in stretches), default=0)
-    ids = np.zeros((len(stretches), width), dtype=np.int64)
-    for i, s in enumerate(stretches):
-        ids[i, : len(s.ids)] = s.ids
+def _as_batch(segments: list[RecordedSegment], vocabulary: Vocabulary) -> PrefixBatch:
+    width = max((len(segment.ids) for segment in segments), default=0)
+    ids = np.zeros((len(segments), width), dtype=np.int64)
+    for i, segment in enumerate(segments):
+        ids[i, : len(segment.ids)] = segment.ids
     return PrefixBatch(
         input_ids=ids,
-        lengths=np.array([len(s.ids) for s in stretches]),
-        prompt_lengths=np.array([s.prompt_length for s in stretches]),
-        finished=np.array([s.finish_reason == "eos" for s in stretches]),
-        rows=np.array([s.row for s in stretches]),
-        prompts=[s.prompt for s in stretches],
-        columns=as_columns([s.columns for s in stretches]),
+        lengths=np.array([len(segment.ids) for segment in segments]),
+        prompt_lengths=np.array([segment.prompt_length for segment in segments]),
+        finished=np.array([segment.finish_reason == "eos" for segment in segments]),
+        rows=np.array([segment.row for segment in segments]),
+        prompts=[segment.prompt for segment in segments],
+        columns=as_columns([segment.columns for segment in segments]),
         tokenizer=vocabulary.tokenizer,
         turns=vocabulary.turns,
     )

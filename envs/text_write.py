@@ -14,7 +14,7 @@ from gymnasium.wrappers import TimeLimit
 from textgym.checks import check_int, check_text, shown
 from textgym.envs.arguments import reset_options, seeds_of_rows
 from textgym.envs.env import TextGenEnv
-from textgym.envs.options import unshare
+from textgym.envs.sharing import unshare
 from textgym.envs.text_actions import TextActions, TextObservations
 from textgym.envs.vector_env import TextGenVectorEnv
 
@@ -167,9 +167,9 @@ class TextWriteVectorEnv(SyncVectorEnv):
         first = TextWriteEnv(**options)
         rows = first._rows
         # The model is opened once; what belongs to opening it isn't asked for again.
-        if rows._model is not None:
+        if rows._language_model.held is not None:
             options.pop("tokenizer", None)
-            options["language_model"] = rows._model
+            options["language_model"] = rows._language_model.held
         options["reward"] = rows._reward
 
         limit = None if max_episode_steps == -1 else max_episode_steps  # -1 is Gymnasium's word for no limit

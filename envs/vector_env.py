@@ -13,33 +13,27 @@ from typing import Any
 
 import numpy as np
 from gymnasium import error, spaces
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
-from textgym.chat.messages import is_one_conversation
 from textgym.checks import check_int, check_number, shown
-from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
+from textgym.envs.arguments import log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
+from textgym.envs.environment_model import EnvironmentModel
 from textgym.envs.infos import VectorInfos
-from textgym.envs.options import TextGenOptions, prompt_room, share
+from textgym.envs.options import TextGenOptions
+from textgym.envs.prompt_stream import PromptStream
 from textgym.envs.record import RolloutRecord
 from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
-from textgym.envs.rounds import EpisodeRound
 from textgym.envs.scoring import RolloutScores, Scorer, StepParts
-from textgym.envs.texts import Texts
-from textgym.language_model import (
-    LanguageModel,
-    load_language_model,
-    load_vocabulary,
-    resolve_device,
-    resolve_dtype,
-)
-from textgym.prompts.fitting import FittedPrompt, all_chat, fit_prompt, judge_lengths
+from textgym.envs.sharing import share
+from textgym.envs.texts import EpisodeTexts
+from textgym.episode_rules import EpisodeRules, prompt_room
+from textgym.language_model import LanguageModel
+from textgym.prompts.fitting import all_chat
 from textgym.prompts.opening import as_prompt_source
-from textgym.prompts.reading import read_prompt
 from textgym.prompts.rows import PromptRow, PromptSource
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
@@ -74,8 +68,6 @@ class TextGenVectorEnv(VectorEnv):
         if max_episode_steps is not None and max_episode_steps != -1:  # -1 is Gymnasium's word for no limit
             check_int("max_episode_steps", max_episode_steps, low=1)
             limit = min(limit, max_episode_steps)
-        resolve_device(self.options.device)  # wrong values are errors now, though the model may be loaded later
-        resolve_dtype(self.options.dtype)
         self.num_envs = num_envs
         self.render_mode = self.options.render_mode
         self.metadata = {
@@ -84,42 +76,39 @@ class TextGenVectorEnv(VectorEnv):
             "autoreset_mode": self.options.autoreset_mode,
         }
         self._reward = as_reward(self.options.reward)
-        # Without a penalty or a restriction nobody needs the model's weights, only its vocabulary.
-        needs_model = self.options.kl_coef > 0 or self.options.top_k > 0 or self.options.top_p < 1.0
-        self._model: LanguageModel | None = None
-        if needs_model:
-            self._model = self._load_model()
-            self.vocabulary = self._model.vocabulary
-        else:
-            self.vocabulary = load_vocabulary(
-                self.options.language_model,
-                tokenizer=self.options.tokenizer,
-                trust_remote_code=self.options.trust_remote_code,
-                chat_template_kwargs=self.options.chat_template_kwargs,
-            )
+        self._language_model = EnvironmentModel(self.options)
+        self.vocabulary = self._language_model.vocabulary()
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
-        self._prompts = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
         self.vocab_size = self.vocabulary.size
-        self.max_new_tokens = limit
-        self.max_prompt_tokens = prompt_room(
-            self.options.max_prompt_tokens, self.options.max_new_tokens, self.vocabulary.context_limit
-        )
+        source = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
+        room = prompt_room(self.options.max_prompt_tokens, self.options.max_new_tokens, self.vocabulary.context_limit)
         longest = self.vocabulary.completion_limit
         if longest is not None and self.options.max_new_tokens > longest:
             raise ValueError(
                 f"max_new_tokens={self.options.max_new_tokens} is more than the {longest} tokens that the model's "
                 "decoder has positions for"
             )
-        self._told_long, self._chat = False, False  # whether long prompts were told of, and all are conversations
-        if (rows := self._prompts.rows) is not None:
-            self._chat = all_chat(rows, self.vocabulary)
-            self._told_long = judge_lengths(rows, self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow)
-        self.context = self.max_prompt_tokens + self.options.max_new_tokens
+        rows = source.rows
+        sampling = SamplingSettings(
+            max_new_tokens=limit,
+            min_new_tokens=self.options.min_new_tokens,
+            max_prompt_tokens=room,
+            temperature=float(self.options.temperature),
+            stop=self.options.stop_strings,
+            action_masking=self.options.action_masking,
+            top_k=self.options.top_k,
+            top_p=float(self.options.top_p),
+            chat=rows is not None and all_chat(rows, self.vocabulary),
+        )
+        self._rules = EpisodeRules(self.vocabulary, sampling)
+        told_long = rows is not None and self._rules.judge(rows, self.options.prompt_overflow)
+        self._stream = PromptStream(source, self._rules, self.options.prompt_overflow, told_long, num_envs)
+        self.context = room + self.options.max_new_tokens
         self._kl_coef = float(self.options.kl_coef)
         self._scorer = Scorer(
             self._reward,
             self.options.reward_every,
-            self._model if self._kl_coef > 0 else None,
+            self._language_model.held if self._kl_coef > 0 else None,
             self.options.kl_estimator,
             self.temperature,
             self.context,
@@ -127,7 +116,7 @@ class TextGenVectorEnv(VectorEnv):
         )
         self._masks: ActionMasks | None = None
         if self.masking:
-            self._masks = ActionMasks(self.sampling, self.vocabulary, self._model)
+            self._masks = ActionMasks(sampling, self.vocabulary, self._language_model.held)
             self._allowed = np.ones((num_envs, self.vocab_size), dtype=bool)  # in the current states
 
         self.single_observation_space = spaces.Dict(
@@ -141,11 +130,10 @@ class TextGenVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-        self._texts = Texts(num_envs, self.context, self.vocabulary, self.options, self.max_new_tokens)
-        self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
-        self._seeds: tuple[int | None, ...] | None = None
+        self._texts = EpisodeTexts(
+            num_envs, self.context, self._rules, self.options.max_new_tokens, float(self.options.missing_eos_penalty)
+        )
         self._reported: np.ndarray | None = None
-        self._round: EpisodeRound | None = None
         self._record: RolloutRecord | None = None  # within a rollout
         self._starts_due = np.zeros(self.num_envs, dtype=bool)
 
@@ -159,24 +147,26 @@ class TextGenVectorEnv(VectorEnv):
         return mode
 
     @property
-    def temperature(self) -> float:
-        """Divides the logits of reference and policy alike."""
-        return float(self.options.temperature)
-
-    @property
     def sampling(self) -> SamplingSettings:
         """How an agent samples here: what else samples from its policy does so, too."""
-        return SamplingSettings(
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.options.min_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            temperature=self.temperature,
-            stop=self.options.stop_strings,
-            action_masking=self.options.action_masking,
-            top_k=self.options.top_k,
-            top_p=float(self.options.top_p),
-            chat=self._chat,
-        )
+        return self._rules.sampling
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits of reference and policy alike."""
+        return self.sampling.temperature
+
+    @property
+    def max_new_tokens(self) -> int:
+        """After how many tokens a completion is cut off."""
+        return self.sampling.max_new_tokens
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Most tokens of a prompt; longer ones are cut."""
+        limit = self.sampling.max_prompt_tokens
+        assert limit is not None
+        return limit
 
     @property
     def masking(self) -> bool:
@@ -193,7 +183,7 @@ class TextGenVectorEnv(VectorEnv):
         check_number("kl_coef", value, low=0.0)
         self._kl_coef = float(value)
         if value > 0 and self._scorer.reference is None:
-            self._model = self._scorer.reference = self._load_model()
+            self._scorer.reference = self._language_model.hold()
 
     def action_masks(self) -> np.ndarray:
         """Which actions the current states allow, ``(N, V)`` bool.
@@ -212,16 +202,11 @@ class TextGenVectorEnv(VectorEnv):
 
     def reference_language_model(self) -> LanguageModel:
         """The frozen model that the KL is measured against; opened now if nothing has needed it yet."""
-        if self._model is None:
-            self._model = self._load_model()
-        return self._model
+        return self._language_model.hold()
 
     def policy_language_model(self, device: Any = None) -> LanguageModel:
         """A trainable copy of the environment's language model: where a policy starts, at KL 0 to the reference."""
-        copy = self._load_model().trainable_copy()
-        if device is not None:
-            copy.model.to(device)
-        return copy
+        return self._language_model.trainable_copy(device)
 
     def observation(self) -> dict[str, np.ndarray]:
         """The current observation, as ``reset`` and ``step`` return it."""
@@ -260,20 +245,21 @@ class TextGenVectorEnv(VectorEnv):
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(self._checked_mask(mask))
         if mask is not None and self._record is not None and len(self._record):
             raise RuntimeError("reset of some rows with steps in the record; call scores() first")
-        if mask is not None and self._round is not None:
+        if mask is not None and self._stream.round is not None:
             raise RuntimeError("reset of some rows within a round of episodes; reset() of all rows ends the round")
-        self._round = None
+        self._stream.round = None
         self._reported = None
-        self._seed_rows(seeds, rows)
+        # The option seeds the first reset.
+        self._stream.seed(seeds, rows, seeds_of_rows(self.options.seed, self.num_envs))
         if self._reward.needs_calibration:
             calibrate(
                 self._reward,
-                self._load_model(),
-                self._prompts,
+                self._language_model.open(),
+                self._stream.source,
                 self.sampling,
-                self._fit,
+                self._stream.fit,
             )
-        fixed = self._fixed_prompts(prompt, rows)
+        fixed = self._stream.read(prompt, rows)
         self._scorer.forget(rows)
         self._begin(rows, fixed)
         self._note_starts()
@@ -307,9 +293,11 @@ class TextGenVectorEnv(VectorEnv):
 
         texts, mode = self._texts, self.options.autoreset_mode
         waiting = texts.done.copy()  # rows that finished and haven't begun anew
-        if waiting.all() and self._round is not None:
-            raise error.ResetNeeded(f"all {len(self._round)} episodes of the round are finished: begin another one")
-        if waiting.any() and mode != AutoresetMode.NEXT_STEP and self._round is None:
+        if waiting.all() and self._stream.round is not None:
+            raise error.ResetNeeded(
+                f"all {len(self._stream.round)} episodes of the round are finished: begin another one"
+            )
+        if waiting.any() and mode != AutoresetMode.NEXT_STEP and self._stream.round is None:
             row = int(np.flatnonzero(waiting)[0])
             if mode == AutoresetMode.SAME_STEP:
                 raise error.ResetNeeded(f"row {row} has finished with the round of episodes it was in: reset() first")
@@ -341,7 +329,7 @@ class TextGenVectorEnv(VectorEnv):
         if mode == AutoresetMode.SAME_STEP and len(finished):
             self._add_mask_info(infos, finished)
             infos.move_to_final(finished, [texts.observation(row) for row in finished.tolist()])
-            begun = finished if self._round is None else finished[: self._round.left]
+            begun = finished if self._stream.round is None else finished[: self._stream.round.left]
             if len(begun):
                 self._begin(begun)
                 self._add_reset_info(infos, begun)
@@ -364,7 +352,7 @@ class TextGenVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Let go of the models."""
-        self._model = None
+        self._language_model.held = None
         self._scorer.reference = None
 
     @property
@@ -408,9 +396,7 @@ class TextGenVectorEnv(VectorEnv):
                 "environment with fewer rows, or the round longer"
             )
         self._check_nothing_recorded("begin_round")
-        groups = episodes // group_size
-        prompts = [self._prompts.sample(self._rngs[group % self.num_envs]) for group in range(groups)]
-        self._round = EpisodeRound(prompts, group_size, self.num_envs)
+        self._stream.begin_round(episodes, group_size)
         self._reported = None
         rows = np.arange(self.num_envs)
         self._scorer.forget(rows)
@@ -419,7 +405,7 @@ class TextGenVectorEnv(VectorEnv):
 
     def end_round(self) -> None:
         """Let finished rows begin anew from drawn prompts again; those that wait do so at the next ``reset``."""
-        self._round = None
+        self._stream.round = None
 
     @property
     def token_ids(self) -> tuple[list[int], ...]:
@@ -431,7 +417,7 @@ class TextGenVectorEnv(VectorEnv):
     @property
     def prompts(self) -> PromptSource:
         """What prompts are drawn from."""
-        return self._prompts
+        return self._stream.source
 
     @property
     def episode_lengths(self) -> np.ndarray:
@@ -448,14 +434,14 @@ class TextGenVectorEnv(VectorEnv):
     def episode_numbers(self) -> np.ndarray:
         """``(N,)`` the number, in its round, of the episode that each row writes; -1 without a round and where a row
         waits."""
-        if self._round is None:
+        if self._stream.round is None:
             return np.full(self.num_envs, -1, dtype=np.int64)
-        return np.where(self._texts.done, -1, self._round.numbers)
+        return np.where(self._texts.done, -1, self._stream.round.numbers)
 
     @property
     def in_round(self) -> bool:
         """Whether the episodes are those of a round."""
-        return self._round is not None
+        return self._stream.round is not None
 
     # ------------------------------------------------------------------ rollouts, and what they earned
 
@@ -557,12 +543,9 @@ class TextGenVectorEnv(VectorEnv):
             # Asked for with the first step, and not for the state: what is cached then decides about the last bits.
             "starts_due": self._starts_due.copy(),
             "kl_coef": self._kl_coef,
-            "seeds": None if self._seeds is None else list(self._seeds),
-            "random": [rng.bit_generator.state for rng in self._rngs],
             "reward": self._reward.state_dict(),
             "allowed": None if self._masks is None else np.packbits(self._allowed, axis=1),
-            "told_long": self._told_long,
-            "round": None if self._round is None else self._round.state_dict(),
+            **self._stream.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -582,14 +565,10 @@ class TextGenVectorEnv(VectorEnv):
         self._starts_due[:] = state["starts_due"]
         self._scorer.potential[:] = state["potential"]
         self.kl_coef = state["kl_coef"]
-        self._seeds = None if state["seeds"] is None else tuple(state["seeds"])
-        for rng, random_state in zip(self._rngs, state["random"], strict=True):
-            rng.bit_generator.state = random_state
+        self._stream.load_state_dict(state)
         self._reward.load_state_dict(state["reward"])
         if self._masks is not None:
             self._allowed = np.unpackbits(state["allowed"], axis=1, count=self.vocab_size).astype(bool)
-        self._told_long = bool(state["told_long"])
-        self._round = None if state["round"] is None else EpisodeRound.from_state_dict(state["round"])
         self._reported = None
         self.forget_cached()
 
@@ -661,28 +640,11 @@ class TextGenVectorEnv(VectorEnv):
     def _begin(self, rows: np.ndarray, prompts: list[PromptRow | None] | None = None) -> None:
         """Put a prompt into each of the rows and start its episode."""
         for i, row in enumerate(rows.tolist()):
-            fixed = None if prompts is None else prompts[i]
-            if fixed is not None:
-                prompt = fixed
-            elif self._round is not None:
-                prompt = self._round.take(row)
-            else:
-                prompt = self._prompts.sample(self._rngs[row])
-            self._texts.begin(row, *self._fit(prompt))
+            self._texts.begin(row, *self._stream.take(row, None if prompts is None else prompts[i]))
         if self._record is not None:
             self._record.begin(rows)
         self._mask_actions(rows)
         self._starts_due[rows] = not self.scoring_deferred
-
-    def _fit(self, prompt: PromptRow) -> FittedPrompt:
-        """A prompt as the models see it, with its ids, cut where they are too many."""
-        fitted = fit_prompt(prompt, self.vocabulary, self.max_prompt_tokens)
-        if fitted.row is not prompt and not self._told_long:
-            # Of prompts that are all known it was said when the environment was made.
-            self._told_long = judge_lengths(
-                [prompt], self.vocabulary, self.max_prompt_tokens, self.options.prompt_overflow
-            )
-        return fitted
 
     def _add_reset_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
         infos.put("prompt", rows, [self._texts.prompts[row].prompt for row in rows], object)
@@ -711,59 +673,15 @@ class TextGenVectorEnv(VectorEnv):
 
     # ------------------------------------------------------------------ set-up and checks
 
-    def _load_model(self) -> LanguageModel:
-        """The environment's language model: the one it holds, or a freshly opened one."""
-        if self._model is not None:
-            return self._model
-        return load_language_model(
-            self.options.language_model,
-            tokenizer=self.options.tokenizer,
-            device=self.options.device,
-            dtype=self.options.dtype,
-            trust_remote_code=self.options.trust_remote_code,
-            chat_template_kwargs=self.options.chat_template_kwargs,
-        )
-
-    def _seed_rows(self, seed: list[int | None] | None, rows: np.ndarray) -> None:
-        if seed is None and self._seeds is None:  # the option seeds the first reset
-            seed = seeds_of_rows(self.options.seed, self.num_envs) or [None] * self.num_envs
-        if seed is None:
-            return
-        seeds = list(self._seeds or [None] * self.num_envs)
-        for row in rows.tolist():
-            if seed[row] is not None or seeds[row] is None:  # a row without a new seed goes on as it is
-                self._rngs[row], seeds[row] = seeding.np_random(seed[row])
-        self._seeds = tuple(seeds)
-
     @property
     def np_random_seed(self) -> Any:
         """The seed of each row's random numbers."""
-        return self._seeds
+        return self._stream.seeds
 
     @property  # type: ignore[misc]
     def np_random(self) -> Any:
         """The random number generator of each row; it draws the prompts."""
-        return tuple(self._rngs)
-
-    def _fixed_prompts(self, prompt: Any, rows: np.ndarray) -> list[PromptRow | None] | None:
-        if prompt is None:
-            return None
-        name = "options['prompt']"
-        alone = isinstance(prompt, str) or is_one_conversation(prompt)
-        several = "" if self.num_envs == 1 else f", or {self.num_envs} of them with None for one that is drawn"
-        problem = f"{name}={shown(prompt)} must be a non-empty text or a conversation{several}"
-        if not alone and not isinstance(prompt, list | tuple):
-            raise TypeError(problem)
-        given = [prompt] * self.num_envs if alone else prompt
-        if len(given) != self.num_envs:
-            raise ValueError(f"{problem}; it has {len(given)} entries")
-        made: dict[int, PromptRow | None] = {id(None): None}  # of each object once: one may stand for all rows
-        for row, one in enumerate(given):
-            if id(one) not in made:
-                where = name if alone else f"{name}[{row}]"
-                check_start(where, one)
-                made[id(one)] = read_prompt(PromptRow(one) if isinstance(one, str) else one, where, self.tokenizer)
-        return [made[id(given[row])] for row in rows]
+        return tuple(self._stream.rngs)
 
     def _checked_mask(self, mask: Any) -> np.ndarray:
         if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import textgym.envs  # noqa: F401  registers the environments
 from textgym.chat.turns import TurnTokens
-from textgym.generation import token_texts
+from textgym.texts import token_texts
 
 TEXTS = [
     "今天天气真好，出门记得带伞哦。",

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import EOS, tiny_model, tiny_tokenizer
+from written_texts import completed, written
 
 from textgym.action_masks import masks_of
 from textgym.envs import TextGenEnv
 from textgym.evaluation import Evaluation, completion_log_probs, evaluate, score_tokens, token_log_probs
-from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition
 from textgym.prompts.rows import PromptRow, PromptRows
 from textgym.rewards import FunctionReward, PrefixBatch, as_reward
 from textgym.sampling import SamplingSettings
+from textgym.texts import token_texts
 
 PROMPTS = ["the film is", "a story", "i love this great movie", "music"]
 
@@ -48,10 +49,7 @@ def test_completion_log_probs_equal_a_plain_forward_of_each_text(
     models: tuple[LanguageModel, LanguageModel], temperature: float
 ) -> None:
     model, other = models
-    rows = [PromptRow(prompt, {}) for prompt in PROMPTS]
-    batch = complete_rows(
-        model, rows, [model.encode(p) for p in PROMPTS], max_new_tokens=9, generator=torch.Generator().manual_seed(0)
-    )
+    batch = completed(model, PROMPTS, {"generator": torch.Generator().manual_seed(0)}, max_new_tokens=9)
     expected = [
         plain_log_prob(other, ids[:length].tolist(), int(start), temperature)
         for ids, length, start in zip(batch.input_ids, batch.lengths, batch.prompt_lengths, strict=True)
@@ -87,10 +85,9 @@ def test_early_ends_are_what_they_are_in_the_environment(
 ) -> None:
     model, _ = models
     rows = [PromptRow(prompt, {}) for prompt in PROMPTS * 16]
-    starts = [model.encode(row.prompt) for row in rows]
     limits: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 4}
     masks = masks_of(SamplingSettings(**limits, action_masking=masking), model, None)
-    batch = complete_rows(model, rows, starts, **limits, masks=masks, generator=torch.Generator().manual_seed(0))
+    batch = completed(model, rows, {"masks": masks, "generator": torch.Generator().manual_seed(0)}, **limits)
     early = [EOS in ids[:4] for ids in batch.completion_ids]
     assert any(early) != masking
     env = TextGenEnv(language_model=model, prompts=PROMPTS, reward=words, kl_coef=0.0, action_masking=masking, **limits)
@@ -194,19 +191,14 @@ def test_other_json_is_no_evaluation(text: str, complaint: str) -> None:
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
     models: tuple[LanguageModel, LanguageModel],
 ) -> None:
-    sampling = {"max_new_tokens": 12, "seed": 2, "batch_size": 16}
-    free = evaluate(*models, FunctionReward(words), PROMPTS * 8, **sampling)
-    stopped = evaluate(*models, FunctionReward(words), PROMPTS * 8, stop=["good", "it was"], **sampling)
-    for before, after, reason, unstopped in zip(
-        free.completions, stopped.completions, stopped.finish_reasons, free.finish_reasons, strict=True
-    ):
-        pattern = re.match(r".*?(good|it was)", before)
-        assert reason == ("stop" if pattern else unstopped)
-        assert after == (pattern.group() if pattern else before)
-    cut = np.array(stopped.completions) != free.completions
-    assert (stopped.lengths[cut] < free.lengths[cut]).all()
-    assert (stopped.lengths[~cut] == free.lengths[~cut]).all()
-    assert 0 < stopped.finish_reasons.count("stop") < 32
+    settings: dict[str, Any] = {"max_new_tokens": 12, "seed": 2, "batch_size": 16, "stop": ["good", "it was"]}
+    stopped = evaluate(*models, FunctionReward(words), PROMPTS * 8, **settings)
+    for completion, reason, length in zip(stopped.completions, stopped.finish_reasons, stopped.lengths, strict=True):
+        first = re.match(r".*?(good|it was)", completion)
+        assert (reason == "stop") == (first is not None)
+        assert first is None or first.group() == completion
+        assert reason != "length" or length == 12
+    assert {"stop", "length"} <= set(stopped.finish_reasons)
     assert stopped.ended.tolist() == [reason != "length" for reason in stopped.finish_reasons]
     assert stopped.figures()["eos_rate"] == stopped.finish_reasons.count("eos") / 32
     # The figures are those of the cut texts.
@@ -217,20 +209,10 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
 def test_a_stop_string_before_the_minimum_length_ends_nothing(models: tuple[LanguageModel, LanguageModel]) -> None:
     model, _ = models
     ids = model.tokenizer("the film good it was good")["input_ids"]
-    batch = PrefixBatch(
-        np.array([ids]),
-        np.array([6]),
-        np.array([2]),
-        np.array([False]),
-        np.arange(1),
-        ["the film"],
-        {},
-        model.tokenizer,
-    )
     for minimum, expected in ((0, " good"), (1, " good"), (2, " good it was good")):
-        cut, stopped = cut_at_stop_strings(batch, ["good"], minimum)
-        assert cut.completions == [expected]
-        assert stopped.tolist() == [True]
+        texts = written(model.vocabulary, ids[:2], ids[2:], stop="good", min_new_tokens=minimum)
+        assert texts.batch(np.array([0])).completions == [expected]
+        assert texts.finish_reasons == ["stop"]
 
 
 def test_token_rewards_telescope_to_the_score_and_kl_is_that_of_each_token(
@@ -270,8 +252,7 @@ def test_without_a_reference_there_is_no_kl_and_greedy_text_needs_no_seed(
 
 def test_token_log_probs_sum_to_those_of_completions(models: tuple[LanguageModel, LanguageModel]) -> None:
     model, other = models
-    rows = [PromptRow(prompt, {}) for prompt in PROMPTS]
-    batch = complete_rows(model, rows, [model.encode(p) for p in PROMPTS], max_new_tokens=9)
+    batch = completed(model, PROMPTS, max_new_tokens=9)
     parts = token_log_probs(other, batch)
     assert [len(part) for part in parts] == batch.completion_lengths.tolist()
     np.testing.assert_allclose([part.sum() for part in parts], completion_log_probs(other, batch), atol=1e-9)

@@ -27,8 +27,9 @@ from transformers import (
     GraniteForCausalLM,
     PreTrainedTokenizerFast,
 )
+from written_texts import completed
 
-from textgym.generation import complete, complete_rows, sample_tokens
+from textgym.generation import complete, sample_tokens
 from textgym.language_model import (
     LanguageModel,
     load_language_model,
@@ -633,7 +634,7 @@ def test_a_generator_repeats_its_completions_and_leaves_the_global_random_state_
 def test_completed_rows_come_as_rewards_read_them(model):
     rows = [PromptRow("the film", {"answer": 1}), PromptRow("story", {"answer": 2})]
     starts = [model.encode(row.prompt) for row in rows]
-    batch = complete_rows(model, rows, starts, max_new_tokens=6, deterministic=True)
+    batch = completed(model, rows, {"deterministic": True}, max_new_tokens=6)
     assert batch.completion_ids == complete(model, starts, 6, deterministic=True)
     assert batch.prompts == ["the film", "story"]
     assert batch.columns == {"answer": [1, 2]}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny_agents import PROMPTS, count_liked, tiny_env, tiny_language_model, tiny_ppo, tiny_vector_env
 from tiny_models import BOS, EOS, PAD, UNK
+from written_texts import completed
 
 from textgym.action_masks import masks_of
 from textgym.agents import PPO
 from textgym.agents.runs import RunConfig
 from textgym.agents.runs.held_out import HeldOutPrompts
 from textgym.evaluation import completion_log_probs, evaluate, score_tokens
-from textgym.generation import complete, complete_rows
+from textgym.generation import complete
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.prompts.rows import PromptRow
 from textgym.rewards import FunctionReward
@@ -93,18 +94,9 @@ def test_masked_log_probs_are_those_that_an_agent_and_its_environment_see(restri
     policy, reference = tiny_language_model(seed=1), tiny_language_model()
     options = {"action_masking": True, "min_new_tokens": 2, "temperature": 1.5, **restriction}
     sampling = SamplingSettings(max_new_tokens=8, **options)
-    rows = [PromptRow(prompt) for prompt in PROMPTS]
     masks = masks_of(sampling, policy, reference)
-    batch = complete_rows(
-        policy,
-        rows,
-        [policy.encode(prompt) for prompt in PROMPTS],
-        max_new_tokens=8,
-        min_new_tokens=2,
-        temperature=1.5,
-        masks=masks,
-        generator=torch.Generator().manual_seed(0),
-    )
+    how = {"masks": masks, "generator": torch.Generator().manual_seed(0)}
+    batch = completed(policy, PROMPTS, how, max_new_tokens=8, **options)
     own, ref = (completion_log_probs(lm, batch, 1.5, masks) for lm in (policy, reference))
     agent = tiny_ppo(tiny_env(**options), batch_size=None, policy_kwargs={"language_model": policy})
     env = tiny_env(**options, language_model=reference)

@@ -18,10 +18,11 @@ import torch
 
 from textgym.action_masks import ActionMasks, masks_of
 from textgym.checks import check_int
-from textgym.generation import complete_rows, cut_at_stop_strings, token_texts
+from textgym.episode_rules import EpisodeRules
+from textgym.generation import complete_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
-from textgym.prompts.fitting import as_chat, fit_prompt
+from textgym.prompts.fitting import FittedPrompt, as_chat
 from textgym.prompts.opening import as_prompt_source
 from textgym.prompts.rows import PromptRow, PromptRows
 from textgym.rewards import PrefixBatch, Reward
@@ -29,6 +30,7 @@ from textgym.rewards.base import potentials_of, prefix_potentials_of
 from textgym.rewards.scores import payable
 from textgym.sampling import SamplingSettings
 from textgym.teacher_forcing import forced_log_probs
+from textgym.texts import token_texts
 
 # Also whatever else as_prompt_source takes and has an end, such as the path of a file.
 Prompts: TypeAlias = Sequence[str] | Sequence[PromptRow] | Sequence[Mapping[str, Any]] | PromptRows
@@ -463,32 +465,20 @@ def _batches(
 ) -> Iterator[tuple[PrefixBatch, list[str]]]:
     """Batches of completions, and why each of them ended."""
     check_int("batch_size", batch_size, low=1)
-    rows, starts = _fitted(sampling, model, rows)  # all of them before the first is completed
+    fitted = _fitted(sampling, model, rows)  # all of them before the first is completed
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    for start in range(0, len(rows), batch_size):
-        batch = complete_rows(
-            model,
-            rows[start : start + batch_size],
-            starts[start : start + batch_size],
-            max_new_tokens=sampling.max_new_tokens,
-            min_new_tokens=sampling.min_new_tokens,
-            temperature=sampling.temperature,
-            deterministic=deterministic,
-            masks=masks,
-            generator=generator,
-        )
-        batch, stopped = cut_at_stop_strings(batch, sampling.stop, sampling.min_new_tokens)
-        ends = zip(batch.finished.tolist(), stopped.tolist(), strict=True)
-        yield batch, ["eos" if at_eos else "stop" if at_stop else "length" for at_eos, at_stop in ends]
+    for start in range(0, len(fitted), batch_size):
+        part = fitted[start : start + batch_size]
+        texts = complete_texts(model, part, sampling, deterministic=deterministic, masks=masks, generator=generator)
+        yield texts.batch(np.arange(len(part))), [str(reason) for reason in texts.finish_reasons]
 
 
-def _fitted(
-    sampling: SamplingSettings, model: LanguageModel, rows: Sequence[PromptRow]
-) -> tuple[list[PromptRow], list[list[int]]]:
-    """The prompts as the model sees them, and their token ids."""
+def _fitted(sampling: SamplingSettings, model: LanguageModel, rows: Sequence[PromptRow]) -> list[FittedPrompt]:
+    """The prompts as the model sees them."""
     if sampling.chat:
         rows = [as_chat(row, model.vocabulary) for row in rows]
-    fitted = [fit_prompt(row, model.vocabulary, sampling.max_prompt_tokens) for row in rows]
+    rules = EpisodeRules(model.vocabulary, sampling)
+    fitted = [rules.fit(row) for row in rows]
     limit = model.vocabulary.context_limit
     for row, ids in fitted:
         if limit is not None and len(ids) + sampling.max_new_tokens > limit:
@@ -503,7 +493,7 @@ def _fitted(
             f"were cut on the left, or in their oldest turns, such as {cut[0][:60]!r}...",
             stacklevel=4,
         )
-    return [row for row, _ in fitted], [ids for _, ids in fitted]
+    return fitted
 
 
 def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:

@@ -13,7 +13,6 @@ then not among the segments, and come first, before T new steps, in the next rol
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from torch import Tensor
+
+from textgym.envs.segments import Segment
 
 # Per step: what there is of a held episode. Advantages, returns and importance are computed when it has ended.
 _HELD = (
@@ -35,31 +36,6 @@ _HELD = (
     "kl",
     "episodes",
 )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive transitions of one row within one episode.
-
-    :param row: which of the N rows
-    :param start: the first of its steps in the rollout
-    :param steps: number of transitions, at least 1
-    :param prefix: ``(P,)`` token ids before the first transition: the prompt, and what earlier rollouts wrote
-    :param episode: its episode's number in a round of episodes; -1 without a round
-    :param prompt_length: how many tokens of the prefix are the prompt; default all
-    """
-
-    row: int
-    start: int
-    steps: int
-    prefix: np.ndarray
-    episode: int = -1
-    prompt_length: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens that a forward over the segment reads."""
-        return len(self.prefix) + self.steps - 1
 
 
 class SegmentSamples(NamedTuple):
@@ -311,8 +287,17 @@ class EpisodeBuffer(RolloutBuffer):
             end = self.pos if last else starts[i + 1][1]
             steps = int(self.active[start:end, row].sum())  # a row waits, or is held, after its last episode only
             number = int(self.episodes[start, row])
-            prompt_length = self._prompt_lengths.get((row, start))
-            segments.append(Segment(row, start, steps, self._prefixes[row, start], number, prompt_length))
+            prefix = self._prefixes[row, start]
+            segments.append(
+                Segment(
+                    row=row,
+                    start=start,
+                    ids=np.concatenate([prefix, self.actions[start : start + steps, row, 0]]),
+                    positions=len(prefix) + np.arange(steps),
+                    prompt_length=self._prompt_lengths.get((row, start), len(prefix)),
+                    episode=number,
+                )
+            )
         return segments
 
     def get(  # type: ignore[override]
@@ -337,7 +322,7 @@ class EpisodeBuffer(RolloutBuffer):
 
     def places(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Where the arrays ``(T, N)`` have the M transitions of some segments: steps and rows, ``(M,)`` each."""
-        steps = np.concatenate([np.arange(s.start, s.start + s.steps) for s in segments])
+        steps = np.concatenate([s.steps_in_rollout for s in segments])
         return steps, np.repeat([s.row for s in segments], [s.steps for s in segments])
 
     def masks_at(self, steps: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
@@ -353,26 +338,19 @@ class EpisodeBuffer(RolloutBuffer):
         :param with_masks: whether the action masks, where there are some, are unpacked
         """
         steps = np.array([s.steps for s in segments])
-        which = np.repeat(np.arange(len(segments)), steps)  # (M,) segment of each transition
-        offset = np.concatenate([np.arange(n) for n in steps])  # (M,) its place in the segment
         at = self.places(segments)
-        positions = np.array([len(s.prefix) for s in segments])[which] - 1 + offset
-        actions = self.actions[at][:, 0]
-
-        # The last action of a segment is predicted, never read: nothing follows it.
-        ids = np.zeros((len(segments), int(positions.max()) + 1), dtype=np.int64)
+        lengths = np.array([s.length for s in segments])
+        ids = np.zeros((len(segments), int(lengths.max())), dtype=np.int64)
         for row, segment in enumerate(segments):
-            ids[row, : len(segment.prefix)] = segment.prefix
-        read = offset < steps[which] - 1
-        ids[which[read], positions[read] + 1] = actions[read]
+            ids[row, : segment.length] = segment.ids[: segment.length]
 
         masks = self.masks_at(*at) if with_masks else None
         return SegmentSamples(
             input_ids=ids,
-            lengths=positions[np.cumsum(steps) - 1] + 1,
-            rows=which,
-            positions=positions,
-            actions=self.to_torch(actions),
+            lengths=lengths,
+            rows=np.repeat(np.arange(len(segments)), steps),
+            positions=np.concatenate([s.positions for s in segments]) - 1,
+            actions=self.to_torch(self.actions[at][:, 0]),
             old_values=self.to_torch(self.values[at]),
             old_log_prob=self.to_torch(self.log_probs[at]),
             advantages=self.to_torch(self.advantages[at]),
@@ -381,7 +359,7 @@ class EpisodeBuffer(RolloutBuffer):
             importance=None if self.importance is None else self.to_torch(self.importance[at]),
             ref_log_prob=None if self.ref_log_probs is None else self.to_torch(self.ref_log_probs[at]),
             episodes=np.array([s.episode for s in segments]),
-            prompt_lengths=np.array([s.prompt_length or len(s.prefix) for s in segments]),
+            prompt_lengths=np.array([s.prompt_length for s in segments]),
             rewards=self.to_torch(self.rewards[at]),
         )
 
@@ -406,14 +384,12 @@ class EpisodeBuffer(RolloutBuffer):
         for name in ("actions", "rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(buffer, name, getattr(self, name).copy())
         for segment in self.segments:
-            for offset in range(segment.steps):
-                step, length = segment.start + offset, len(segment.prefix) + offset
+            for step, length in zip(segment.steps_in_rollout, segment.positions, strict=True):
                 at: Any = (step, segment.row)
-                written = self.actions[segment.start : step, segment.row, 0]
-                buffer.observations["input_ids"][at][:length] = np.concatenate([segment.prefix, written])
+                buffer.observations["input_ids"][at][:length] = segment.ids[:length]
                 buffer.observations["attention_mask"][at][:length] = 1
                 if "prompt_length" in buffer.observations:
-                    buffer.observations["prompt_length"][at][:] = segment.prompt_length or len(segment.prefix)
+                    buffer.observations["prompt_length"][at][:] = segment.prompt_length
         buffer.pos, buffer.full = self.pos, self.full
         return buffer
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.checks import check_int
+from textgym.envs.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class EpisodeReplay:
         :param rewards: ``(T, N)`` what is to be learned from, in the place of the buffer's own
         """
         for segment in sorted(buffer.segments, key=lambda segment: segment.episode):
-            at = (slice(segment.start, segment.start + segment.steps), segment.row)
+            at = (segment.steps_in_rollout, segment.row)
             reference, masks = buffer.ref_log_probs, buffer.packed_masks
             episode = Episode(
                 prompt=segment.prefix.copy(),
@@ -103,7 +104,16 @@ class EpisodeReplay:
             buffer.packed_masks = np.zeros((longest, len(episodes), episodes[0].masks.shape[1]), dtype=np.uint8)
         for row, episode in enumerate(episodes):
             steps = len(episode.actions)
-            segments.append(Segment(row, 0, steps, episode.prompt, row))
+            segments.append(
+                Segment(
+                    row=row,
+                    start=0,
+                    ids=np.concatenate([episode.prompt, episode.actions]),
+                    positions=len(episode.prompt) + np.arange(steps),
+                    prompt_length=len(episode.prompt),
+                    episode=row,
+                )
+            )
             buffer.actions[:steps, row, 0] = episode.actions
             buffer.rewards[:steps, row] = episode.rewards
             if buffer.ref_log_probs is not None:

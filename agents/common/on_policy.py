@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment, SegmentSamples
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss
 from textgym.agents.common.progress import TrainingProgress
@@ -36,6 +36,7 @@ from textgym.divergence import DivergedError
 from textgym.engine.freed_memory import keep_freed_memory
 from textgym.engine.micro_batches import micro_batches
 from textgym.envs.sb3 import as_vec_env, deferrable
+from textgym.envs.segments import Segment
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora
 from textgym.rewards import RewardError

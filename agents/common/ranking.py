@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer
+from textgym.envs.segments import Segment
 
 
 def rewards_without_kl(buffer: EpisodeBuffer, segments: Sequence[Segment], kl_coef: float) -> np.ndarray:

@@ -14,11 +14,12 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from textgym.agents.buffers.episode_buffer import EpisodeBuffer, Segment
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_int
+from textgym.envs.segments import Segment
 
 
 class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):

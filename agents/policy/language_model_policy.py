@@ -35,7 +35,7 @@ from textgym.chat.chat_prompts import MESSAGES, chat_prompt
 from textgym.chat.messages import as_messages, is_conversation
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.engine.cached_model import CachedModel
-from textgym.generation import complete_rows, cut_at_stop_strings, sample_tokens
+from textgym.generation import complete_texts, sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.prompts.fitting import as_chat, fit_prompt
@@ -358,18 +358,15 @@ class LanguageModelPolicy(ActorCriticPolicy):
         fitted = [fit_prompt(row, lm.vocabulary) for row in _as_rows(lm, prompts, sampling.chat)]
         if not fitted:
             return []
-        batch = complete_rows(
+        texts = complete_texts(
             lm,
-            [row for row, _ in fitted],
-            [ids for _, ids in fitted],
-            max_new_tokens=sampling.max_new_tokens,
-            min_new_tokens=sampling.min_new_tokens,
-            temperature=sampling.temperature,
+            fitted,
+            sampling,
             deterministic=deterministic,
             masks=masks,
             generator=None if seed is None else torch.Generator(self.device).manual_seed(seed),
         )
-        return cut_at_stop_strings(batch, sampling.stop, sampling.min_new_tokens)[0].completions
+        return texts.batch(np.arange(len(fitted))).completions
 
     # Learning
 

@@ -14,7 +14,7 @@ from textgym.agents.runs.folder import RunFolder
 from textgym.agents.runs.prompt_record import prompt_hash, trained_on
 from textgym.agents.runs.training import policy_of, run_config
 from textgym.agents.runs.trust import check_code, check_model_code
-from textgym.envs.options import prompt_room
+from textgym.episode_rules import prompt_room
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.prompts.rows import PromptRow
 from textgym.sampling import SamplingSettings

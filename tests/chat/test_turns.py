@@ -22,11 +22,12 @@ from tiny_models import (
     tiny_tokenizer,
 )
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from written_texts import written
 
 import textgym  # noqa: F401  registers the environment ids
 from textgym.chat.turns import TurnTokens
 from textgym.evaluation import evaluate
-from textgym.generation import complete, cut_at_stop_strings
+from textgym.generation import complete
 from textgym.language_model import LanguageModel, load_language_model, load_vocabulary
 from textgym.reward_training.encoding import encode as encode_training
 from textgym.rewards import ClassifierReward, FunctionReward, PrefixBatch, RegexMatch, XmlTags
@@ -282,22 +283,11 @@ def test_a_stop_string_that_is_a_special_token_stops_on_its_id(chat):
 
 
 def test_sampled_texts_stop_at_special_tokens_as_the_environment_does(chat):
-    tokenizer = load_vocabulary(chat).tokenizer
-    batch = PrefixBatch(
-        input_ids=np.array([[20, 21, START, 22], [20, 21, 22, END]]),
-        lengths=np.array([4, 4]),
-        prompt_lengths=np.array([1, 1]),
-        finished=np.array([False, True]),
-        rows=np.arange(2),
-        prompts=["p", "p"],
-        columns={},
-        tokenizer=tokenizer,
-    )
-    cut, stopped = cut_at_stop_strings(batch, ["<|im_start|>", "<|im_end|>"])
-    assert stopped.tolist() == [True, True]
-    assert cut.lengths.tolist() == [3, 4]
-    assert cut.finished.tolist() == [False, True]
-    assert "<|im_start|>" not in cut.completions[0]
+    stop = ("<|im_start|>", "<|im_end|>")
+    opened, ended = (written(load_vocabulary(chat), [20], tokens, stop=stop) for tokens in ([21, START, 22], [21, END]))
+    assert (opened.finish_reasons, ended.finish_reasons) == (["stop"], ["eos"])
+    assert (opened.lengths.tolist(), ended.lengths.tolist()) == ([3], [3])
+    assert "<|im_start|>" not in opened.batch(np.array([0])).completions[0]
 
 
 def test_a_stop_string_typed_in_a_shell_may_have_escapes():

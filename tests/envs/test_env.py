@@ -35,9 +35,10 @@ from tiny_models import BOS, CONTEXT, EOS, PAD, UNK, VOCABULARY, tiny_causal_rew
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from written_texts import completed
 
 from textgym.envs import TextGenEnv
-from textgym.generation import complete, complete_rows
+from textgym.generation import complete, complete_texts
 from textgym.language_model import LanguageModel
 from textgym.prompts.opening import as_prompt_source
 from textgym.rewards import FunctionReward, Reward, RewardError
@@ -600,7 +601,7 @@ def test_models_in_a_spec_are_shared_and_not_copied(wrap):
         assert isinstance(again, TextGenEnv)
         for name, value in kwargs.items():
             assert getattr(again.options, name) is value, name
-        assert again._rows._model.model is model
+        assert again._rows._language_model.held.model is model
 
 
 def test_gymnasium_wrappers_work_around_it():
@@ -847,10 +848,11 @@ def samples(monkeypatch):
     batches = []
 
     def complete_and_note(*args, **kwargs):
-        batches.append(complete_rows(*args, **kwargs))
-        return batches[-1]
+        texts = complete_texts(*args, **kwargs)
+        batches.append(texts.batch(np.arange(len(texts.lengths))))
+        return texts
 
-    monkeypatch.setattr("textgym.envs.calibration.complete_rows", complete_and_note)
+    monkeypatch.setattr("textgym.envs.calibration.complete_texts", complete_and_note)
     return batches
 
 
@@ -867,8 +869,7 @@ def test_normalized_rewards_are_calibrated_on_texts_of_the_reference_model(sampl
 
     # On texts that it has not seen, too.
     rows = list(as_prompt_source(PROMPTS)) * 100
-    starts = [ids(row.prompt) for row in rows]
-    fresh = reward.potentials(complete_rows(LANGUAGE_MODEL, rows, starts, max_new_tokens=8, temperature=1.5))
+    fresh = reward.potentials(completed(LANGUAGE_MODEL, rows, max_new_tokens=8, temperature=1.5))
     assert abs(fresh.mean()) < 0.2
     assert fresh.std() == pytest.approx(1, abs=0.15)
 
@@ -965,7 +966,7 @@ def test_with_nothing_given_an_episode_pays_what_the_embedded_reward_model_says(
     reward = CausalRewardModel.from_pretrained(embedded.REWARD_MODEL)
     tokenizer = env.unwrapped.tokenizer
     prompt = env.unwrapped._rows._texts.ids[0, : env.unwrapped._rows._texts.prompt_lengths[0]].tolist()
-    assert prompt == LanguageModel.encode(env.unwrapped._rows._model, start["prompt"])
+    assert prompt == LanguageModel.encode(env.unwrapped._rows._language_model.held, start["prompt"])
     model = reward.model
     scores = []
     for n in (len(prompt), len(prompt) + 6):

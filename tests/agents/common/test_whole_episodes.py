@@ -10,8 +10,8 @@ from tiny_agents import logs_of_learning, tiny_ppo, tiny_vector_env, values_of
 from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import PPO
-from textgym.agents.buffers.episode_buffer import Segment
 from textgym.agents.common.exploration import Exploration
+from textgym.envs.segments import Segment
 from textgym.rewards.models.causal import CausalRewardModel
 
 STEPS = 12  # of a rollout; episodes have up to 8 tokens
