@@ -123,7 +123,7 @@ def test_a_policy_generates_with_the_settings_of_its_environment():
     assert any(text.endswith("film") for text in texts)
     assert all("film" not in text.removesuffix("film") for text in texts)
     freely = model.policy.generate(PROMPTS * 8, seed=0, stop=[], max_new_tokens=20)
-    assert all(long.startswith(short) for long, short in zip(freely, texts, strict=True))
+    assert any("film" in text.removesuffix("film") for text in freely)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'"):
         model.policy.generate(PROMPTS, max_tokens=3)
 
