@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.agents.callbacks.checkpoints import TrainingCheckpoints, resume
     from textgym.agents.callbacks.early_stopping import StopOnKL
     from textgym.agents.callbacks.learning_rewards import LearningRewards
-    from textgym.agents.common.exploration import Explore
+    from textgym.agents.common.exploration import Exploration
     from textgym.agents.common.losses import Loss
     from textgym.agents.common.off_policy import TextOffPolicyAlgorithm
     from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
@@ -57,7 +57,7 @@ __all__ = [
     "DivergedError",
     "EpisodeBuffer",
     "ExpertIteration",
-    "Explore",
+    "Exploration",
     "LanguageModelBlueprint",
     "LanguageModelPolicy",
     "LearningRewards",

@@ -12,6 +12,7 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, policy_gradient, value_loss
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.common.text_environment import TextEnv
@@ -48,6 +49,7 @@ class A2C(TextOnPolicyAlgorithm):
         whiten_rewards: bool = False,
         bootstrap_truncated: bool = False,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -71,6 +73,7 @@ class A2C(TextOnPolicyAlgorithm):
             whiten_rewards=whiten_rewards,
             bootstrap_truncated=bootstrap_truncated,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=importance_cap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, preference_loss
 from textgym.agents.common.ranking import best_and_worst, rewards_without_kl
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
@@ -82,6 +83,7 @@ class DPO(TextEpisodeAlgorithm):
         n_epochs: int = 1,
         max_grad_norm: float = 1.0,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -100,6 +102,11 @@ class DPO(TextEpisodeAlgorithm):
                 f"rollout_dtype={(policy_kwargs or {})['rollout_dtype']!r} is what the policy acts in, and with "
                 "offline=True it does not act: leave it out, or pass offline=False"
             )
+        if offline and exploration is not None:
+            raise ValueError(
+                f"exploration={exploration} changes what the policy draws, and with offline=True the reference draws: "
+                "leave it out, or pass offline=False"
+            )
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.offline = offline
@@ -114,6 +121,7 @@ class DPO(TextEpisodeAlgorithm):
             n_epochs=n_epochs,
             max_grad_norm=max_grad_norm,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=None,  # pairs are pairs, whoever wrote them
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -145,11 +153,6 @@ class DPO(TextEpisodeAlgorithm):
         """Tokens of the reference model, offline."""
         if not self.offline:
             return super().draw(obs, masks, rows)
-        if self.exploration is not None:
-            raise ValueError(
-                "Explore changes what the policy draws, and with offline=True the reference draws: leave it out, or "
-                "pass offline=False"
-            )
         reference = self._reference(self._environment)
         log_probs = self.policy.next_token_log_probs(reference, obs, masks, rows)  # (B, V)
         tokens = sample_tokens(log_probs)

@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss
 from textgym.agents.common.ranking import best_of_groups
 from textgym.agents.common.text_environment import TextEnv
@@ -61,6 +62,7 @@ class ExpertIteration(TextEpisodeAlgorithm):
         n_epochs: int = 4,
         max_grad_norm: float = 1.0,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -90,6 +92,7 @@ class ExpertIteration(TextEpisodeAlgorithm):
             n_epochs=n_epochs,
             max_grad_norm=max_grad_norm,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=None,  # targets are targets, whoever wrote them
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

@@ -32,7 +32,7 @@ HOMES = {
     "agents.buffers.episode_buffer": ("EpisodeBuffer", "SegmentSamples"),
     "agents.common.whole_episodes": ("TextEpisodeAlgorithm",),
     "agents.expert_iteration": ("ExpertIteration",),
-    "agents.common.exploration": ("Explore",),
+    "agents.common.exploration": ("Exploration",),
     "agents.grpo": ("GRPO",),
     "agents.imitation": ("WarmStartReport", "warm_start"),
     "agents.callbacks.learning_rewards": ("LearningRewards",),

@@ -16,6 +16,7 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.action_masks import nucleus
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
 from textgym.agents.policy.lagging_policy import follow, lagging_copy, set_weights, weights_of
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
@@ -68,6 +69,7 @@ class NLPO(PPO):
         bootstrap_truncated: bool = False,
         whole_episodes: bool = False,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -101,6 +103,7 @@ class NLPO(PPO):
             bootstrap_truncated=bootstrap_truncated,
             whole_episodes=whole_episodes,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=importance_cap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures, value_loss
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.common.text_environment import TextEnv
@@ -62,6 +63,7 @@ class PPO(TextOnPolicyAlgorithm):
     :param bootstrap_truncated: see :class:`TextOnPolicyAlgorithm`
     :param whole_episodes: see :class:`TextOnPolicyAlgorithm`
     :param scoring: see :class:`TextOnPolicyAlgorithm`
+    :param exploration: see :class:`TextOnPolicyAlgorithm`
     :param importance_cap: see :class:`TextOnPolicyAlgorithm`
     :param stats_window_size: episodes that ``rollout/*`` are averaged over
     :param tensorboard_log: where TensorBoard logs go
@@ -98,6 +100,7 @@ class PPO(TextOnPolicyAlgorithm):
         bootstrap_truncated: bool = False,
         whole_episodes: bool = False,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -132,6 +135,7 @@ class PPO(TextOnPolicyAlgorithm):
             bootstrap_truncated=bootstrap_truncated,
             whole_episodes=whole_episodes,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=importance_cap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

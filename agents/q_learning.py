@@ -144,11 +144,6 @@ class QLearning(TextOffPolicyAlgorithm):
         epsilon = self.exploration_rate
         if epsilon == 1.0 and self.explore_with == "policy":
             return super().draw(obs, masks, rows)
-        if self.exploration is not None:
-            raise ValueError(
-                f"epsilon={self.epsilon!r}, explore_with={self.explore_with!r} and Explore both say what tokens are "
-                "drawn from: leave the callback out, or take epsilon=1.0 and explore_with='policy'"
-            )
         likely = self.policy.next_token_log_probs(self.policy.acting_model, obs, masks, rows)  # (B, V)
         best = likely.argmax(-1)
         explored = self._explored(likely, obs, masks, rows)

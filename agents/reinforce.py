@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.groups import leave_one_out_advantages
 from textgym.agents.common.losses import Loss, policy_gradient, value_loss
 from textgym.agents.common.text_environment import TextEnv
@@ -55,6 +56,7 @@ class REINFORCE(TextEpisodeAlgorithm):
         max_grad_norm: float = 1.0,
         whiten_rewards: bool = False,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -78,6 +80,7 @@ class REINFORCE(TextEpisodeAlgorithm):
             max_grad_norm=max_grad_norm,
             whiten_rewards=whiten_rewards,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=importance_cap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

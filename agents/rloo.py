@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.groups import CREDITS, by_credit, leave_one_out_advantages
 from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures
 from textgym.agents.common.text_environment import TextEnv
@@ -59,6 +60,7 @@ class RLOO(TextEpisodeAlgorithm):
         target_kl: float | None = None,
         whiten_rewards: bool = False,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         importance_cap: float | None = 2.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -88,6 +90,7 @@ class RLOO(TextEpisodeAlgorithm):
             target_kl=target_kl,
             whiten_rewards=whiten_rewards,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=importance_cap,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
 from textgym.agents.common.bellman_targets import bellman_targets
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, td_loss
 from textgym.agents.common.text_environment import TextEnv
 from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
@@ -66,6 +67,7 @@ class SARSA(TextEpisodeAlgorithm):
         gamma: float = 1.0,
         max_grad_norm: float = 1.0,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -89,6 +91,7 @@ class SARSA(TextEpisodeAlgorithm):
             gamma=gamma,
             max_grad_norm=max_grad_norm,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=None,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
 from textgym.agents.common.bellman_targets import bellman_targets
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, td_loss
 from textgym.agents.common.off_policy import TextOffPolicyAlgorithm
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
@@ -69,6 +70,7 @@ class SoftQLearning(TextOffPolicyAlgorithm):
         target_update_interval: int = 1,
         max_grad_norm: float = 1.0,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -91,6 +93,7 @@ class SoftQLearning(TextOffPolicyAlgorithm):
             target_update_interval=target_update_interval,
             max_grad_norm=max_grad_norm,
             scoring=scoring,
+            exploration=exploration,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.finite import check_gradients, check_loss
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
-from textgym.agents.common.text_environment import TextEnv, TextEnvironment
+from textgym.agents.common.text_environment import TextEnv
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_int, check_number
 from textgym.language_model import log_distribution
@@ -150,18 +151,10 @@ class TRPO(TextOnPolicyAlgorithm):
         if self.policy.gradient_checkpointing:
             raise ValueError("gradient_checkpointing=True: second derivatives need what it does not keep; leave it out")
 
-    def begin_rollout(self, environment: TextEnvironment) -> None:
-        """:raises ValueError: if tokens are to be drawn from another distribution than the policy's"""
-        if self.exploration is not None:
-            raise ValueError(
-                "Explore gives tokens importance weights, which sb3-contrib's objective has no place for: leave it out"
-            )
-        super().begin_rollout(environment)
-
     def train(self) -> None:
         """sb3-contrib's update, over segments."""
         policy, buffer = self.policy, self.rollout_buffer
-        optimizer = _CheckedOptimizer(policy.optimizer, lambda norm: self._check_gradients(norm, 0.0))
+        optimizer = _CheckedOptimizer(policy.optimizer, lambda norm: check_gradients(norm, 0.0, self.num_timesteps))
         over_segments: Any = _SegmentPolicy(policy, optimizer), _SegmentRollout(buffer)
         self.policy, self.rollout_buffer = over_segments
         try:
@@ -187,8 +180,8 @@ class TRPO(TextOnPolicyAlgorithm):
         objective = torch.autograd.grad(policy_objective, parameters, retain_graph=True)
         gradients = torch.cat([gradient.reshape(-1) for gradient in objective])
         # The line search takes no step to where something is not finite, so that nothing would be learned, unnoticed.
-        self._check_loss(-policy_objective.item())
-        self._check_gradients(float(gradients.norm()), 0.0)
+        check_loss(-policy_objective.item(), self.processes, self.num_timesteps)
+        check_gradients(float(gradients.norm()), 0.0, self.num_timesteps)
         return (
             parameters,
             gradients,

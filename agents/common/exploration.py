@@ -1,6 +1,6 @@
 """Drawing tokens from another distribution than the policy's own while it learns, and counting them for what they are.
 
-An agent draws from its policy π, and what it explores is what π finds likely. :class:`Explore` lets it draw from
+An agent draws from its policy π, and what it explores is what π finds likely. With :class:`Exploration` it draws from
 
     b(a|s) = (1 − ε) · π(a|s)^(1/τ) / Σ + ε · π_ref(a|s)
 
@@ -21,23 +21,18 @@ changes what is optimal but no log-probability.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from textgym.checks import check_number, check_schedule, check_temperature
-
-if TYPE_CHECKING:
-    from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
+from textgym.checks import check_number, check_schedule, check_temperature, shown
 
 
 @dataclass(frozen=True)
-class Exploration:
-    """What tokens are drawn from in a rollout.
+class Mixture:
+    """What the tokens of a rollout are drawn from: a flatter policy, and the reference model.
 
     :param temperature: τ, by which the policy's log-probabilities are divided; 1 leaves them as they are
     :param reference_share: ε, the share of tokens that the reference model draws, below 1
@@ -66,42 +61,46 @@ class Exploration:
         return torch.logaddexp(torch.log1p(-share) + drawn, share.log() + reference.to(drawn.dtype))
 
 
-class Explore(BaseCallback):
+@dataclass(frozen=True)
+class Exploration:
     """Lets an agent draw its tokens from a flatter policy, or partly from the reference model. ::
 
         >>> import gymnasium as gym, textgym
         >>> from stable_baselines3.common.utils import LinearSchedule
         >>> vec = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=4)
-        >>> model = textgym.agents.PPO("LanguageModelPolicy", vec, n_steps=4, seed=0)
-        >>> hot_at_first = textgym.agents.Explore(temperature=LinearSchedule(1.5, 1.0, 1.0), reference_share=0.1)
-        >>> model.learn(16, callback=hot_at_first).num_timesteps
+        >>> hot_at_first = textgym.agents.Exploration(temperature=LinearSchedule(1.5, 1.0, 1.0), reference_share=0.1)
+        >>> model = textgym.agents.PPO("LanguageModelPolicy", vec, n_steps=4, seed=0, exploration=hot_at_first)
+        >>> model.learn(16).num_timesteps
         16
+
+    ``rollout/exploration_temperature`` and ``rollout/exploration_reference_share`` are what holds in a rollout.
 
     :param temperature: τ, a number or a function of the remaining progress (1 to 0)
     :param reference_share: ε, likewise
     :raises ValueError: if one is impossible
     """
 
-    model: TextOnPolicyAlgorithm
+    temperature: float | Schedule = 1.0
+    reference_share: float | Schedule = 0.0
 
-    def __init__(self, temperature: float | Schedule = 1.0, reference_share: float | Schedule = 0.0) -> None:
-        super().__init__()
-        check_schedule("temperature", temperature, open_low=True)
-        check_schedule("reference_share", reference_share)
-        self.temperature = FloatSchedule(temperature)
-        self.reference_share = FloatSchedule(reference_share)
+    def __post_init__(self) -> None:
+        check_schedule("temperature", self.temperature, open_low=True)
+        check_schedule("reference_share", self.reference_share)
         for progress in (1.0, 0.0):
-            Exploration(self.temperature(progress), self.reference_share(progress))
+            self.at(progress)
 
-    def _on_step(self) -> bool:
-        return True
+    def at(self, progress: float) -> Mixture:
+        """What is drawn from.
 
-    def _on_rollout_start(self) -> None:
-        progress = self.model._current_progress_remaining
-        exploration = Exploration(self.temperature(progress), self.reference_share(progress))
-        self.model.exploration = exploration
-        self.logger.record("rollout/exploration_temperature", exploration.temperature)
-        self.logger.record("rollout/exploration_reference_share", exploration.reference_share)
+        :param progress: remaining, 1 to 0
+        :raises ValueError: if a schedule gives what is impossible
+        """
+        return Mixture(FloatSchedule(self.temperature)(progress), FloatSchedule(self.reference_share)(progress))
 
-    def _on_training_end(self) -> None:
-        self.model.exploration = None
+
+def check_exploration(exploration: Exploration | None) -> None:
+    """:raises TypeError: if it is something else"""
+    if exploration is not None and not isinstance(exploration, Exploration):
+        raise TypeError(
+            f"exploration={shown(exploration)} must be an Exploration, such as Exploration(temperature=1.5), or None"
+        )

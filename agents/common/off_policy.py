@@ -18,6 +18,7 @@ from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.buffers.episode_replay import EpisodeReplay
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.text_environment import TextEnv
 from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
 from textgym.agents.policy.lagging_policy import follow, lagging_copy, set_weights, weights_of
@@ -68,6 +69,7 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
         target_update_interval: int = 1,
         max_grad_norm: float = 1.0,
         scoring: str = "auto",
+        exploration: Exploration | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -97,6 +99,7 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
             gamma=gamma,
             max_grad_norm=max_grad_norm,
             scoring=scoring,
+            exploration=exploration,
             importance_cap=None,  # targets don't ask with which probability an action was drawn
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,

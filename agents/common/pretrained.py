@@ -19,6 +19,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
+from textgym.agents.common.exploration import Exploration
 from textgym.sampling import SamplingSettings
 
 if TYPE_CHECKING:
@@ -125,12 +126,7 @@ def arguments_of(agent: type[Any], configuration: dict[str, Any], overrides: dic
     arguments = {}
     for name, value in {**configuration["arguments"], **overrides}.items():
         if name not in overrides:
-            value = _from_json(value)
-            if isinstance(value, dict):
-                raise ValueError(
-                    f"{name} was the function {value.get('function')}, which is code and not stored: "
-                    f"pass {name}= to from_pretrained"
-                )
+            value = _from_json(name, value)
         arguments[name] = value
     return arguments
 
@@ -189,15 +185,25 @@ def _as_json(value: Any) -> Any:
         return value.val
     if isinstance(value, LinearSchedule):
         return {"linear": [value.start, value.end, value.end_fraction]}
+    if isinstance(value, Exploration):
+        return {"exploration": {field: _as_json(part) for field, part in vars(value).items()}}
     if callable(value):
         return {"function": getattr(value, "__name__", repr(value))}
     return value.item() if isinstance(value, np.generic | torch.Tensor) else value
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict) and "linear" in value:
+def _from_json(name: str, value: Any) -> Any:
+    """:raises ValueError: if an argument is code, which is not stored, or is not what :func:`_as_json` gives"""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"linear"}:
         return LinearSchedule(*value["linear"])
-    return value
+    if value.keys() == {"exploration"}:
+        return Exploration(**{field: _from_json(name, part) for field, part in value["exploration"].items()})
+    raise ValueError(
+        f"{name} was the function {value.get('function')}, which is code and not stored: "
+        f"pass {name}= to from_pretrained"
+    )
 
 
 def pickled_names(path: str | Path | io.BufferedIOBase) -> list[str]:

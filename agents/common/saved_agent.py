@@ -1,15 +1,19 @@
-"""An agent that is written to files and opened again: Stable-Baselines3's format, and a folder without code."""
+"""An agent that is kept and opened again: Stable-Baselines3's format, a folder without code, and its state between two
+rollouts."""
 
 from __future__ import annotations
 
 import io
 import pathlib
 import warnings
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from textgym.agents.buffers.episode_buffer import EpisodeBuffer
 from textgym.agents.common.pretrained import (
     arguments_of,
     load_value_head,
@@ -27,16 +31,29 @@ from textgym.language_model import load_language_model
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Plain numbers that change while an agent learns.
+_COUNTERS = (
+    "num_timesteps",
+    "_total_timesteps",
+    "_num_timesteps_at_start",
+    "_episode_num",
+    "_n_updates",
+    "_current_progress_remaining",
+)
+
 
 class TrustWarning(UserWarning):
     """A file is opened that can run code."""
 
 
 class SavedAgent(OnPolicyAlgorithm):
-    """Loading and saving of an agent with a language-model policy; :mod:`textgym.agents.common.pretrained` has the
-    files."""
+    """Loading and saving of an agent with a language-model policy, and what it needs to go on between two rollouts;
+    :mod:`textgym.agents.common.pretrained` has the files."""
 
     policy: LanguageModelPolicy
+    rollout_buffer: EpisodeBuffer
+    _last_obs: Any
+    _pending_log: dict[str, Any]  # of a resumed run: what the last update before the stop recorded
 
     @classmethod
     def load(
@@ -141,3 +158,65 @@ class SavedAgent(OnPolicyAlgorithm):
         load_value_head(model, directory)
         model.num_timesteps = configuration["num_timesteps"]
         return model
+
+    # Between two rollouts
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a first observation, so that there is a state to keep."""
+        return self._last_obs is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the agent itself has to keep between two rollouts for training to go on exactly, as tensors and plain
+        data. Weights that don't learn, such as those beside an adapter, are not among it.
+
+        Where the environment stands, random states and callbacks belong to a checkpoint, too:
+        :mod:`textgym.agents.callbacks.checkpoints`.
+        """
+        frozen = self._frozen()
+        return {
+            "agent": type(self).__name__,
+            "policy": {name: tensor for name, tensor in self.policy.state_dict().items() if name not in frozen},
+            "optimizer": self.policy.optimizer.state_dict(),
+            "counters": {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)},
+            "finished_episodes": [dict(episode) for episode in self.ep_info_buffer or []],
+            "last_episode_starts": np.asarray(self._last_episode_starts),
+            "held": self.rollout_buffer.state_dict(),
+            "extra": self.extra_state(),
+            # What the last update recorded is written with the next rollout's figures.
+            "log": dict(self.logger.name_to_value),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], observation: Any) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        :param state: of an agent made like this one
+        :param observation: the environment's, where it stands by now
+        :raises ValueError: if the policy has other weights
+        """
+        wrong = set(state["policy"]) ^ (set(self.policy.state_dict()) - self._frozen())
+        if wrong:
+            raise ValueError(f"the state's policy has other weights than this one; they differ in {sorted(wrong)[:3]}")
+        self.policy.load_state_dict(state["policy"], strict=False)
+        self.policy.optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.ep_info_buffer = deque(state["finished_episodes"], maxlen=self._stats_window_size)
+        self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        self._last_obs = observation
+        self._last_episode_starts = np.asarray(state["last_episode_starts"])
+        self.rollout_buffer.load_state_dict(state.get("held", {}))
+        self.load_extra_state(state["extra"])
+        self._pending_log = state["log"]
+
+    def _frozen(self) -> set[str]:
+        """Weights that don't learn, such as those beside an adapter: they are where the model was opened from."""
+        parameters = self.policy.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in parameters if not parameter.requires_grad}
+
+    def extra_state(self) -> dict[str, Any]:
+        """What an exact checkpoint needs besides policy, optimizer and environment, as tensors and plain data."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`extra_state` gave."""

@@ -175,7 +175,7 @@ def test_rollouts_are_whole_episodes(name):
 def test_the_references_log_probs_are_those_of_its_plain_forward_and_asked_for_once(kl_coef, scoring, monkeypatch):
     model = make_agent("grpo, in the loss", tiny_vector_env(8, kl_coef=kl_coef), scoring=scoring, episodes=16)
     passes = []
-    for module in ("textgym.agents.common.on_policy", "textgym.envs.scoring"):
+    for module in ("textgym.agents.common.rollout_log_probs", "textgym.envs.scoring"):
         monkeypatch.setattr(
             f"{module}.forced_log_probs", lambda *a, module=module: passes.append(module) or forced_log_probs(*a)
         )
@@ -185,7 +185,7 @@ def test_the_references_log_probs_are_those_of_its_plain_forward_and_asked_for_o
     asking = (
         {"deferred": ["textgym.envs.scoring"], "instant": []}[scoring]
         if kl_coef
-        else ["textgym.agents.common.on_policy"]
+        else ["textgym.agents.common.rollout_log_probs"]
     )
     assert passes == asking
     reference = model.env.text_env.reference_language_model().model
@@ -252,7 +252,7 @@ def test_impossible_hyperparameters_are_named(agent, arguments, message):
 def test_target_kl_of_an_agent_without_ratios_is_refused():
     model = make_agent("a2c")
     model.target_kl = 0.1
-    with pytest.raises(ValueError, match="target_kl=0.1: A2C has no ratio"):
+    with pytest.raises(ValueError, match="target_kl=0.1: the loss has no ratio"):
         model.learn(64)
 
 

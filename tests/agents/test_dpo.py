@@ -15,7 +15,7 @@ from tiny_models import PAD, WORDS, tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import TextEnvironment
 from textgym.agents.callbacks.checkpoints import TrainingCheckpoints, resume
-from textgym.agents.common.exploration import Explore
+from textgym.agents.common.exploration import Exploration
 from textgym.agents.dpo import DPO
 from textgym.rewards import CausalRewardModel
 
@@ -279,6 +279,6 @@ def test_a_dtype_for_acting_is_refused_where_the_policy_does_not_act():
 
 
 def test_exploration_is_refused_where_the_policy_does_not_draw():
-    with pytest.raises(ValueError, match="Explore changes what the policy draws"):
-        tiny_dpo().learn(50, callback=Explore(temperature=1.5))
-    tiny_dpo(offline=False).learn(50, callback=Explore(temperature=1.5))
+    with pytest.raises(ValueError, match="exploration=.* changes what the policy draws"):
+        tiny_dpo(exploration=Exploration(temperature=1.5))
+    tiny_dpo(offline=False, exploration=Exploration(temperature=1.5)).learn(50)

@@ -527,11 +527,9 @@ def test_exploration_follows_its_schedule() -> None:
         model.learn(50)
 
 
-def test_two_ways_to_explore_at_once_are_refused() -> None:
-    model = make_agent("q", epsilon=0.5)
-    model.exploration = Exploration(temperature=2.0)
-    with pytest.raises(ValueError, match=r"epsilon=0\.5, explore_with='policy' and Explore both say"):
-        model.learn(8)
+def test_q_learning_has_its_own_exploration_and_no_other() -> None:
+    with pytest.raises(TypeError, match="exploration"):
+        make_agent("q", exploration=Exploration(temperature=2.0))
 
 
 # --- the lagging copy

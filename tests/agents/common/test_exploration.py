@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.utils import LinearSchedule
 from tiny_agents import logs_of_learning, tiny_ppo, tiny_vector_env, values_of
 
-from textgym.agents import GRPO, PPO, Explore
-from textgym.agents.common.exploration import Exploration
+from textgym.agents import GRPO, PPO, Exploration
+from textgym.agents.common.exploration import Mixture
 
 
 def explored(options: dict[str, float], agent: type = PPO, env_options: dict | None = None, **arguments) -> PPO:
     """An agent with a rollout that it explored in, whose weights aren't the reference model's any more."""
     env = tiny_vector_env(8, **(env_options or {}))
-    model = tiny_ppo(env, **arguments) if agent is PPO else agent("LanguageModelPolicy", env, seed=0, device="cpu")
+    arguments["exploration"] = Exploration(**options)
+    make = tiny_ppo if agent is PPO else functools.partial(agent, "LanguageModelPolicy", seed=0, device="cpu")
+    model = make(env=env, **arguments)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.policy.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    callback = model._setup_learn(1000, Explore(**options))[1]
-    callback.on_training_start({}, {})
+    callback = model._setup_learn(1000)[1]
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return model
 
@@ -82,16 +85,13 @@ def test_tokens_come_from_the_mixture():
 def test_without_exploring_nothing_is_weighed():
     model = tiny_ppo().learn(48)
     assert model.rollout_buffer.importance is None
-    model.learn(48, callback=Explore(temperature=1.5))
+    model = tiny_ppo(exploration=Exploration(temperature=1.5)).learn(48)
     assert model.rollout_buffer.importance is not None
-    assert model.exploration is None
-    model.learn(48)
-    assert model.rollout_buffer.importance is None
 
 
 def test_schedules_follow_the_progress_and_the_first_ratio_stays_one():
-    model = tiny_ppo(tiny_vector_env(8), n_steps=8, batch_size=32)
-    logs = logs_of_learning(model, 320, callback=Explore(LinearSchedule(2.0, 1.0, 1.0), 0.2))
+    exploration = Exploration(LinearSchedule(2.0, 1.0, 1.0), 0.2)
+    logs = logs_of_learning(tiny_ppo(tiny_vector_env(8), n_steps=8, batch_size=32, exploration=exploration), 320)
     temperatures = values_of(logs, "rollout/exploration_temperature")
     assert temperatures[0] == pytest.approx(2.0, abs=1e-6)
     assert np.all(np.diff(temperatures) < 0)
@@ -100,9 +100,10 @@ def test_schedules_follow_the_progress_and_the_first_ratio_stays_one():
 
 
 def test_an_exploring_agent_learns():
-    model = tiny_ppo(tiny_vector_env(8, kl_coef=0.05), n_steps=16, batch_size=32, learning_rate=5e-3)
-    explore = Explore(LinearSchedule(1.5, 1.0, 1.0), 0.1)
-    scores = values_of(logs_of_learning(model, 4000, callback=explore), "rollout/score_mean")
+    exploration = Exploration(LinearSchedule(1.5, 1.0, 1.0), 0.1)
+    arguments = {"n_steps": 16, "batch_size": 32, "learning_rate": 5e-3, "exploration": exploration}
+    model = tiny_ppo(tiny_vector_env(8, kl_coef=0.05), **arguments)
+    scores = values_of(logs_of_learning(model, 4000), "rollout/score_mean")
     assert scores[0] < 0.25
     assert scores[-1] > 0.5
 
@@ -118,12 +119,38 @@ def test_an_exploring_agent_learns():
 )
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Explore(**options)
+        Exploration(**options)
 
 
 def test_log_probs_of_a_mixture_by_hand():
     policy = torch.tensor([[0.5, 0.5, 0.0]]).log()
     reference = torch.tensor([[0.0, 0.2, 0.8]]).log()
-    mixture = Exploration(reference_share=0.25).log_probs(policy, reference).exp()
+    mixture = Mixture(reference_share=0.25).log_probs(policy, reference).exp()
     torch.testing.assert_close(mixture, torch.tensor([[0.375, 0.425, 0.2]]))
-    assert torch.equal(Exploration().log_probs(policy, None), policy)
+    assert torch.equal(Mixture().log_probs(policy, None), policy)
+
+
+def test_something_else_than_an_exploration_is_named():
+    with pytest.raises(TypeError, match=r"exploration=1\.5 must be an Exploration, such as Exploration\(temperature"):
+        tiny_ppo(exploration=1.5)
+
+
+def test_an_exploring_agent_is_saved_and_opened_with_its_schedules(tmp_path):
+    exploration = Exploration(LinearSchedule(2.0, 1.0, 0.5), 0.2)
+    model = tiny_ppo(exploration=exploration).learn(16)
+    model.save(tmp_path / "agent.zip")
+    model.save_pretrained(tmp_path / "agent")
+    for opened in (
+        PPO.load(tmp_path / "agent.zip", device="cpu", trust=True),
+        PPO.from_pretrained(tmp_path / "agent", tiny_vector_env(2), device="cpu"),
+    ):
+        for progress in (1.0, 0.7, 0.0):
+            assert opened.exploration.at(progress) == exploration.at(progress)
+
+
+def test_a_temperature_that_is_code_is_not_stored(tmp_path):
+    tiny_ppo(exploration=Exploration(lambda progress: 1 + progress)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pass exploration= to from_pretrained"):
+        PPO.from_pretrained(tmp_path, device="cpu")
+    opened = PPO.from_pretrained(tmp_path, device="cpu", exploration=Exploration(temperature=1.5))
+    assert opened.exploration.at(1.0) == Mixture(1.5)

@@ -390,8 +390,18 @@ def test_a_seal_covers_the_file_its_place_and_the_object(tmp_path: Path, monkeyp
 def test_the_command_line_knows_every_agent_and_every_option_of_theirs() -> None:
     fields = {field.name for field in sections()[ALGORITHM]} - {"lr_schedule"}
     assert set().union(*(options_of(algorithm) for algorithm in AGENTS)) == fields
-    # What an agent has besides these is the place or the session, or general.
-    elsewhere = {"self", "policy", "env", "tensorboard_log", "policy_kwargs", "verbose", "seed", "device"}
+    # What an agent has besides these is the place or the session, general, or no number.
+    elsewhere = {
+        "self",
+        "policy",
+        "env",
+        "tensorboard_log",
+        "policy_kwargs",
+        "verbose",
+        "seed",
+        "device",
+        "exploration",
+    }
     for algorithm, agent in AGENTS.items():
         parameters = set(inspect.signature(agent.__init__).parameters) - elsewhere - {"_init_setup_model"}
         assert parameters == set(options_of(algorithm)), algorithm
