@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.arguments import RoundArguments
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, preference_loss
 from textgym.agents.common.ranking import best_and_worst, rewards_without_kl
@@ -72,35 +73,27 @@ class DPO(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
+        *,
         group_size: int = 2,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         offline: bool = True,
         min_margin: float = 1e-4,
-        episodes: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 1,
-        max_grad_norm: float = 1.0,
-        scoring: str = "auto",
         exploration: Exploration | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[RoundArguments],
     ) -> None:
         check_int("group_size", group_size, low=2)
         check_number("beta", beta, low=0.0, open_low=True)
         check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
         check_number("min_margin", min_margin, low=0.0)
         check_bool("offline", offline)
-        if offline and (policy_kwargs or {}).get("rollout_dtype") is not None:
+        acting = (arguments.get("policy_kwargs") or {}).get("rollout_dtype")
+        if offline and acting is not None:
             raise ValueError(
-                f"rollout_dtype={(policy_kwargs or {})['rollout_dtype']!r} is what the policy acts in, and with "
-                "offline=True it does not act: leave it out, or pass offline=False"
+                f"rollout_dtype={acting!r} is what the policy acts in, and with offline=True it does not act: leave it "
+                "out, or pass offline=False"
             )
         if offline and exploration is not None:
             raise ValueError(
@@ -114,22 +107,12 @@ class DPO(TextEpisodeAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,
-            episodes=episodes,
             group_size=group_size,
             batch_size=batch_size,
             n_epochs=n_epochs,
-            max_grad_norm=max_grad_norm,
-            scoring=scoring,
             exploration=exploration,
             importance_cap=None,  # pairs are pairs, whoever wrote them
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            **arguments,
         )
 
     def _checked_environment(self, env: VecEnv) -> TextEnvironment:

@@ -9,14 +9,13 @@ the environment's reward has it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import torch
-from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.arguments import RoundArguments
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss
 from textgym.agents.common.ranking import best_of_groups
@@ -52,24 +51,15 @@ class ExpertIteration(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
+        *,
         group_size: int = 4,
         keep: int = 1,
         threshold: float | None = None,
         quantile: float | None = None,
-        episodes: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 4,
-        max_grad_norm: float = 1.0,
-        scoring: str = "auto",
         exploration: Exploration | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[RoundArguments],
     ) -> None:
         check_int("group_size", group_size, low=1)
         check_int("keep", keep, low=1)
@@ -85,22 +75,12 @@ class ExpertIteration(TextEpisodeAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,
-            episodes=episodes,
             group_size=group_size,
             batch_size=batch_size,
             n_epochs=n_epochs,
-            max_grad_norm=max_grad_norm,
-            scoring=scoring,
             exploration=exploration,
             importance_cap=None,  # targets are targets, whoever wrote them
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            **arguments,
         )
 
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:

@@ -7,14 +7,12 @@ Critical Perspective" (https://arxiv.org/abs/2503.20783), and Yu et al. 2025, "D
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.common.exploration import Exploration
+from textgym.agents.common.arguments import GroupArguments
 from textgym.agents.common.groups import CREDITS, SCALES, by_credit, group_relative_advantages
 from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures
 from textgym.agents.common.text_environment import TextEnv
@@ -54,32 +52,15 @@ class GRPO(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
+        *,
         group_size: int = 4,
         credit: str = "completion",
         loss_type: str = "grpo",
         scale: str = "group",
-        episodes: int | None = None,
-        batch_size: int | None = None,
-        n_epochs: int = 1,
-        gamma: float = 1.0,
         clip_range: float = 0.2,
         clip_range_high: float | None = None,
         kl_loss_coef: float = 0.0,
-        ent_coef: float = 0.0,
-        max_grad_norm: float = 1.0,
-        target_kl: float | None = None,
-        whiten_rewards: bool = False,
-        scoring: str = "auto",
-        exploration: Exploration | None = None,
-        importance_cap: float | None = 2.0,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[GroupArguments],
     ) -> None:
         check_choice("credit", credit, CREDITS)
         check_choice("loss_type", loss_type, LOSS_TYPES)
@@ -95,30 +76,7 @@ class GRPO(TextEpisodeAlgorithm):
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
         self.kl_loss_coef = kl_loss_coef
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            episodes=episodes,
-            group_size=group_size,
-            batch_size=batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
-            ent_coef=ent_coef,
-            max_grad_norm=max_grad_norm,
-            target_kl=target_kl,
-            whiten_rewards=whiten_rewards,
-            scoring=scoring,
-            exploration=exploration,
-            importance_cap=importance_cap,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, group_size=group_size, **arguments)
 
     @property
     def needs_reference(self) -> bool:

@@ -12,15 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from stable_baselines3.common.type_aliases import Schedule
+from typing_extensions import Unpack
 
 from textgym.action_masks import nucleus
-from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
 from textgym.agents.policy.lagging_policy import follow, lagging_copy, set_weights, weights_of
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
-from textgym.agents.ppo import PPO
+from textgym.agents.ppo import PPO, PPOArguments
 from textgym.checks import check_int, check_number
 
 
@@ -50,69 +48,16 @@ class NLPO(PPO):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
-        n_steps: int = 32,
-        batch_size: int | None = None,
-        n_epochs: int = 4,
+        *,
         mask_top_p: float = 0.9,
         mask_update_every: int = 10,
-        gamma: float = 1.0,
-        gae_lambda: float = 0.95,
-        clip_range: float | Schedule = 0.2,
-        clip_range_vf: float | Schedule | None = None,
-        normalize_advantage: bool | str = True,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.1,
-        max_grad_norm: float = 1.0,
-        target_kl: float | None = None,
-        whiten_rewards: bool = False,
-        bootstrap_truncated: bool = False,
-        whole_episodes: bool = False,
-        scoring: str = "auto",
-        exploration: Exploration | None = None,
-        importance_cap: float | None = 2.0,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[PPOArguments],
     ) -> None:
         check_number("mask_top_p", mask_top_p, low=0.0, high=1.0, open_low=True)
         check_int("mask_update_every", mask_update_every, low=1)
         self.mask_top_p = mask_top_p
         self.mask_update_every = mask_update_every
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            batch_size=batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            clip_range=clip_range,
-            clip_range_vf=clip_range_vf,
-            normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            target_kl=target_kl,
-            whiten_rewards=whiten_rewards,
-            bootstrap_truncated=bootstrap_truncated,
-            whole_episodes=whole_episodes,
-            scoring=scoring,
-            exploration=exploration,
-            importance_cap=importance_cap,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, **arguments)
 
     def _setup_model(self) -> None:
         self.mask_policy: LanguageModelPolicy | None = (

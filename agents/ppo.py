@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.arguments import LearningArguments
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures, value_loss
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
@@ -27,6 +28,19 @@ from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_schedule
 
 DEFAULT_BATCH_SIZE = 512  # tokens
+
+
+class PPOArguments(LearningArguments, total=False):
+    """PPO's constructor arguments besides ``policy`` and ``env``, for what derives from it."""
+
+    n_steps: int
+    gae_lambda: float
+    clip_range: float | Schedule
+    clip_range_vf: float | Schedule | None
+    normalize_advantage: bool | str
+    vf_coef: float
+    bootstrap_truncated: bool
+    whole_episodes: bool
 
 
 class PPO(TextOnPolicyAlgorithm):

@@ -6,15 +6,12 @@ Barto, "Reinforcement Learning: An Introduction", section 13.4.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
-from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.common.exploration import Exploration
+from textgym.agents.common.arguments import RoundGradientArguments
 from textgym.agents.common.groups import leave_one_out_advantages
 from textgym.agents.common.losses import Loss, policy_gradient, value_loss
 from textgym.agents.common.text_environment import TextEnv
@@ -46,50 +43,15 @@ class REINFORCE(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
-        episodes: int | None = None,
+        *,
         baseline: str = "value",
-        gamma: float = 1.0,
         normalize_advantage: bool | str = False,
-        ent_coef: float = 0.0,
         vf_coef: float = 0.1,
-        max_grad_norm: float = 1.0,
-        whiten_rewards: bool = False,
-        scoring: str = "auto",
-        exploration: Exploration | None = None,
-        importance_cap: float | None = 2.0,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[RoundGradientArguments],
     ) -> None:
         check_choice("baseline", baseline, BASELINES)
         self.baseline = baseline
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            episodes=episodes,
-            gamma=gamma,
-            normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            whiten_rewards=whiten_rewards,
-            scoring=scoring,
-            exploration=exploration,
-            importance_cap=importance_cap,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, normalize_advantage=normalize_advantage, vf_coef=vf_coef, **arguments)
 
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
         """Rewards-to-go minus the baseline."""

@@ -6,14 +6,12 @@ LLMs", https://arxiv.org/abs/2402.14740. The KL penalty is in the reward (``kl_c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.common.exploration import Exploration
+from textgym.agents.common.arguments import GroupArguments
 from textgym.agents.common.groups import CREDITS, by_credit, leave_one_out_advantages
 from textgym.agents.common.losses import Loss, clipped_surrogate, ratio_figures
 from textgym.agents.common.text_environment import TextEnv
@@ -46,60 +44,19 @@ class RLOO(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
+        *,
         group_size: int = 4,
         credit: str = "completion",
-        episodes: int | None = None,
-        batch_size: int | None = None,
-        n_epochs: int = 1,
-        gamma: float = 1.0,
         clip_range: float = 0.2,
         normalize_advantage: bool | str = False,
-        ent_coef: float = 0.0,
-        max_grad_norm: float = 1.0,
-        target_kl: float | None = None,
-        whiten_rewards: bool = False,
-        scoring: str = "auto",
-        exploration: Exploration | None = None,
-        importance_cap: float | None = 2.0,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[GroupArguments],
     ) -> None:
         check_choice("credit", credit, CREDITS)
         check_int("group_size", group_size, low=2)
         check_number("clip_range", clip_range, low=0.0, open_low=True)
         self.credit = credit
         self.clip_range = clip_range
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            episodes=episodes,
-            group_size=group_size,
-            batch_size=batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
-            normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,
-            max_grad_norm=max_grad_norm,
-            target_kl=target_kl,
-            whiten_rewards=whiten_rewards,
-            scoring=scoring,
-            exploration=exploration,
-            importance_cap=importance_cap,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, group_size=group_size, normalize_advantage=normalize_advantage, **arguments)
 
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
         """Returns, or rewards-to-go, minus the mean of the others of the group."""

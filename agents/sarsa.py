@@ -6,12 +6,10 @@ Empirical Analysis of Expected Sarsa"; Sutton and Barto, "Reinforcement Learning
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from stable_baselines3.common.type_aliases import Schedule
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.arguments import RoundArguments
 from textgym.agents.common.bellman_targets import bellman_targets
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, td_loss
@@ -58,23 +56,14 @@ class SARSA(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
-        episodes: int | None = None,
+        *,
         q_temperature: float = 0.1,
         td_lambda: float = 0.9,
         expected: bool = False,
         batch_size: int | None = None,
         gamma: float = 1.0,
-        max_grad_norm: float = 1.0,
-        scoring: str = "auto",
         exploration: Exploration | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[RoundArguments],
     ) -> None:
         check_number("q_temperature", q_temperature, low=0.0, open_low=True)
         check_number("td_lambda", td_lambda, low=0.0, high=1.0)
@@ -83,23 +72,7 @@ class SARSA(TextEpisodeAlgorithm):
         self.td_lambda = td_lambda
         self.expected = expected
         super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            episodes=episodes,
-            batch_size=batch_size,
-            gamma=gamma,
-            max_grad_norm=max_grad_norm,
-            scoring=scoring,
-            exploration=exploration,
-            importance_cap=None,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            policy, env, batch_size=batch_size, gamma=gamma, exploration=exploration, importance_cap=None, **arguments
         )
 
     def loss(self, batch: SegmentSamples) -> Loss:

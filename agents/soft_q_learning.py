@@ -7,13 +7,12 @@ Reinforcement Learning", https://arxiv.org/abs/1702.08892.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import SegmentSamples
+from textgym.agents.common.arguments import ReplayArguments
 from textgym.agents.common.bellman_targets import bellman_targets
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.losses import Loss, td_loss
@@ -59,49 +58,12 @@ class SoftQLearning(TextOffPolicyAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
-        episodes: int | None = None,
-        replay_episodes: int = 1_000,
-        batch_episodes: int | None = None,
-        gradient_steps: int = 4,
+        *,
         td_lambda: float = 1.0,
-        gamma: float = 1.0,
-        tau: float = 0.5,
-        target_update_interval: int = 1,
-        max_grad_norm: float = 1.0,
-        scoring: str = "auto",
         exploration: Exploration | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[ReplayArguments],
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            episodes=episodes,
-            replay_episodes=replay_episodes,
-            batch_episodes=batch_episodes,
-            gradient_steps=gradient_steps,
-            td_lambda=td_lambda,
-            gamma=gamma,
-            tau=tau,
-            target_update_interval=target_update_interval,
-            max_grad_norm=max_grad_norm,
-            scoring=scoring,
-            exploration=exploration,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, td_lambda=td_lambda, exploration=exploration, **arguments)
 
     def _checked_environment(self, env: VecEnv) -> TextEnvironment:
         environment = super()._checked_environment(env)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
 from textgym.agents.buffers.episode_replay import EpisodeReplay
+from textgym.agents.common.arguments import RoundArguments
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.text_environment import TextEnv
 from textgym.agents.common.whole_episodes import TextEpisodeAlgorithm
@@ -58,8 +59,7 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
-        episodes: int | None = None,
+        *,
         replay_episodes: int = 1_000,
         batch_episodes: int | None = None,
         gradient_steps: int = 4,
@@ -67,16 +67,8 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
         gamma: float = 1.0,
         tau: float = 0.5,
         target_update_interval: int = 1,
-        max_grad_norm: float = 1.0,
-        scoring: str = "auto",
         exploration: Exploration | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[RoundArguments],
     ) -> None:
         check_int("replay_episodes", replay_episodes, low=1)
         if batch_episodes is not None:
@@ -94,20 +86,10 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,
-            episodes=episodes,
             gamma=gamma,
-            max_grad_norm=max_grad_norm,
-            scoring=scoring,
             exploration=exploration,
             importance_cap=None,  # targets don't ask with which probability an action was drawn
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            **arguments,
         )
 
     def _setup_model(self) -> None:

@@ -6,6 +6,7 @@ An agent derives from :class:`TextOnPolicyAlgorithm` and adds its loss. A rollou
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.arguments import check_arguments, constructor_parameters
 from textgym.agents.common.episode_figures import rollout_figures
 from textgym.agents.common.exploration import Exploration, check_exploration
 from textgym.agents.common.finite import check_policy
@@ -93,6 +95,15 @@ class TextOnPolicyAlgorithm(CollectingAgent):
     """
 
     _progress: TrainingProgress | None = None  # while learn shows it
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.__signature__ = inspect.Signature(list(constructor_parameters(cls).values()))  # type: ignore[attr-defined]
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        """:raises TypeError: if an argument is given that the agent does not have"""
+        check_arguments(cls, arguments)
+        return super().__new__(cls)
 
     def __init__(
         self,

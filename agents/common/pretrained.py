@@ -6,7 +6,6 @@ written here holds data only, so an agent from somebody else can be opened witho
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import zipfile
@@ -19,6 +18,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
+from textgym.agents.common.arguments import constructor_parameters
 from textgym.agents.common.exploration import Exploration
 from textgym.sampling import SamplingSettings
 
@@ -59,21 +59,6 @@ def write_agent(model: SavedAgent, folder: Path) -> None:
         "num_timesteps": model.num_timesteps,
     }
     (folder / AGENT).write_text(json.dumps(agent, indent=2) + "\n", encoding="utf-8")
-
-
-def constructor_parameters(agent: type[Any]) -> dict[str, inspect.Parameter]:
-    """The arguments that an agent's constructor takes by name, those that it passes on as ``**arguments`` included."""
-    parameters: dict[str, inspect.Parameter] = {}
-    for cls in agent.__mro__:
-        if "__init__" not in vars(cls):
-            continue
-        own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]  # without self
-        for parameter in own:
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                parameters.setdefault(parameter.name, parameter)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
-            break
-    return parameters
 
 
 def read_agent(folder: Path, agent: str) -> dict[str, Any]:

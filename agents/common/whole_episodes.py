@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer
+from textgym.agents.common.arguments import LearningArguments
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
@@ -25,42 +26,29 @@ from textgym.envs.segments import Segment
 class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
     """Rollouts of whole episodes, for agents whose advantages need their ends.
 
-    Further arguments are those of :class:`~textgym.agents.common.on_policy.TextOnPolicyAlgorithm`, without ``n_steps``.
-    The environment is an id or one vector environment, with nothing wrapped around it.
+    Further arguments are those of :class:`~textgym.agents.common.on_policy.TextOnPolicyAlgorithm`, without ``n_steps``
+    and others that say where a rollout is cut. The environment is an id or one vector environment, with nothing wrapped
+    around it.
 
     :param episodes: in a rollout, E: a multiple of ``group_size``, and at least the number of rows; default one for
         each row. With more, a row that finishes early goes on with the next one instead of waiting for the longest
     :param group_size: completions of each prompt, K
-    :param batch_size: tokens per minibatch, as nearly as whole groups allow; None for one step on the whole rollout
+    :param gae_lambda: λ of generalised advantage estimation, for agents that have a critic
+    :param normalize_advantage: True: per minibatch; ``"rollout"``: over the rollout; False: not at all
+    :param vf_coef: weight of the value loss, for agents that have a critic
     """
 
     def __init__(
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
-        learning_rate: float | Schedule = 1e-4,
+        *,
         episodes: int | None = None,
         group_size: int = 1,
-        batch_size: int | None = None,
-        n_epochs: int = 1,
-        gamma: float = 1.0,
         gae_lambda: float = 1.0,
         normalize_advantage: bool | str = False,
-        ent_coef: float = 0.0,
         vf_coef: float = 0.0,
-        max_grad_norm: float = 1.0,
-        target_kl: float | None = None,
-        whiten_rewards: bool = False,
-        scoring: str = "auto",
-        exploration: Exploration | None = None,
-        importance_cap: float | None = 2.0,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[LearningArguments],
     ) -> None:
         check_int("group_size", group_size, low=1)
         if episodes is not None:
@@ -71,28 +59,11 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
         super().__init__(
             policy,
             vec_env,
-            learning_rate=learning_rate,
             n_steps=1 if vec_env is None else self._most_steps(vec_env),
-            batch_size=batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
             gae_lambda=gae_lambda,
             normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,
             vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            target_kl=target_kl,
-            whiten_rewards=whiten_rewards,
-            scoring=scoring,
-            exploration=exploration,
-            importance_cap=importance_cap,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            **arguments,
         )
 
     def _most_steps(self, env: VecEnv) -> int:

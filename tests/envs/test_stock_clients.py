@@ -304,7 +304,7 @@ def test_shipped_hyperparameters_are_arguments_of_their_algorithm(algorithm):
     agent = {"ppo": sb3.PPO, **zoo.AGENTS}[algorithm]
     settings = yaml.safe_load(hyperparams_file(algorithm).read_text(encoding="utf-8"))
     assert settings["default"] == settings["TextGen-v0"]
-    known = set(inspect.signature(agent.__init__).parameters) | {"n_envs", "n_timesteps", "normalize"}
+    known = set(inspect.signature(agent).parameters) | {"n_envs", "n_timesteps", "normalize"}
     assert set(settings["TextGen-v0"]) <= known
     assert settings["TextGen-v0"]["policy"] in agent.policy_aliases
     rollout = settings["TextGen-v0"]["n_envs"] * settings["TextGen-v0"]["n_steps"]

@@ -403,7 +403,7 @@ def test_the_command_line_knows_every_agent_and_every_option_of_theirs() -> None
         "exploration",
     }
     for algorithm, agent in AGENTS.items():
-        parameters = set(inspect.signature(agent.__init__).parameters) - elsewhere - {"_init_setup_model"}
+        parameters = set(inspect.signature(agent).parameters) - elsewhere - {"_init_setup_model"}
         assert parameters == set(options_of(algorithm)), algorithm
 
 

@@ -1,0 +1,49 @@
+"""An extension of Griffe: a constructor's ``**arguments: Unpack[...]`` is shown as the arguments that it stands for."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+
+
+class AllArguments(griffe.Extension):
+    """Put in the place of ``**arguments`` what the base classes' constructors say about each."""
+
+    def on_package(self, *, pkg: griffe.Module, **arguments: Any) -> None:
+        """Change the signatures of a whole package, when the base classes are known."""
+        changed = {init: list(expanded(cls)) for cls, init in constructors(pkg)}
+        for init, parameters in changed.items():
+            init.parameters = griffe.Parameters(*parameters)
+
+
+def constructors(module: griffe.Module) -> Iterator[tuple[griffe.Class, griffe.Function]]:
+    """Classes of a package that hand arguments on, with their constructors."""
+    for member in module.members.values():
+        if member.is_alias:
+            continue
+        if member.is_module:
+            yield from constructors(member)
+        elif member.is_class and "__init__" in member.members:
+            init = member.members["__init__"]
+            if any(
+                "Unpack" in str(p.annotation) for p in init.parameters if p.kind is griffe.ParameterKind.var_keyword
+            ):
+                yield member, init
+
+
+def expanded(cls: griffe.Class) -> Iterator[griffe.Parameter]:
+    """The parameters of a constructor, first its own and then those of its base classes that it takes."""
+    lines = [cls, *cls.mro()]
+    stated = [list(c.members["__init__"].parameters) for c in lines if "__init__" in c.members]
+    yield from (p for p in stated[0] if p.kind is not griffe.ParameterKind.var_keyword)
+    own = {p.name for p in stated[0]}
+    for name in inspect.signature(pydoc.locate(cls.path)).parameters:
+        if name not in own:
+            found = next(p for parameters in stated for p in parameters if p.name == name)
+            yield griffe.Parameter(
+                name, annotation=found.annotation, kind=griffe.ParameterKind.keyword_only, default=found.default
+            )
