@@ -1,4 +1,8 @@
-"""An extension of Griffe: a constructor's ``**arguments: Unpack[...]`` is shown as the arguments that it stands for."""
+"""An extension of Griffe, which reads sources: what the package says of itself only when it runs.
+
+A constructor's ``**arguments: Unpack[...]`` is shown as the arguments that it stands for, and ``textgym.agents`` with
+the public names of its table.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,16 @@ from typing import Any
 
 import griffe
 
+import textgym.agents
 
-class AllArguments(griffe.Extension):
-    """Put in the place of ``**arguments`` what the base classes' constructors say about each."""
+
+class AtRuntime(griffe.Extension):
+    """Put in the place of ``**arguments`` what the base classes' constructors say about each, and of a computed
+    ``__all__`` its names."""
 
     def on_package(self, *, pkg: griffe.Module, **arguments: Any) -> None:
-        """Change the signatures of a whole package, when the base classes are known."""
+        """Change a whole package, when the base classes are known."""
+        pkg["agents"].exports = list(textgym.agents.__all__)
         changed = {init: list(expanded(cls)) for cls, init in constructors(pkg)}
         for init, parameters in changed.items():
             init.parameters = griffe.Parameters(*parameters)
