@@ -17,7 +17,7 @@ its first token, together with those of the same length, since padding would cha
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -436,10 +436,14 @@ class WeightsVersion:
     In-place changes behind autograd's back, such as ``parameter.data.mul_(2)``, are invisible to it: call
     :meth:`CachedModel.forget` after them. So are submodules that are exchanged later.
 
+    The first one adds a hook to all optimizers of this process, present and to come: after each step their weights
+    count as modified.
+
     :param module: with all the submodules it will have
     """
 
     def __init__(self, module: nn.Module) -> None:
+        _notice_optimizer_steps()
         # Walking through the modules takes longer than looking at their parameters, and this is asked at every step.
         self._tables = [part._parameters for part in module.modules() if part._parameters]
 
@@ -449,13 +453,15 @@ class WeightsVersion:
         return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
 
 
-def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+@cache  # once in a process
+def _notice_optimizer_steps() -> None:
     """Fused optimizers, and some from other packages, write to weights without counting it in ``_version``."""
+    register_optimizer_step_post_hook(_count_as_modified)
+
+
+def _count_as_modified(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.autograd.graph.increment_version(parameters)
-
-
-register_optimizer_step_post_hook(_count_as_modified)
 
 
 def first_alike(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
