@@ -16,7 +16,8 @@ from textgym.agents.common.saved_agent import SavedAgent
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
 from textgym.agents.distributed.processes import Processes
 from textgym.agents.policy.blueprint import LanguageModelBlueprint
-from textgym.agents.policy.language_model_policy import LanguageModelPolicy, check_spaces
+from textgym.agents.policy.language_model_policy import LanguageModelPolicy
+from textgym.agents.policy.observations import check_spaces
 from textgym.envs.sb3 import as_vec_env, deferrable
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.lora import wants_lora

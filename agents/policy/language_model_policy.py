@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +23,24 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.action_masks import masks_of
 from textgym.agents.buffers.episode_buffer import SegmentSamples
 from textgym.agents.policy.acting_copy import ActingCopy
 from textgym.agents.policy.blueprint import LanguageModelBlueprint
+from textgym.agents.policy.completions import complete_prompts
 from textgym.agents.policy.gradient_checkpointing import checkpointable_layers, checkpointed
-from textgym.chat.chat_prompts import MESSAGES, chat_prompt
-from textgym.chat.messages import as_messages, is_conversation
+from textgym.agents.policy.observations import Observation, as_mask, check_keys, check_spaces, read_tokens
+from textgym.agents.policy.precision import PLAIN_ATTENTION, autocast, dtype_name
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.engine.cached_model import CachedModel
-from textgym.generation import complete_texts, sample_tokens
+from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
-from textgym.prompts.fitting import as_chat, fit_prompt
-from textgym.prompts.rows import PromptRow
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder
 
-Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
-PLAIN_ATTENTION = 512  # tokens up to which attention in a smaller type is not fused on a CPU
 VALUE_HEADS = ("linear", "mlp")
 VALUE_TRUNKS = ("shared", "detached")
 
@@ -121,10 +117,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
         for name, value in (("compile", compile), ("gradient_checkpointing", gradient_checkpointing)):
             check_bool(name, value)
         self.gradient_checkpointing = gradient_checkpointing
-        self.autocast = _dtype_name(autocast)
+        self.autocast = dtype_name(autocast)
         if self.autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast={autocast!r} must be 'bfloat16', 'float16' or None")
-        self.rollout_dtype = _dtype_name(rollout_dtype)
+        self.rollout_dtype = dtype_name(rollout_dtype)
         self.compile_model = compile
         self._acting_copy: ActingCopy | None = None
         if isinstance(language_model, LanguageModelBlueprint):
@@ -263,7 +259,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param action_masks: ``(V,)`` or ``(B, V)`` bool, the tokens that may be chosen
         :return: actions, ``()`` or ``(B,)`` int64, and ``state``
         """
-        _check_keys(observation, self._reads)
+        check_keys(observation, self._reads)
         single = np.ndim(observation["input_ids"]) == 1
         if single:
             observation = {name: np.asarray(value)[None] for name, value in observation.items()}
@@ -355,18 +351,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         sampling = dataclasses.replace(self.sampling, **given, **settings)
         masks = masks_of(sampling, lm, self.reference if reference is None else reference)
-        fitted = [fit_prompt(row, lm.vocabulary) for row in _as_rows(lm, prompts, sampling.chat)]
-        if not fitted:
-            return []
-        texts = complete_texts(
-            lm,
-            fitted,
-            sampling,
-            deterministic=deterministic,
-            masks=masks,
-            generator=None if seed is None else torch.Generator(self.device).manual_seed(seed),
-        )
-        return texts.batch(np.arange(len(fitted))).completions
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        return complete_prompts(lm, prompts, sampling, masks, deterministic, generator)
 
     # Learning
 
@@ -382,7 +368,9 @@ class LanguageModelPolicy(ActorCriticPolicy):
         """
         hidden = self._forced_hidden(obs)
         tokens = torch.as_tensor(actions, device=self.device).long().flatten()
-        values, log_prob, entropy = self.evaluate_hidden(hidden, tokens, self._as_mask(action_masks, len(hidden)))
+        values, log_prob, entropy = self.evaluate_hidden(
+            hidden, tokens, as_mask(action_masks, len(hidden), self.language_model)
+        )
         return values, log_prob, entropy
 
     def evaluate_segments(
@@ -423,19 +411,11 @@ class LanguageModelPolicy(ActorCriticPolicy):
         fixed = hidden.detach()
         return self._values(fixed + value_gradient * (hidden - fixed)), log_prob, entropy
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         """Where learning computes in a smaller type."""
-        if self.autocast is None:
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, resolve_dtype(self.autocast)))
-            # On CPUs torch's fused attention is slow in these types, the plain one takes a sixth off an update. It
-            # holds (B, heads, L, L) scores, so only for short texts; checkpoints would compute again without it.
-            if self.device.type == "cpu" and self.context <= PLAIN_ATTENTION and not self.gradient_checkpointing:
-                stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-            yield
+        # Checkpoints would compute again without the plain attention, which holds (B, heads, L, L) scores.
+        plain = self.context <= PLAIN_ATTENTION and not self.gradient_checkpointing
+        return contextlib.nullcontext() if self.autocast is None else autocast(self.autocast, self.device, plain)
 
     def _checkpointed(self) -> AbstractContextManager[Any]:
         """Where learning keeps as little as it can."""
@@ -448,7 +428,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return self.value_net((hidden.detach() if self.value_trunk == "detached" else hidden).float())
 
     def _log_distribution(self, lm: LanguageModel, hidden: Tensor, action_masks: np.ndarray | Tensor | None) -> Tensor:
-        masks = self._as_mask(action_masks, len(hidden))
+        masks = as_mask(action_masks, len(hidden), self.language_model)
         return log_distribution(lm.head(hidden), self.temperature, masks)
 
     @property
@@ -483,58 +463,13 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
     def _tokens(self, obs: Observation) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Checked token ids ``(B, L)``, lengths ``(B,)`` and, where they matter, prompt lengths ``(B,)``."""
-        _check_keys(obs, self._reads)
-        ids, mask = _as_numpy(obs["input_ids"]), _as_numpy(obs["attention_mask"])
-        if ids.ndim != 2 or ids.shape[1] != self.context or mask.shape != ids.shape or not len(ids):
-            raise ValueError(
-                f"the observation has input_ids {ids.shape} and attention_mask {mask.shape}; "
-                f"this policy reads (B, {self.context}) of each"
-            )
-        if ids.dtype.kind not in "iu":
-            raise ValueError(f"input_ids must be whole numbers, got {ids.dtype}: were they normalised?")
-        lengths = mask.sum(1, dtype=np.int64)
-        real = np.arange(self.context) < lengths[:, None]
-        if not (mask.astype(bool) == real).all() or (lengths < 1).any():
-            raise ValueError("attention_mask must be ones, at least one, and then zeros (right padding)")
-        if ((ids < 0) | (ids >= self.language_model.vocab_size))[real].any():
-            raise ValueError(
-                f"input_ids must lie between 0 and {self.language_model.vocab_size - 1}, "
-                f"got {int(ids[real].min())} to {int(ids[real].max())}"
-            )
-        return ids, lengths, self._prompt_lengths(obs, lengths)
-
-    def _prompt_lengths(self, obs: Observation, lengths: np.ndarray) -> np.ndarray | None:
-        """``(B,)`` tokens of each row that the encoder reads; None where there is no encoder."""
-        if "prompt_length" not in self._reads:
-            return None
-        prompts = _as_numpy(obs["prompt_length"])
-        if prompts.size != len(lengths) or prompts.dtype.kind not in "iu":
-            raise ValueError(
-                f"prompt_length has shape {prompts.shape} and type {prompts.dtype}, expected whole numbers "
-                f"({len(lengths)}, 1)"
-            )
-        prompts = prompts.reshape(-1)
-        if ((prompts < 1) | (prompts > lengths)).any():
-            raise ValueError("prompt_length must lie between 1 and the number of tokens of its row")
-        return prompts
+        return read_tokens(obs, self._reads, self.context, self.language_model.vocab_size)
 
     @property
     def _reads(self) -> tuple[str, ...]:
         """What of an observation the policy looks at."""
         encoder = is_encoder_decoder(self.transformer.config)
         return ("input_ids", "attention_mask", "prompt_length") if encoder else ("input_ids", "attention_mask")
-
-    def _as_mask(self, action_masks: np.ndarray | Tensor | None, rows: int) -> Tensor | None:
-        if action_masks is None:
-            return None
-        masks = torch.as_tensor(action_masks, device=self.device).bool()
-        if masks.shape != (rows, self.language_model.vocab_size):
-            raise ValueError(
-                f"action_masks has shape {tuple(masks.shape)}, expected {(rows, self.language_model.vocab_size)}"
-            )
-        if not masks.any(1).all():
-            raise ValueError("action_masks allows no token at all in some row")
-        return masks
 
     # Copying and saving
 
@@ -587,11 +522,6 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """As a word, which every way of saving can store."""
-    return None if dtype is None else str(resolve_dtype(dtype)).removeprefix("torch.")
-
-
 def _with_fused(
     optimizer_class: type[torch.optim.Optimizer], optimizer_kwargs: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -602,48 +532,3 @@ def _with_fused(
     if adam and not {"fused", "foreach", "capturable", "differentiable"} & set(optimizer_kwargs):
         optimizer_kwargs = {**optimizer_kwargs, "fused": True}
     return optimizer_kwargs
-
-
-def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """:raises ValueError: unless they are the spaces of a text environment"""
-    names = ("input_ids", "attention_mask")
-    fits = isinstance(observation_space, spaces.Dict) and set(names) <= set(observation_space.spaces)
-    if not fits or not isinstance(action_space, spaces.Discrete):
-        raise ValueError(
-            "a language-model policy needs a text environment such as TextGen-v0, with observations "
-            "Dict(input_ids, attention_mask, ...) and actions Discrete(V); "
-            f"got {observation_space} and {action_space}"
-        )
-
-
-def _check_keys(obs: Any, names: tuple[str, ...]) -> None:
-    if isinstance(obs, tuple):
-        raise ValueError(
-            "the observation is a tuple: Gymnasium's reset returns (observation, info), pass the first only"
-        )
-    if not isinstance(obs, Mapping) or not set(names) <= set(obs):
-        got = f"a dict with keys {sorted(obs)}" if isinstance(obs, Mapping) else f"a {type(obs).__name__}"
-        needed = f"{', '.join(names[:-1])} and {names[-1]}"
-        raise ValueError(f"the observation must be a dict with {needed}, got {got}")
-
-
-def _as_rows(lm: LanguageModel, prompts: Sequence[Any], chat: bool) -> list[PromptRow]:
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list of texts; for one text pass [{prompts!r}]")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if is_conversation(prompt):
-            messages = as_messages(prompt, f"prompts[{i}]")
-            rows.append(PromptRow(chat_prompt(messages, lm.tokenizer, f"prompts[{i}]"), {MESSAGES: messages}))
-            continue
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{i}] is a {type(prompt).__name__}, expected a text or a list of messages")
-        if not prompt:
-            raise ValueError(f"prompts[{i}]={prompt!r} has no tokens: a prompt needs at least one")
-        row = PromptRow(prompt)
-        rows.append(as_chat(row, lm.vocabulary) if chat else row)
-    return rows
-
-
-def _as_numpy(array: Any) -> np.ndarray:
-    return array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
