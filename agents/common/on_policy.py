@@ -21,10 +21,11 @@ from textgym.agents.common.episode_figures import rollout_figures
 from textgym.agents.common.exploration import Exploration, check_exploration
 from textgym.agents.common.finite import check_policy
 from textgym.agents.common.losses import Loss
+from textgym.agents.common.normalisation import normalize_over_rollout
 from textgym.agents.common.progress import TrainingProgress
 from textgym.agents.common.rollout import CollectingAgent
 from textgym.agents.common.text_environment import TextEnv
-from textgym.agents.common.update import Update, explained_variance, normalize_over_rollout
+from textgym.agents.common.update import Update, explained_variance
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_choice, check_int, check_mapping, check_number, check_schedule, check_seed
 from textgym.engine.freed_memory import keep_freed_memory

@@ -20,10 +20,10 @@ from textgym.agents.buffers.episode_buffer import EpisodeBuffer
 from textgym.agents.common.episode_figures import logged_figures
 from textgym.agents.common.exploration import Exploration
 from textgym.agents.common.finite import check_rollout
-from textgym.agents.common.rollout_log_probs import evaluate_anew, reference_log_probs, weigh
+from textgym.agents.common.normalisation import whiten_rewards
+from textgym.agents.common.rollout_log_probs import evaluate_anew, reference_log_probs
 from textgym.agents.common.text_agent import TextAgent
 from textgym.agents.common.text_environment import TextEnvironment
-from textgym.agents.distributed.processes import Processes
 from textgym.divergence import DivergedError
 from textgym.rewards import RewardError
 
@@ -92,12 +92,9 @@ class CollectingAgent(TextAgent):
         try:
             if taken is None:
                 taken = self._begun_rollout(environment, callback, rollout_buffer)
-                whole = self._take_steps(taken, environment, callback, rollout_buffer, n_rollout_steps)
-            elif taken.drawn is None:
-                whole = True  # only the scores of its steps are missing
             else:
                 self.num_timesteps = taken.counted
-                whole = self._take_steps(taken, environment, callback, rollout_buffer, n_rollout_steps)
+            whole = self._take_steps(taken, environment, callback, rollout_buffer, n_rollout_steps)
             if whole:
                 self._finish_rollout(taken, environment, rollout_buffer)
         except BaseException as error:
@@ -278,7 +275,7 @@ class CollectingAgent(TextAgent):
         if acted_with_copy:
             evaluate_anew(self.policy, rollout_buffer)
         if rollout_buffer.drawn_with is not None:
-            log_ratio = np.abs(weigh(rollout_buffer, self.importance_cap))
+            log_ratio = np.abs(rollout_buffer.weigh(self.importance_cap))
             self.logger.record("rollout/log_ratio_abs", self.processes.mean(log_ratio))
             self.logger.record("rollout/log_ratio_max", self.processes.largest(log_ratio.max()))
         new = slice(rollout_buffer.held_steps, rollout_buffer.pos)
@@ -299,8 +296,7 @@ class CollectingAgent(TextAgent):
             rollout_buffer.ref_log_probs = reference_log_probs(self.policy, rollout_buffer, reference, known)
         check_rollout(rollout_buffer, ("log_probs", "values", "rewards"), self.num_timesteps)
         if self.whiten_rewards:
-            active = rollout_buffer.active
-            rollout_buffer.rewards[active] = whitened(rollout_buffer.rewards[active], self.processes)
+            whiten_rewards(rollout_buffer, self.processes)
         # V is on the scale of whitened rewards, so it is added after whitening.
         rollout_buffer.rewards += taken.bootstrap
         with np.errstate(over="ignore", invalid="ignore"):  # the check says what came of it
@@ -355,17 +351,3 @@ class CollectingAgent(TextAgent):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "finished_episodes", "_unscored", "_all_rows"]
-
-
-def whitened(rewards: np.ndarray, processes: Processes | None = None) -> np.ndarray:
-    """Rewards of unit variance with their mean kept; the variance is the biased one.
-
-    From Ziegler et al.'s code, see "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
-
-    :param rewards: any shape
-    :param processes: whose rewards mean and variance are taken over; default one alone
-    """
-    processes = processes or Processes()
-    mean = processes.mean(rewards)
-    whitened: np.ndarray = (rewards - mean) / np.sqrt(processes.variance(rewards) + 1e-8) + mean
-    return whitened

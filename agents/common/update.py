@@ -121,10 +121,3 @@ def explained_variance(buffer: EpisodeBuffer, processes: Processes) -> float:
     returns, values = buffer.returns[buffer.active], buffer.values[buffer.active]
     variance, residual = processes.variance(returns), processes.variance(returns - values)
     return float(1 - residual / variance) if variance else float("nan")
-
-
-def normalize_over_rollout(buffer: EpisodeBuffer, processes: Processes) -> None:
-    """Give the advantages of a rollout, of all processes, mean 0 and deviation 1; the variance is the biased one."""
-    advantages = buffer.advantages[buffer.active]
-    centred = advantages - processes.mean(advantages)
-    buffer.advantages[buffer.active] = centred / (np.sqrt(processes.variance(centred)) + 1e-8)

@@ -2,7 +2,7 @@
 
 Acting uses the slot cache of :mod:`textgym.engine.cached_model`: row i of a batch lives in slot i, so a step of an
 environment costs one token per row. Learning uses :meth:`LanguageModelPolicy.evaluate_segments`, one
-teacher-forced forward over whole stretches of episodes. Both read the same hidden states, divided by the same
+teacher-forced forward over whole segments of episodes. Both read the same hidden states, divided by the same
 temperature and without dropout, so that their log-probs agree.
 """
 

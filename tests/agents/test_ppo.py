@@ -31,7 +31,7 @@ from tiny_agents import (
 from tiny_models import BOS, EOS, PAD, UNK, tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import PPO
-from textgym.agents.common.rollout import whitened
+from textgym.agents.common.normalisation import whitened
 from textgym.envs.sb3 import TextGenVecEnv, as_vec_env
 from textgym.rewards import CausalRewardModel, RewardError
 

@@ -34,7 +34,7 @@ from textgym.agents import GRPO, PPO, RLOO, LearningRewards, StopOnKL
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer
 from textgym.agents.callbacks.adaptive_kl import AdaptiveKLCallback
 from textgym.agents.callbacks.checkpoints import TrainingCheckpoints, checkpoints_in, read_checkpoint, resume
-from textgym.agents.common.rollout import whitened
+from textgym.agents.common.normalisation import whitened
 from textgym.agents.distributed.processes import Processes, _wants_fsdp
 from textgym.agents.distributed.sharded_weights import ShardedWeights
 from textgym.agents.distributed.shared_prompts import DividePrompts, SharedPrompts
