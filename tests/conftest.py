@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import tiny_models
 import torch
-from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import textgym.embedded
 
 torch.set_num_threads(1)
 
@@ -77,6 +87,50 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Reports without a picture, but where a test asks for it."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("textgym.reward_training.report.draw_report", lambda report, path: None)
+
+
+@pytest.fixture(scope="module")
+def runs_without_pictures() -> Iterator[None]:
+    """Training runs end without drawing their curves, which takes longer than a run of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("textgym.agents.runs.training.plot_runs", lambda folders, output: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny language model, for tests that open it and leave it as it is."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_models.tiny_model("llama").save_pretrained(path)
+    tiny_models.tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def _narrow_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The embedded models' directories by the names they have in textgym.embedded, as narrow models of random weights.
+
+    Their tokenizer, their settings and what is built on top of them are those of the embedded models.
+    """
+    folder = tmp_path_factory.mktemp("narrow")
+    kinds = {"LANGUAGE_MODEL": AutoModelForCausalLM, "REWARD_MODEL": AutoModelForSequenceClassification}
+    for name, kind in kinds.items():
+        source = getattr(textgym.embedded, name)
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        config = AutoConfig.from_pretrained(source)
+        config.update({"hidden_size": 32, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2})
+        config.update({"intermediate_size": 64, "num_hidden_layers": 1, "initializer_range": 0.2})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            kind.from_config(config).save_pretrained(folder / name)
+    return {name: folder / name for name in kinds}
+
+
+@pytest.fixture
+def narrow_embedded_models(_narrow_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is done with the embedded models, to which the texts and scores don't matter."""
+    for name, path in _narrow_directories.items():
+        monkeypatch.setattr(textgym.embedded, name, path)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ MY_FUNCTION = "def my_function(prompts, completions, **columns): return [len(tex
 TAKEN_FOR_GRANTED = {"README.md": MY_FUNCTION, "README.zh.md": MY_FUNCTION}
 SLOW = {"README.md", "README.zh.md", "index.md", "runs.md"}  # whole runs, and rollouts of 64 rows
 
+WITH_EMBEDDED_MODELS = {"README.md"}  # with others narrow ones of the same vocabulary take their place
+
 
 class Block(NamedTuple):
     line: int
@@ -64,7 +66,9 @@ def one_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, one_rollout):
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, request, tmp_path, monkeypatch, one_rollout):
+    if page.name not in WITH_EMBEDDED_MODELS:
+        request.getfixturevalue("narrow_embedded_models")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(TAKEN_FOR_GRANTED.get(page.name, ""), namespace)
@@ -119,6 +123,7 @@ def commands_of(block: Block) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("bash"))
+@pytest.mark.usefixtures("narrow_embedded_models", "runs_without_pictures")
 def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch, short_runs):
     pytest.importorskip("typer")
     from typer.testing import CliRunner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,13 @@ LIKED = ("good", "great", "fine", "warm")
 
 
 def tiny_language_model(architecture: str = "llama", seed: int = 0) -> LanguageModel:
-    return LanguageModel(tiny_model(architecture, seed), tiny_tokenizer())
+    """How an architecture is stepped is found out once, which takes longer than what many a test does with it."""
+    return LanguageModel(tiny_model(architecture, seed), tiny_tokenizer(), like=_first_of(architecture))
+
+
+@cache
+def _first_of(architecture: str) -> LanguageModel:
+    return LanguageModel(tiny_model(architecture), tiny_tokenizer())
 
 
 def count_liked(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -29,8 +36,7 @@ def count_liked(prompts: list[str], completions: list[str], **columns: Any) -> l
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     defaults = {"prompts": PROMPTS, "reward": count_liked, "max_new_tokens": 8, "kl_coef": 0.1, "device": "cpu"}
     options = {**defaults, **options}
-    options.setdefault("language_model", tiny_language_model())
-    return options
+    return options if "language_model" in options else {**options, "language_model": tiny_language_model()}
 
 
 def tiny_vector_env(num_envs: int = 4, **options: Any) -> TextGenVectorEnv:

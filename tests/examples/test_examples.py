@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from textgym.agents.runs.agents import AGENTS
 
+pytestmark = pytest.mark.usefixtures("runs_without_pictures")
+
 
 def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -23,7 +25,7 @@ def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quickstart_leaves_a_table_a_plot_and_an_ordinary_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("quickstart.py", "--timesteps", "4096", "--output", str(tmp_path), monkeypatch=monkeypatch)
+    run("quickstart.py", "--timesteps", "1536", "--output", str(tmp_path), monkeypatch=monkeypatch)
     shown = capsys.readouterr().out
     for word in ("before", "after", "KL to the reference", "distinct-2", "word judge", "learning_curve.png"):
         assert word in shown
@@ -38,9 +40,9 @@ def test_quickstart_leaves_a_table_a_plot_and_an_ordinary_checkpoint(
 
 
 def test_custom_reward_trains_on_a_function(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    narrow_embedded_models: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("custom_reward.py", "--timesteps", "3072", monkeypatch=monkeypatch)
+    run("custom_reward.py", "--timesteps", "1536", monkeypatch=monkeypatch)
     shown = capsys.readouterr().out
     for word in ("before:", "after:", "reward on held-out prompts"):
         assert word in shown
@@ -48,7 +50,10 @@ def test_custom_reward_trains_on_a_function(
 
 @pytest.mark.parametrize("algorithm", AGENTS)
 def test_every_agent_has_a_script_of_some_25_lines_that_trains_it_and_shows_what_it_learned(
-    algorithm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    algorithm: str,
+    narrow_embedded_models: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = f"train_{algorithm}.py"
     if algorithm == "trpo":
@@ -61,7 +66,7 @@ def test_every_agent_has_a_script_of_some_25_lines_that_trains_it_and_shows_what
 
 
 @pytest.mark.parametrize("algorithm", AGENTS)
-def test_the_shell_trains_every_agent(algorithm: str, tmp_path: Path) -> None:
+def test_the_shell_trains_every_agent(algorithm: str, tmp_path: Path, narrow_embedded_models: None) -> None:
     typer = pytest.importorskip("typer.testing")
     from textgym.agents.cli.main import app
 

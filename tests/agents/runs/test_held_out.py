@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_agents import tiny_language_model
 
 from textgym.agents.cli.main import _show_progress, console
 from textgym.agents.runs import Run, RunConfig
@@ -15,6 +14,8 @@ from textgym.agents.runs.agents import resolved
 from textgym.agents.runs.diagnosis import diagnose
 from textgym.agents.runs.held_out import BestEvaluation, HeldOutPrompts
 from textgym.prompts.rows import PromptRow
+
+pytestmark = pytest.mark.usefixtures("runs_without_pictures")
 
 FIGURES = {
     "score": 0.1, "score_std": 0.3, "score_low": 0.05, "score_high": 0.15, "zero": 0.1, "kl": 0.0, "perplexity": 20.0,
@@ -98,11 +99,10 @@ def test_a_run_with_one_evaluation_shows_it_once():
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> dict[str, Any]:
-    tiny_language_model().save_pretrained(tmp_path / "tiny")
+def small(tiny_directory: Path, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "p.txt").write_text("\n".join(f"film {word}" for word in "good bad dull slow warm cold fine".split()))
     return {
-        "model": str(tmp_path / "tiny"), "prompts": str(tmp_path / "p.txt"), "held_out": "3", "eval_prompts": 6,
+        "model": str(tiny_directory), "prompts": str(tmp_path / "p.txt"), "held_out": "3", "eval_prompts": 6,
         "reward": "repetition", "rows": 4, "max_new_tokens": 4, "timesteps": 160, "eval_every": 16,
         "checkpoint_every": 48, "samples": 2, "device": "cpu", "threads": 1, "tensorboard": False, "n_epochs": 1,
         "learning_rate": 0.0,

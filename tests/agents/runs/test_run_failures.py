@@ -25,19 +25,26 @@ from textgym.agents.runs import Run, RunConfig, RunFolder
 from textgym.agents.runs.training import policy_of
 from textgym.rewards import RewardError
 
-SMALL: dict[str, Any] = {
-    "rows": 4,
-    "max_new_tokens": 6,
-    "timesteps": 72,  # three rollouts
-    "eval_every": 48,
-    "eval_prompts": 2,
-    "samples": 2,
-    "checkpoint_every": 24,
-    "device": "cpu",
-    "threads": 1,
-    "tensorboard": False,
-    "n_epochs": 1,
-}
+pytestmark = pytest.mark.usefixtures("runs_without_pictures")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_directory: Path) -> dict[str, Any]:
+    """Options of a run of three rollouts."""
+    return {
+        "model": str(tiny_directory),
+        "rows": 4,
+        "max_new_tokens": 6,
+        "timesteps": 72,  # three rollouts
+        "eval_every": 48,
+        "eval_prompts": 2,
+        "samples": 2,
+        "checkpoint_every": 24,
+        "device": "cpu",
+        "threads": 1,
+        "tensorboard": False,
+        "n_epochs": 1,
+    }
 
 
 def invoke(*arguments: str) -> Any:
@@ -50,10 +57,10 @@ def facts(folder: RunFolder) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rollouts, to be gone on with."""
     path = tmp_path_factory.mktemp("runs") / "stopped"
-    assert Run("ppo", RunConfig(**{**SMALL, "timesteps": 48}), path).train()
+    assert Run("ppo", RunConfig(**{**small, "timesteps": 48}), path).train()
     return path
 
 
@@ -73,8 +80,8 @@ def change(folder: RunFolder, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("agent", ["ppo", "trpo", "q"])
-def test_a_run_that_diverges_fails_and_keeps_what_was_good(agent: str, tmp_path: Path) -> None:
-    options = {**SMALL, "eval_every": 10_000}
+def test_a_run_that_diverges_fails_and_keeps_what_was_good(small: dict[str, Any], agent: str, tmp_path: Path) -> None:
+    options = {**small, "eval_every": 10_000}
     options.pop("n_epochs")
     if agent == "trpo":
         options.update(cg_max_steps=1, n_critic_updates=1, line_search_max_iter=1)
@@ -103,8 +110,8 @@ def test_a_run_that_diverges_fails_and_keeps_what_was_good(agent: str, tmp_path:
     assert "reason" not in facts(run.folder)
 
 
-def test_the_command_says_in_a_line_that_a_run_diverged(tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text(json.dumps({**SMALL, "learning_rate": 1e9, "timesteps": 240}))
+def test_the_command_says_in_a_line_that_a_run_diverged(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({**small, "learning_rate": 1e9, "timesteps": 240}))
     result = invoke("train", "-c", str(tmp_path / "c.json"), "-o", str(tmp_path / "run"), "--no-progress")
     assert result.exit_code == 2
     assert "diverged at step" in result.output
@@ -115,10 +122,12 @@ def test_the_command_says_in_a_line_that_a_run_diverged(tmp_path: Path) -> None:
 # Failures
 
 
-def test_a_reward_that_fails_marks_the_run_and_the_folder_can_be_used_again(tmp_path: Path) -> None:
+def test_a_reward_that_fails_marks_the_run_and_the_folder_can_be_used_again(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def reward(prompts, completions, **columns):\n    return [len(c) / 0 for c in completions]\n")
-    options = {**SMALL, "timesteps": 24, "reward": f"{file}:reward"}
+    options = {**small, "timesteps": 24, "reward": f"{file}:reward"}
     run = Run("ppo", RunConfig(**options), tmp_path / "run")
     with pytest.raises(RewardError):
         run.train()
@@ -131,10 +140,10 @@ def test_a_reward_that_fails_marks_the_run_and_the_folder_can_be_used_again(tmp_
         Run("ppo", RunConfig(**options), tmp_path / "run")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
-    whole = Run("ppo", RunConfig(**SMALL), tmp_path / "whole")
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(small: dict[str, Any], tmp_path: Path) -> None:
+    whole = Run("ppo", RunConfig(**small), tmp_path / "whole")
     assert whole.train()
-    run = Run("ppo", RunConfig(**SMALL), tmp_path / "run")
+    run = Run("ppo", RunConfig(**small), tmp_path / "run")
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -152,12 +161,14 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_model_is_kept_when_the_last_checkpoint_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_kept_when_the_last_checkpoint_cannot_be(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("textgym.agents.callbacks.state_files.safetensors.torch.save_file", full)
-    run = Run("ppo", RunConfig(**{**SMALL, "timesteps": 24, "checkpoint_every": 48}), tmp_path / "run")
+    run = Run("ppo", RunConfig(**{**small, "timesteps": 24, "checkpoint_every": 48}), tmp_path / "run")
     monkeypatch.setattr(
         "textgym.agents.common.pretrained.safetensors.torch.save_file", lambda tensors, path: path.touch()
     )
@@ -284,14 +295,14 @@ def test_damaged_checkpoints_are_not_counted_as_kept(tmp_path: Path) -> None:
 # Rewards that learn
 
 
-def test_rewards_that_learn_do_so_in_runs_and_resume_where_they_were(tmp_path: Path) -> None:
+def test_rewards_that_learn_do_so_in_runs_and_resume_where_they_were(small: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from textgym.rewards import Ensemble, FunctionReward, NoveltyReward, RunningNormalized\n"
         "def length(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
         "reward = 0.5 * NoveltyReward() + Ensemble([RunningNormalized(FunctionReward(length)), length])\n"
     )
-    options = {**SMALL, "reward": f"{file}:reward", "kl_target": 2.0}
+    options = {**small, "reward": f"{file}:reward", "kl_target": 2.0}
     whole = Run("ppo", RunConfig(**options), tmp_path / "whole")
     before = str(whole.envs.reward.state_dict())
     assert [type(part) for part in whole.callbacks[:2]] == [LearningRewards, AdaptiveKLCallback]
@@ -307,12 +318,12 @@ def test_rewards_that_learn_do_so_in_runs_and_resume_where_they_were(tmp_path: P
 # Code that a run names
 
 
-def test_resuming_asks_for_trust_where_generating_does(tmp_path: Path) -> None:
+def test_resuming_asks_for_trust_where_generating_does(small: dict[str, Any], tmp_path: Path) -> None:
     file, ran = tmp_path / "mine.py", tmp_path / "ran"
     text = "def reward(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
     file.write_text(text)
     folder = RunFolder(tmp_path / "run")
-    assert Run("ppo", RunConfig(**{**SMALL, "timesteps": 24, "reward": f"{file}:reward"}), folder.path).train()
+    assert Run("ppo", RunConfig(**{**small, "timesteps": 24, "reward": f"{file}:reward"}), folder.path).train()
     file.write_text(f"open({str(ran)!r}, 'w').close()\n{text}")  # it is not what the run began with
     resume = ("train", "--resume", str(folder.path), "--timesteps", "48", "--no-progress")
     result = invoke(*resume)
@@ -324,7 +335,9 @@ def test_resuming_asks_for_trust_where_generating_does(tmp_path: Path) -> None:
     assert ran.exists()
 
 
-def test_resuming_asks_before_it_runs_code_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_asks_before_it_runs_code_of_the_model(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / "own"
     tiny_language_model().save_pretrained(own)
     config = json.loads((own / "config.json").read_text())
@@ -338,7 +351,7 @@ def test_resuming_asks_before_it_runs_code_of_the_model(tmp_path: Path, monkeypa
     (tmp_path / "p.txt").write_text("the film\na story\n")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on the terminal"))
-    options = {**SMALL, "timesteps": 24, "model": str(own), "prompts": str(tmp_path / "p.txt"), "held_out": "none"}
+    options = {**small, "timesteps": 24, "model": str(own), "prompts": str(tmp_path / "p.txt"), "held_out": "none"}
     folder = RunFolder(tmp_path / "run")
     assert Run("ppo", RunConfig(**options, trust_remote_code=True), folder.path).train()
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +28,60 @@ from textgym.agents.runs import Run, RunConfig, RunFolder, read_config
 from textgym.agents.runs.agents import AGENTS, options_of, resolved
 from textgym.agents.runs.config import ALGORITHM, sections
 from textgym.agents.runs.paths import with_absolute_paths
+from textgym.agents.runs.plots import plot_runs
 from textgym.agents.runs.prompts import load_prompts
 from textgym.agents.runs.training import load_reward, make_agent, make_envs
 from textgym.agents.runs.trust import UntrustedCodeError, check_code, seals
 
-SMALL: dict[str, Any] = {
-    "rows": 4,
-    "max_new_tokens": 6,
-    "timesteps": 240,  # ten rollouts
-    "eval_every": 96,
-    "eval_prompts": 4,
-    "samples": 2,
-    "checkpoint_every": 48,
-    "device": "cpu",
-    "threads": 1,
-    "kl_target": 2.0,
-    "lr_schedule": "linear",
-}
+pytestmark = pytest.mark.usefixtures("runs_without_pictures")
+
+
+# A reward that sends its process a signal, once, when there is a certain file.
+REWARD = """
+import os, signal
+from pathlib import Path
+
+
+def score(prompts, completions, **columns):
+    after = os.environ.get("SIGNAL_AFTER")
+    if after is not None and Path(after).exists():
+        del os.environ["SIGNAL_AFTER"]
+        signal.raise_signal(signal.Signals[os.environ["SIGNAL"]])
+    return [len(set(text.split())) / 6 for text in completions]
+"""
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A small run of the embedded model, trained to its end."""
+def small(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a run of ten rollouts."""
+    reward = tmp_path_factory.mktemp("reward") / "mine.py"
+    reward.write_text(REWARD)
+    return {
+        "model": str(tiny_directory),
+        "reward": f"{reward}:score",
+        "rows": 4,
+        "max_new_tokens": 6,
+        "timesteps": 240,  # ten rollouts
+        "eval_every": 96,
+        "eval_prompts": 4,
+        "samples": 2,
+        "checkpoint_every": 48,
+        "device": "cpu",
+        "threads": 1,
+        "kl_target": 2.0,
+        "lr_schedule": "linear",
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """That run, trained to its end, with its picture."""
     path = tmp_path_factory.mktemp("runs") / "whole"
-    run = Run("ppo", RunConfig(**SMALL), path)
-    assert run.train()
+    run = Run("ppo", RunConfig(**small), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("textgym.agents.runs.training.plot_runs", plot_runs)
+        assert run.train()
     return run.folder
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "textgym.agents.cli", *arguments]
 
 
 def invoke(*arguments: str) -> Any:
@@ -82,14 +105,14 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
     assert one.samples_table.read_text() == other.samples_table.read_text()
 
 
-def test_a_run_leaves_its_folder_complete(finished: RunFolder) -> None:
+def test_a_run_leaves_its_folder_complete(small: dict[str, Any], finished: RunFolder) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         "config.yaml", "run.json", "metrics.jsonl", "metrics.csv", "samples.jsonl", "samples.md", "checkpoints",
         "tensorboard", "best", "model", "curves.png", "held_out.json", ".lock",
     }  # fmt: skip
     written = {name: value for name, value in read_config(finished.config).items() if name != "algorithm"}
-    assert RunConfig.from_mapping(written) == resolved("ppo", RunConfig(**SMALL))
+    assert RunConfig.from_mapping(written) == resolved("ppo", RunConfig(**small))
     assert written["clip_range"] == 0.2  # what the agent's own default was when the run began
     facts = json.loads(finished.run.read_text())
     assert facts["status"] == "finished"
@@ -125,54 +148,44 @@ def test_tensorboard_has_the_same_figures(finished: RunFolder) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_end(finished: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SMALL))
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_killed_run_resumes_to_the_same_end(small: dict[str, Any], finished: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(small))
     folder = RunFolder(tmp_path / "killed")
-    process = subprocess.Popen(
-        command("train", "-c", str(tmp_path / "config.yaml"), "-o", str(folder.path), "--no-progress"),
+    checkpoint = folder.checkpoints / "checkpoint-000000000144"
+    command = ("train", "-c", str(tmp_path / "config.yaml"), "-o", str(folder.path), "--no-progress")
+    done = subprocess.run(
+        [sys.executable, "-m", "textgym.agents.cli", *command],
+        env={**os.environ, "SIGNAL": "SIGKILL", "SIGNAL_AFTER": str(checkpoint)},
         stdout=subprocess.DEVNULL,
     )
-    wait_for(folder.checkpoints / "checkpoint-000000000144", process)
-    process.kill()
-    process.wait()
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoint.is_dir()
     assert not folder.model.exists()
     assert Run.resumed(folder.path).train()
     assert_same_run(finished, folder)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
-def test_an_interrupted_run_saves_stops_and_resumes_to_the_same_end(finished: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SMALL))
+def test_an_interrupted_run_saves_stops_and_resumes_to_the_same_end(
+    small: dict[str, Any], finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(small))
     folder = RunFolder(tmp_path / "interrupted")
-    process = subprocess.Popen(
-        command("train", "-c", str(tmp_path / "config.yaml"), "-o", str(folder.path), "--no-progress"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    wait_for(folder.checkpoints / "checkpoint-000000000048", process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "Stopping after this rollout" in err
-    stopped_at = int(re.search(r"Stopped at (\d+) tokens; go on with: textgym train --resume", out)[1])  # type: ignore[index]
+    monkeypatch.setenv("SIGNAL", "SIGINT")
+    monkeypatch.setenv("SIGNAL_AFTER", str(folder.checkpoints / "checkpoint-000000000048"))
+    result = invoke("train", "-c", str(tmp_path / "config.yaml"), "-o", str(folder.path), "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert "Stopping after this rollout" in result.stderr
+    assert "Stopped at 72 tokens; go on with: textgym train --resume" in result.stdout
     assert json.loads(folder.run.read_text())["status"] == "stopped"
-    assert (folder.checkpoints / f"checkpoint-{stopped_at:012d}").is_dir()
+    assert (folder.checkpoints / "checkpoint-000000000072").is_dir()
     assert Run.resumed(folder.path).train()
     assert_same_run(finished, folder)
 
 
-def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
-    while not path.exists():
-        assert process.poll() is None, "the run ended too early"
-        time.sleep(0.02)
-
-
-def test_a_finished_run_can_be_trained_further(finished: RunFolder, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_trained_further(small: dict[str, Any], finished: RunFolder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "further")
-    config = RunConfig(**{**SMALL, "timesteps": 48, "tensorboard": False})
+    config = RunConfig(**{**small, "timesteps": 48, "tensorboard": False})
     assert Run("ppo", config, folder.path).train()
     result = invoke("train", "--resume", str(folder.path), "--timesteps", "96", "--no-progress")
     assert result.exit_code == 0, result.output
@@ -183,11 +196,11 @@ def test_a_finished_run_can_be_trained_further(finished: RunFolder, tmp_path: Pa
 # The command line
 
 
-def test_every_option_is_a_flag_and_a_flag_wins_over_the_file(tmp_path: Path) -> None:
+def test_every_option_is_a_flag_and_a_flag_wins_over_the_file(small: dict[str, Any], tmp_path: Path) -> None:
     text = invoke("train", "--help").output
     for name in RunConfig().as_dict():
         assert ("--set" if name == "agent_options" else f"--{name.replace('_', '-')}") in text
-    (tmp_path / "c.json").write_text(json.dumps({**SMALL, "timesteps": 24, "kl_coef": 0.3, "vf_coef": 0.2}))
+    (tmp_path / "c.json").write_text(json.dumps({**small, "timesteps": 24, "kl_coef": 0.3, "vf_coef": 0.2}))
     result = invoke(
         "train", "ppo", "-c", str(tmp_path / "c.json"), "-o", str(tmp_path / "run"), "--kl-coef", "0.1",
         "--no-tensorboard", "--no-progress", "--stop", "!", "--stop", "the end",
@@ -198,7 +211,7 @@ def test_every_option_is_a_flag_and_a_flag_wins_over_the_file(tmp_path: Path) ->
     assert options["stop"] == ["!", "the end"]
 
 
-def test_generate_evaluate_and_plot_read_a_run(finished: RunFolder, tmp_path: Path) -> None:
+def test_generate_evaluate_and_plot_read_a_run(tiny_directory: Path, finished: RunFolder, tmp_path: Path) -> None:
     result = invoke("generate", str(finished.path), "-p", "the film is", "-p", "this story", "--seed", "3")
     assert result.exit_code == 0, result.output
     assert "the film is" in result.output
@@ -211,7 +224,7 @@ def test_generate_evaluate_and_plot_read_a_run(finished: RunFolder, tmp_path: Pa
     result = invoke("evaluate", str(finished.model), str(finished.best), "-n", "6", "-o", str(tmp_path / "e"))
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert {"embedded", str(finished.model), str(finished.best)} <= set(str(data).replace("'", " ").split())
+    assert {str(tiny_directory), str(finished.model), str(finished.best)} <= set(str(data).replace("'", " ").split())
     assert (tmp_path / "e" / "evaluation.md").read_text().count("\n") > 8
     assert (tmp_path / "e" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -321,7 +334,7 @@ def test_a_reward_is_a_function_in_a_file_or_an_object_in_a_module(tmp_path: Pat
 
 
 @pytest.fixture
-def run_with_code(tmp_path: Path) -> tuple[Path, Path]:
+def run_with_code(small: dict[str, Any], tmp_path: Path) -> tuple[Path, Path]:
     """A run with a reward file of its own, and the file that this code writes when it runs."""
     file, ran = tmp_path / "mine.py", tmp_path / "ran"
     file.write_text(
@@ -329,7 +342,7 @@ def run_with_code(tmp_path: Path) -> tuple[Path, Path]:
         "def short(prompts, completions, **columns):\n    return [1 / (1 + len(c)) for c in completions]\n"
     )
     path = tmp_path / "run"
-    assert Run("ppo", RunConfig(**{**SMALL, "timesteps": 24, "reward": f"{file}:short"}), path).train()
+    assert Run("ppo", RunConfig(**{**small, "timesteps": 24, "reward": f"{file}:short"}), path).train()
     ran.unlink()
     return path, ran
 
@@ -408,8 +421,8 @@ def test_the_command_line_knows_every_agent_and_every_option_of_theirs() -> None
 
 
 @pytest.mark.parametrize("algorithm", AGENTS)
-def test_the_defaults_of_a_run_are_those_of_the_agent(algorithm: str) -> None:
-    config = RunConfig(rows=4, max_new_tokens=8)
+def test_the_defaults_of_a_run_are_those_of_the_agent(algorithm: str, tiny_directory: Path) -> None:
+    config = RunConfig(model=str(tiny_directory), rows=4, max_new_tokens=8)
     agent = make_agent(algorithm, config, make_envs(config, ["the film is"]))
     plain = AGENTS[algorithm]("LanguageModelPolicy", make_envs(config, ["the film is"]))
     for name in options_of(algorithm):
