@@ -9,6 +9,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
 
+# The tests of a file share what takes long to make: each file goes to one process, as they come.
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -23,10 +26,10 @@ quickstart: $(VENV)/.installed-extra ## install into .venv, then train a small l
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the test suite (ARGS="-k kl" to choose, WORKERS=4 for more processes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SHARED) $(ARGS)
 
 coverage: $(VENV)/.installed-dev ## run the test suite and report the lines it does not reach
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SHARED) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import tiny_models
 import torch
+from hypothesis import settings
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,8 @@ from transformers import (
 import textgym.embedded
 
 torch.set_num_threads(1)
+settings.register_profile("textgym", deadline=None)  # how long an example takes says more of the machine
+settings.load_profile("textgym")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,11 +129,16 @@ def _narrow_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {name: folder / name for name in kinds}
 
 
-@pytest.fixture
-def narrow_embedded_models(_narrow_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def _narrow_models(_narrow_directories: dict[str, Path]) -> Iterator[None]:
     """For tests of what is done with the embedded models, to which the texts and scores don't matter."""
-    for name, path in _narrow_directories.items():
-        monkeypatch.setattr(textgym.embedded, name, path)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, path in _narrow_directories.items():
+            patch.setattr(textgym.embedded, name, path)
+        yield
+
+
+narrow_embedded_models = pytest.fixture(_narrow_models)
+narrow_embedded_models_throughout = pytest.fixture(_narrow_models, scope="module")  # for all tests of a file
 
 
 @pytest.fixture

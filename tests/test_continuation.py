@@ -31,7 +31,7 @@ characters = st.characters(codec="utf-8").filter(lambda c: unicodedata.is_normal
 pieces = st.lists(st.sampled_from(AWKWARD) | st.text(characters, max_size=8), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(prompt=st.sampled_from(["the film", "the film is ", "I don", "中文", "一\n"]), pieces=pieces)
 @example(prompt="the film", pieces=AWKWARD)
 def test_prompt_and_pieces_decode_to_their_concatenation(vocabulary, prompt, pieces):

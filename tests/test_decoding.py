@@ -64,7 +64,7 @@ def test_prefixes_of_a_text_are_prefixes_without_a_broken_character(turns, text)
     ), "U+FFFD stands only where the text has it"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_prefixes_of_any_tokens_are_prefixes(turns, data):
     size = len(turns.tokenizer)

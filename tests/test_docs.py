@@ -29,7 +29,7 @@ MY_FUNCTION = "def my_function(prompts, completions, **columns): return [len(tex
 TAKEN_FOR_GRANTED = {"README.md": MY_FUNCTION, "README.zh.md": MY_FUNCTION}
 SLOW = {"README.md", "README.zh.md", "index.md", "runs.md"}  # whole runs, and rollouts of 64 rows
 
-WITH_EMBEDDED_MODELS = {"README.md"}  # with others narrow ones of the same vocabulary take their place
+WITH_EMBEDDED_MODELS = {"README.md", "concepts.md"}  # elsewhere narrow ones of the same vocabulary take their place
 
 
 class Block(NamedTuple):

@@ -18,6 +18,8 @@ from textgym.agents.runs import Run, RunConfig
 from textgym.agents.runs.agents import agent_class, agent_name
 from textgym.agents.runs.training import run_config
 
+pytestmark = pytest.mark.usefixtures("narrow_embedded_models_throughout", "runs_without_pictures")
+
 SMALL: dict[str, Any] = {
     "timesteps": 16,
     "rows": 4,

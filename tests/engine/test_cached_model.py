@@ -129,7 +129,7 @@ def test_rows_of_like_length_are_not_packed():
 LLAMA = tiny_model("llama")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 999),
     st.lists(

@@ -123,7 +123,7 @@ def test_stepping_equals_the_plain_forward_of_each_row(name):
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_whatever_happens_to_the_rows_between_calls(seed):
     assert_steps_are_exact(T5, T5.cached(16), seed, steps=8)
 

@@ -374,7 +374,7 @@ def test_the_random_numbers_are_where_gymnasium_looks_for_them():
 tokens_strategy = st.lists(st.sampled_from([*WORDS, *WORDS, EOS, UNK, PAD]), min_size=8, max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=tokens_strategy,
     prompt=st.sampled_from(PROMPTS),

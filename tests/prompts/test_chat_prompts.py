@@ -268,7 +268,7 @@ def test_an_action_that_ends_a_turn_ends_it_as_the_template_does(chat):
 
 
 @pytest.fixture(scope="module")
-def chat_run(tmp_path_factory) -> Path:
+def chat_run(runs_without_pictures, tmp_path_factory) -> Path:
     """A run on conversations, of a model whose template has a variable."""
     path = tmp_path_factory.mktemp("run")
     save_chat_model(path / "model", chat_tokenizer(template=THINKING))

@@ -123,7 +123,7 @@ def test_without_sacrebleu_the_error_names_the_extra(monkeypatch):
 TEXTS = st.lists(st.text("ab c", max_size=10), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seen=TEXTS, memory=st.integers(1, 6), text=st.text("ab c", max_size=12), n=st.integers(1, 3))
 def test_novelty_is_the_count_based_bonus_over_what_is_remembered(seen, memory, text, n):
     reward = NoveltyReward(n=n, memory=memory, floor=2)

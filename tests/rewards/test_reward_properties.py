@@ -93,7 +93,7 @@ def score(reward, rows):
     return reward(prompts=prompts, completions=completions, task=tasks)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(st.tuples(st.sampled_from(["p", "q", ""]), ANY_TEXT, st.sampled_from("ab")), max_size=6),
     order=st.randoms(use_true_random=False),
@@ -125,7 +125,7 @@ def test_each_strange_text_has_a_number_in_the_documented_range(rewards, text):
 IDS = st.lists(st.integers(3, 63), min_size=1, max_size=5)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(rows=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=4))
 def test_all_prefixes_at_once_are_the_prefixes_one_by_one(rewards, rows):
     causal = CausalRewardModel(tiny_causal_reward_model(), TOKENIZER)

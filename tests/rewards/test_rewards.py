@@ -437,7 +437,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 METASPACE = metaspace_tokenizer()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ids=st.lists(st.integers(0, len(METASPACE) - 1) | st.sampled_from(METASPACE("good film 好")["input_ids"])),
     prompt_length=st.integers(0, 8),
@@ -488,7 +488,7 @@ def test_prefix_potentials_needs_one_entry_per_row(batch):
 IDS = st.lists(st.integers(4, 63), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),

@@ -194,7 +194,7 @@ ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=()), max_size=12) |
 ).map(" ".join)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(completions=st.lists(ANY_TEXT, min_size=1, max_size=4), data=st.data())
 def test_arbitrary_texts_too(named, completions, data):
     reward, limits = named

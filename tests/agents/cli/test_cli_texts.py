@@ -15,7 +15,7 @@ from textgym.agents.runs import Run, RunConfig, RunFolder
 from textgym.agents.runs.prompt_record import trained_on
 from textgym.language_model import load_language_model
 
-pytestmark = pytest.mark.usefixtures("runs_without_pictures")
+pytestmark = pytest.mark.usefixtures("narrow_embedded_models_throughout", "runs_without_pictures")
 
 SMALL: dict[str, Any] = {
     "rows": 4, "max_new_tokens": 6, "timesteps": 24, "eval_prompts": 2, "samples": 1, "device": "cpu", "threads": 1,

@@ -38,7 +38,7 @@ from textgym.agents.common.normalisation import whitened
 from textgym.agents.distributed.processes import Processes, _wants_fsdp
 from textgym.agents.distributed.sharded_weights import ShardedWeights
 from textgym.agents.distributed.shared_prompts import DividePrompts, SharedPrompts
-from textgym.agents.runs import Run, RunConfig, RunFolder
+from textgym.agents.runs import Run, RunConfig, RunFolder, training
 from textgym.rewards import AdversarialReward, NoveltyReward
 
 TRAIN = ["-m", "textgym.agents.cli", "train", "ppo"]  # what accelerate launches
@@ -192,6 +192,7 @@ def fork_workers(folder: Path) -> int:
 def worker(folder: Path, rank: int) -> None:
     """What each of the two processes does; the first one writes what came of it."""
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    training.plot_runs = lambda folders, output: None  # which takes longer than such a run
     processes = Processes.join(timeout=60, cpu=True)
     assert processes.shard  # says the configuration
     rollout = torch.load(folder / "rollout.pt", weights_only=False)

@@ -301,7 +301,7 @@ def test_discounted_potentials_need_tokens_and_a_discount():
 # --- running normalisation
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(-1000, 1000), max_size=8), max_size=6))
 def test_running_statistics_are_those_of_everything_observed(batches):
     table = FunctionReward(lambda completions: [float(text) for text in completions], name="number")

@@ -361,7 +361,7 @@ TEXTS = st.lists(st.lists(st.sampled_from(VOCABULARY[4:]), max_size=8).map(" ".j
 SHARED = ClassifierReward(encoder(), ENCODER_TOKENIZER, label=1, max_batch_tokens=40)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(completions=TEXTS, data=st.data())
 def test_batch_and_order_change_nothing(completions, data):
     order = data.draw(st.permutations(range(len(completions))))

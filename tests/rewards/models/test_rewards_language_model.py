@@ -199,7 +199,7 @@ ROWS = st.lists(
 SHARED = LogProbReward(tiny_model("llama"), tokenizer=TOKENIZER)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=ROWS, pad=st.integers(0, 63), extra=st.integers(0, 4), data=st.data())
 def test_padding_order_and_history_change_nothing(rows, pad, extra, data):
     prompts = [prompt for prompt, _, _ in rows]

@@ -91,7 +91,7 @@ def test_length_arguments_are_checked(arguments, complaint):
 # --- repetition
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=WORDS, n=st.integers(1, 4))
 def test_repetition_and_distinct_n_are_those_of_the_metrics_module(text, n):
     assert score(Repetition(n), text) == [pytest.approx(-repetitions([text], n)[0])]
@@ -221,7 +221,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(value=JSON)
 def test_what_json_writes_is_json_and_half_of_it_is_not(value):
     text = json.dumps(value)
@@ -354,7 +354,7 @@ def test_constraint_arguments_are_checked(arguments, complaint):
 # --- words and sentences
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(alphabet="ab .!?。\n\"')3", max_size=30))
 def test_sentences_make_up_the_text_but_for_white_space_and_bare_marks(text):
     sentences = sentences_of(text)
