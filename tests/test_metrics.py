@@ -123,8 +123,9 @@ def test_copies_of_a_measurement_make_no_mean_surer():
 
 
 def zipf_corpus(rng: np.random.Generator, size: int) -> list[str]:
-    shares = 1 / np.arange(1, 2001)
-    return [" ".join(map(str, rng.choice(2000, rng.integers(5, 25), p=shares / shares.sum()))) for _ in range(size)]
+    shares, lengths = 1 / np.arange(1, 2001), rng.integers(5, 25, size)
+    words = rng.choice(2000, lengths.sum(), p=shares / shares.sum()).astype(str)
+    return [" ".join(text) for text in np.split(words, lengths.cumsum()[:-1])]
 
 
 @pytest.mark.parametrize("n", [1, 2])

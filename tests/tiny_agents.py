@@ -48,7 +48,7 @@ def tiny_env(**options: Any) -> TextGenEnv:
 
 
 def tiny_ppo(env: Any = None, **arguments: Any) -> PPO:
-    arguments = {"n_steps": 12, "batch_size": 16, "n_epochs": 3, "seed": 0, "device": "cpu", **arguments}
+    arguments = {"n_steps": 12, "batch_size": 16, "seed": 0, "device": "cpu", **arguments}
     return PPO("LanguageModelPolicy", tiny_vector_env() if env is None else env, **arguments)
 
 
