@@ -27,7 +27,7 @@ FENCE = re.compile(
 # What a page takes for granted: the reader's own reward.
 MY_FUNCTION = "def my_function(prompts, completions, **columns): return [len(text) / 100 for text in completions]"
 TAKEN_FOR_GRANTED = {"README.md": MY_FUNCTION, "README.zh.md": MY_FUNCTION}
-SLOW = {"README.md", "README.zh.md", "index.md", "runs.md"}  # whole runs, and rollouts of 64 rows
+SLOW = {"README.md", "runs.md"}
 
 WITH_EMBEDDED_MODELS = {"README.md", "concepts.md"}  # elsewhere narrow ones of the same vocabulary take their place
 
@@ -49,7 +49,7 @@ def blocks(page: Path) -> list[Block]:
 
 def pages_with(language: str) -> list[Any]:
     found = [page for page in PAGES if any(block.language == language for block in blocks(page))]
-    marks = {page: [pytest.mark.slow] if page.name in SLOW and language == "python" else [] for page in found}
+    marks = {page: [pytest.mark.slow] if page.name in SLOW else [] for page in found}
     return [pytest.param(page, id=page.relative_to(ROOT).as_posix(), marks=marks[page]) for page in found]
 
 
@@ -121,7 +121,6 @@ def commands_of(block: Block) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("bash"))
 @pytest.mark.usefixtures("narrow_embedded_models", "runs_without_pictures")
 def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch, short_runs):

@@ -27,7 +27,9 @@ def modules_with_examples() -> list[str]:
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_docstring_examples_print_what_they_say(name, narrow_embedded_models):
+def test_docstring_examples_print_what_they_say(name, request):
+    if name.startswith("textgym.agents."):  # which learn; elsewhere examples say what the embedded models make of texts
+        request.getfixturevalue("narrow_embedded_models")
     results = doctest.testmod(importlib.import_module(name), optionflags=OPTIONS)
     assert results.attempted > 0, f"{name} has '>>>' but no example that doctest finds"
     assert results.failed == 0, f"{results.failed} of {results.attempted} examples failed (shown above)"

@@ -41,7 +41,7 @@ from textgym.rewards import CausalRewardModel, RewardError
 def learner(seed: int = 0, num_envs: int = 16, max_new_tokens: int = 8, **arguments: Any) -> PPO:
     kl_coef = arguments.pop("kl_coef", 0.0)
     env = tiny_vector_env(num_envs, kl_coef=kl_coef, max_new_tokens=max_new_tokens, action_masking=True)
-    arguments = {"n_steps": 16, "batch_size": 64, "learning_rate": 3e-3, "seed": seed, **arguments}
+    arguments = {"n_steps": 16, "batch_size": 64, "n_epochs": 10, "learning_rate": 3e-3, "seed": seed, **arguments}
     return tiny_ppo(env, **arguments)
 
 

@@ -242,9 +242,10 @@ def test_kept_and_given_back_memory_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Logits and the gradient of the head are blocks of 32 MiB and more.
-    monkeypatch.setitem(work.PRESETS, "small", TINY.replace(vocab=131_072, hidden=64, rows=16, minibatches=1, epochs=1))
+    monkeypatch.setitem(work.PRESETS, "small", TINY.replace(vocab=131_072, hidden=64, minibatches=1))
     monkeypatch.setenv("GLIBC_TUNABLES", "")
-    flags = ["--preset", "small", "--rounds", "1", "--iterations", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(freed_memory, "cores", torch.get_num_threads)
+    flags = ["--preset", "small", "--rows", "16", "--rounds", "1", "--iterations", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["freed_memory.py", *flags])
     freed_memory.main()
     answers = json.loads((tmp_path / "freed_memory.json").read_text())["answers"]

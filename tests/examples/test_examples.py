@@ -22,6 +22,7 @@ def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_quickstart_leaves_a_table_a_plot_and_an_ordinary_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

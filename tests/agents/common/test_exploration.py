@@ -101,7 +101,7 @@ def test_schedules_follow_the_progress_and_the_first_ratio_stays_one():
 
 def test_an_exploring_agent_learns():
     exploration = Exploration(LinearSchedule(1.5, 1.0, 1.0), 0.1)
-    arguments = {"n_steps": 16, "batch_size": 32, "learning_rate": 5e-3, "exploration": exploration}
+    arguments = {"n_steps": 16, "batch_size": 32, "n_epochs": 10, "learning_rate": 5e-3, "exploration": exploration}
     model = tiny_ppo(tiny_vector_env(8, kl_coef=0.05), **arguments)
     scores = values_of(logs_of_learning(model, 4000), "rollout/score_mean")
     assert scores[0] < 0.25

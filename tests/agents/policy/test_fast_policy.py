@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_agents import logs_of_learning, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
-from tiny_models import tiny_tokenizer
-from transformers import MambaConfig, MambaForCausalLM
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from textgym.agents import PPO
 from textgym.engine.cached_model import CachedModel
@@ -139,7 +139,7 @@ def _bfloat16() -> Any:
 
 def test_it_learns_in_bfloat16():
     env = tiny_vector_env(16, kl_coef=0.0, action_masking=True)
-    model = agent(FAST, env, n_steps=16, batch_size=64, learning_rate=3e-3)
+    model = agent(FAST, env, n_steps=16, batch_size=64, n_epochs=10, learning_rate=3e-3)
     scores = values_of(logs_of_learning(model, 16 * 16 * 20), "rollout/score_mean")
     assert np.mean(scores[:2]) < 0.5
     assert np.mean(scores[-3:]) > 1.0
@@ -223,10 +223,12 @@ def test_compiled_steps_compute_the_same():
 def test_compiled_learning_computes_the_same_gradients(monkeypatch):
     # Traced and differentiated as always, but not translated into C++, which takes a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    lm = tiny_language_model()
-    eager, compiled = CachedModel(lm.model, 24), CachedModel(lm.model, 24, compile_learning=True)
-    ids = np.random.default_rng(0).integers(4, lm.vocab_size, (5, 24))
-    weights = list(lm.model.base_model.parameters())
+    config = tiny_model("llama").config
+    config.num_hidden_layers = 1
+    model = LlamaForCausalLM(config).eval()
+    eager, compiled = CachedModel(model, 24), CachedModel(model, 24, compile_learning=True)
+    ids = np.random.default_rng(0).integers(4, config.vocab_size, (5, 24))
+    weights = list(model.base_model.parameters())
     # Rows as long as each other, then very different ones, which are packed, in another width.
     for lengths in (np.full(5, 12), np.array([17, 3, 4, 2, 5])):
         rows = np.repeat(np.arange(5), lengths)

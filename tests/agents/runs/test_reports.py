@@ -53,10 +53,11 @@ def test_the_table_has_every_figure_of_every_evaluation_with_its_interval(evalua
     text = shown(comparison_table(evaluations))
     assert "runs/a|b [red]$x$" in text  # a name is not markup
     assert "30 completions of 30 different prompts; brackets are 95% confidence intervals" in text
+    summaries = [result.summary() for result in evaluations.values()]
     for key, figure in FIGURES.items():
         line = next(line for line in text.splitlines() if line.startswith(f"│ {figure.label} "))
-        for result in evaluations.values():
-            value, low, high = (f"{number:{figure.form}}" for number in result.summary()[key])
+        for summary in summaries:
+            value, low, high = (f"{number:{figure.form}}" for number in summary[key])
             assert f"{value} [{low},\xa0{high}]" in line
 
 
