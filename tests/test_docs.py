@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from places import ROOT
 
+import textgym.agents
 from textgym.agents import PPO
 from textgym.agents.runs import Run, RunConfig
 
@@ -202,6 +204,16 @@ def test_the_reference_has_the_docstrings_of_all_three_folders_and_no_sphinx_rol
         assert f'id="textgym.{page}.{name}"' in text
         assert ":class:" not in text
         assert ":param" not in text
+
+
+@NEEDS_MKDOCS
+@pytest.mark.slow
+def test_an_agents_page_lists_the_arguments_that_it_hands_on(site):
+    for page, cls in {"grpo": "GRPO", "nlpo": "NLPO", "soft_q_learning": "SoftQLearning"}.items():
+        text = re.sub(r"<[^>]+>", "", (site / "agents" / f"{page}.html").read_text(encoding="utf-8"))
+        for name in inspect.signature(getattr(textgym.agents, cls)).parameters:
+            assert re.search(rf"\b{name}\b", text), name
+        assert "**arguments" not in text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("griffe") is None, reason="needs griffe, which comes with mkdocstrings")

@@ -97,13 +97,12 @@ def constructor_parameters(agent: type[Any]) -> dict[str, inspect.Parameter]:
         if init is None:
             continue
         own = list(inspect.signature(init).parameters.values())[1:]  # without self
-        rest = None
+        rest, by_name_alone = None, bool(parameters)  # what is handed on is
         for parameter in own:
             if parameter.kind is parameter.VAR_KEYWORD:
                 rest = parameter
             elif parameter.name not in parameters and (handed_on is None or parameter.name in handed_on):
-                inherited = cls is not agent and bool(parameters)
-                kind = parameter.KEYWORD_ONLY if inherited else parameter.kind
+                kind = parameter.KEYWORD_ONLY if by_name_alone else parameter.kind
                 parameters[parameter.name] = parameter.replace(kind=kind)
         if rest is None:
             break

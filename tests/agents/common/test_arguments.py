@@ -73,3 +73,10 @@ def test_an_agent_of_ones_own_takes_what_it_hands_on_without_saying_what():
 def test_defaults_are_those_of_the_nearest_class():
     assert constructor_parameters(NLPO)["n_epochs"].default == constructor_parameters(PPO)["n_epochs"].default == 4
     assert constructor_parameters(TextOnPolicyAlgorithm)["n_epochs"].default == 1
+
+
+def test_a_class_without_a_constructor_has_its_base_classs_signature():
+    class Same(PPO):
+        pass
+
+    assert inspect.signature(Same) == inspect.signature(PPO)
