@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from textgym.engine.layer_types import Reach, attention_reach
+from textgym.engine.micro_batches import micro_batches
 from textgym.engine.packing import pack, worth_packing
 from textgym.engine.slot_cache import SlotCache, has_states
 from textgym.engine.trunk import trunk_of
@@ -184,9 +185,8 @@ class CachedModel:
         if len(decode):
             self._decode(rows[decode], ids[decode, lengths[decode] - 1], lengths[decode] - 1)
         for group in groups(prefill, new) if self._has_states else [prefill]:
-            at_once = max(1, PREFILL_TOKENS // int(new[group].max(initial=1)))
-            for start in range(0, len(group), at_once):
-                part = group[start : start + at_once]
+            for alike in micro_batches(new[group], PREFILL_TOKENS):
+                part = group[np.sort(alike)]  # all rows in their order need no gathering
                 self._prefill(rows[part], ids[part], common[part], new[part])
         if again.any():
             self._copy(rows[first[again]], rows[longer[again]], int(lengths[longer[again]].max()))

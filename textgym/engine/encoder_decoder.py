@@ -31,6 +31,7 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 
 from textgym.engine import cached_model
 from textgym.engine.cached_model import CachedModel, as_numpy, groups
+from textgym.engine.micro_batches import micro_batches
 from textgym.engine.slot_cache import PromptCache
 from textgym.vocabulary import is_encoder_decoder
 
@@ -242,22 +243,11 @@ class EncoderDecoder(CachedModel):
         return common  # completions that begin alike have other states behind other prompts
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
-        for part in self._parts(np.flatnonzero(common < lengths), lengths):
+        for part in micro_batches(np.where(common < lengths, lengths, 0), cached_model.PREFILL_TOKENS):
             prompts = self._prompt_lengths[rows[part]]
             states = self._teacher_forced(ids[part], lengths[part], prompts)
             last = torch.as_tensor(lengths[part] - prompts, device=states.device)
             self._store(rows[part], states[torch.arange(len(part), device=states.device), last])
-
-    @staticmethod
-    def _parts(which: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-        """Rows to forward at once: such as have about as many tokens, and together not too many."""
-        which = which[np.argsort(-sizes[which], kind="stable")]
-        parts = []
-        while len(which):
-            at_once = max(1, cached_model.PREFILL_TOKENS // int(sizes[which[0]]))
-            parts.append(which[:at_once])
-            which = which[at_once:]
-        return parts
 
 
 class CachedEncoderDecoder(EncoderDecoder):
@@ -294,8 +284,8 @@ class CachedEncoderDecoder(EncoderDecoder):
         # What the decoder has read, and is to read: the start token and the completion.
         start, end = np.where(begun, common - prompts + 1, 0), lengths - prompts + 1
         parts = split(ids, lengths, prompts, self._start_token)
-        for new in (np.flatnonzero(~begun), np.flatnonzero(begun & (common < lengths))):
-            for part in self._parts(new, np.where(begun, end - start, lengths)):
+        for sizes in (np.where(begun, 0, lengths), np.where(begun & (common < lengths), end - start, 0)):
+            for part in micro_batches(sizes, cached_model.PREFILL_TOKENS):
                 for group in self._together(part, start, end):
                     self._step(rows[group], _rows_of(parts, group), start[group], end[group], not begun[group[0]])
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from textgym.engine import cached_model
 from textgym.engine.cached_model import CachedModel, groups
+from textgym.engine.micro_batches import micro_batches
 
 
 class GroupedModel(CachedModel):
@@ -62,9 +63,8 @@ class GroupedModel(CachedModel):
         first = todo[cached_model.first_alike(ids[todo], lengths[todo])]
         start = common if self._cache.attends else common > 0
         for group in groups(todo[first == todo], start, new):
-            at_once = max(1, cached_model.PREFILL_TOKENS // int(new[group[0]]))
-            for begin in range(0, len(group), at_once):
-                part = group[begin : begin + at_once]
+            for alike in micro_batches(new[group], cached_model.PREFILL_TOKENS):
+                part = group[alike]
                 self._prefill(rows[part], ids[part], common[part], new[part])
         again = first != todo
         if again.any():

@@ -14,6 +14,7 @@ import torch
 
 from textgym.engine import cached_model
 from textgym.engine.grouped_model import GroupedModel
+from textgym.engine.micro_batches import micro_batches
 
 
 class PrefixModel(GroupedModel):
@@ -32,13 +33,8 @@ class PrefixModel(GroupedModel):
         pass  # nothing to keep beyond the last hidden states
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
-        todo = np.flatnonzero(common < lengths)
-        todo = todo[np.argsort(-lengths[todo], kind="stable")]  # like lengths together: little padding
-        start = 0
-        while start < len(todo):
-            width = int(lengths[todo[start]])
-            part = todo[start : start + max(1, cached_model.PREFILL_TOKENS // width)]
-            start += len(part)
+        for part in micro_batches(np.where(common < lengths, lengths, 0), cached_model.PREFILL_TOKENS):
+            width = int(lengths[part[0]])
             real = np.arange(width) < lengths[part, None]  # (b, n)
             padded = torch.as_tensor(ids[part, :width] * real, device=self.device)
             hidden = self.hidden_states(padded)  # (b, n, H)

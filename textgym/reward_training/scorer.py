@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.engine.trunk import trunk_of
 from textgym.rewards.models.causality import is_causal
 from textgym.rewards.models.headed_model import HeadedRewardModel
 from textgym.rewards.models.text_forward import readable_tokens
 
 from .encoding import EncodedText, encode, encode_pairs
-
-BATCH = 64  # rows that are forwarded at once where no gradient is wanted
 
 
 class TextScorer:
@@ -120,7 +119,7 @@ class TextScorer:
         training = self.model.training
         self.model.eval()
         result = torch.zeros(len(rows), self.model.config.num_labels)
-        for part in _parts(rows):
+        for part in micro_batches(list(map(len, rows)), BATCH_TOKENS):
             result[part] = self.at_end([rows[i] for i in part]).cpu()
         self.model.train(training)
         return result
@@ -144,7 +143,7 @@ class TextScorer:
         """
         self.model.eval()
         new = [list(row) for row in dict.fromkeys(map(tuple, rows)) if row not in self._remembered]
-        for part in _parts(new):
+        for part in micro_batches(list(map(len, new)), BATCH_TOKENS):
             batch = [new[i] for i in part]
             if not (self.causal or self.headed):
                 read = self._read_by_classifier(batch)
@@ -213,12 +212,6 @@ class TextScorer:
         if not (self.bf16 and self.model.training):
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
-
-
-def _parts(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of rows, those of like length together."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:
