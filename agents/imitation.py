@@ -32,7 +32,8 @@ from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_choice, check_int, check_number
 from textgym.continuation import continuation_ids
-from textgym.language_model import LanguageModel, load_language_model, quiet_progress
+from textgym.language_model import LanguageModel, load_language_model
+from textgym.model_sources import quiet_progress
 from textgym.prompts.assistant_turns import assistant_mask
 from textgym.prompts.fitting import fit_prompt
 from textgym.prompts.opening import as_prompt_source, split_prompts

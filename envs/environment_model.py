@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from textgym.envs.options import TextGenOptions
-from textgym.language_model import LanguageModel, load_language_model, load_vocabulary, resolve_device, resolve_dtype
+from textgym.language_model import LanguageModel, load_language_model, load_vocabulary
+from textgym.model_sources import resolve_device, resolve_dtype
 from textgym.vocabulary import Vocabulary
 
 

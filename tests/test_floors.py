@@ -42,6 +42,7 @@ FOUNDATIONS = {
     "textgym.text_units",
     "textgym.vocabulary",
     "textgym.language_model",
+    "textgym.model_sources",
     "textgym.checkpoint_folders",
 }
 

@@ -30,14 +30,8 @@ from transformers import (
 from written_texts import completed
 
 from textgym.generation import complete, sample_tokens
-from textgym.language_model import (
-    LanguageModel,
-    load_language_model,
-    load_vocabulary,
-    log_distribution,
-    resolve_device,
-    resolve_dtype,
-)
+from textgym.language_model import LanguageModel, load_language_model, load_vocabulary, log_distribution
+from textgym.model_sources import resolve_device, resolve_dtype
 from textgym.packaged import gemma3
 from textgym.prompts.rows import PromptRow
 

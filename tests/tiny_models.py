@@ -35,7 +35,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from textgym.language_model import quiet_progress
+from textgym.model_sources import quiet_progress
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(

@@ -9,49 +9,41 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.chat.template_arguments import with_template_arguments
 from textgym.engine.cached_model import CachedModel
 from textgym.engine.encoder_decoder import model_inputs
 from textgym.engine.exactness import FAILURES, SteppedModel, Stepping, first_line, own_states, relative_tolerance
 from textgym.engine.head import close, is_right, own_logits
-from textgym.engine.merging import (
-    adapter_base,
-    adapter_base_on_hub,
-    carries_adapter,
-    hub_file,
-    is_peft_model,
-    merged_from,
-    without_adapter,
-)
+from textgym.engine.merging import carries_adapter, is_peft_model, merged_from
 from textgym.engine.reordered_weights import ReorderedWeights, worth_reordering
 from textgym.engine.token_scores import TokenScores, is_plain_linear, score_logits
 from textgym.engine.weight_files import readable_weights
+from textgym.model_sources import (
+    auto_class,
+    base_below,
+    cannot_open,
+    generation_config,
+    has_tokenizer,
+    locate,
+    open_tokenizer,
+    opening_the_base,
+    quiet_progress,
+    resolve_device,
+    resolve_dtype,
+    with_adapter_merged,
+)
 from textgym.vocabulary import Vocabulary, is_encoder_decoder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 HEAD_ELEMENTS = 2**25  # most logits held at once while scoring tokens (128 MiB in fp32); bounds memory, not results
 TRIED = 4  # tokens that go through a model to find out what its head does
@@ -386,7 +378,7 @@ def load_language_model(
     """
     fixed = chat_template_kwargs or {}
     if isinstance(spec, LanguageModel):
-        opened = spec.tokenizer if tokenizer is None else _open_tokenizer(tokenizer, trust_remote_code)
+        opened = spec.tokenizer if tokenizer is None else open_tokenizer(tokenizer, trust_remote_code)
         opened = with_template_arguments(opened, fixed)
         return spec if opened is spec.tokenizer else LanguageModel(spec.model, opened, spec.name)
     if isinstance(spec, PreTrainedModel) or is_peft_model(spec):
@@ -399,8 +391,8 @@ def load_language_model(
         model = given
         if is_peft_model(given) or carries_adapter(given):
             name = f"{name or type(given).__name__} with its adapter"  # without it, it is another model
-            model = _with_adapter_merged(given, name)
-        opened = with_template_arguments(_open_tokenizer(tokenizer, trust_remote_code), fixed)
+            model = with_adapter_merged(given, name)
+        opened = with_template_arguments(open_tokenizer(tokenizer, trust_remote_code), fixed)
         return LanguageModel(model, opened, name)
     if not isinstance(spec, str | Path):
         raise TypeError(
@@ -408,10 +400,10 @@ def load_language_model(
             "a hub id, a PreTrainedModel or a LanguageModel"
         )
     weights_dtype, weights_device = resolve_dtype(dtype), resolve_device(device)
-    location = _locate(spec)
-    if base := _base_below(spec, location):
-        own = location if _has_tokenizer(location) else None
-        with _opening_the_base(spec, base):
+    location = locate(spec)
+    if base := base_below(spec, location):
+        own = location if has_tokenizer(location) else None
+        with opening_the_base(spec, base):
             below = load_language_model(
                 base,
                 tokenizer=tokenizer or own,
@@ -429,61 +421,14 @@ def load_language_model(
                 location, dtype=weights_dtype, output_loading_info=True, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise _cannot_open(spec, e) from e
+        raise cannot_open(spec, e) from e
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random weights there.
-        raise _cannot_open(spec, ValueError(f"it has no weights for {', '.join(missing[:3])}"))
+        raise cannot_open(spec, ValueError(f"it has no weights for {', '.join(missing[:3])}"))
     opened = with_template_arguments(
-        _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code), fixed
+        open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code), fixed
     )
     return LanguageModel(model.to(weights_device), opened, str(spec))
-
-
-def _with_adapter_merged(model: PreTrainedModel | PeftModel, name: str) -> PreTrainedModel:
-    """A plain model with the adapters that a model carries in its weights; a warning says so."""
-    plain = without_adapter(model, f"language_model={name}")
-    warnings.warn(
-        f"language_model={name}: what peft added is now part of the weights, in the policy and in the reference, and "
-        "all weights are trained and saved; give lora=True as well to train an adapter on top",
-        UserWarning,
-        stacklevel=3,
-    )
-    return plain
-
-
-@contextlib.contextmanager
-def _opening_the_base(spec: str | Path, base: str) -> Iterator[None]:
-    """Errors say that it is the model that an adapter belongs to."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        raise ValueError(
-            f"language_model={str(spec)!r} is an adapter on {base!r}, which its adapter_config.json names: {e}"
-        ) from e
-
-
-def _base_below(spec: str | Path, location: str) -> str | None:
-    """What an adapter was trained on; None of a model.
-
-    :param location: a directory, or a hub id
-    """
-    if Path(location).is_dir():
-        return adapter_base(location)
-    try:
-        return None if hub_file(location, "config.json") else adapter_base_on_hub(location)
-    except OSError as e:
-        raise _cannot_open(spec, e) from e
-
-
-def _has_tokenizer(location: str) -> bool:
-    """Whether an adapter comes with a tokenizer of its own."""
-    file = "tokenizer_config.json"
-    return Path(location, file).is_file() if Path(location).is_dir() else hub_file(location, file) is not None
-
-
-def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
-    """What opens or builds a language model with that configuration."""
-    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
 def load_vocabulary(
@@ -498,9 +443,9 @@ def load_vocabulary(
         return load_language_model(
             spec, tokenizer=tokenizer, trust_remote_code=trust_remote_code, chat_template_kwargs=chat_template_kwargs
         ).vocabulary
-    location = _locate(spec)
-    if base := _base_below(spec, location):
-        own = location if _has_tokenizer(location) else None
+    location = locate(spec)
+    if base := base_below(spec, location):
+        own = location if has_tokenizer(location) else None
         return load_vocabulary(
             base,
             tokenizer=tokenizer or own,
@@ -510,149 +455,7 @@ def load_vocabulary(
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
-        raise _cannot_open(spec, e) from e
-    opened = _open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code)
+        raise cannot_open(spec, e) from e
+    opened = open_tokenizer(location if tokenizer is None else tokenizer, trust_remote_code)
     opened = with_template_arguments(opened, chat_template_kwargs or {})
-    return Vocabulary(opened, config, str(spec), _generation_config(location))
-
-
-def _generation_config(location: str) -> GenerationConfig | None:
-    """The generation configuration that a checkpoint has, if it has one."""
-    try:
-        return GenerationConfig.from_pretrained(location)
-    except (OSError, ValueError):
-        return None  # as where the model itself is opened
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """:param device: a torch device or its name; ``"auto"`` is CUDA where available, else the CPU."""
-    if isinstance(device, torch.device):
-        return device
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"device={device!r} is not a device; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from e
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; give 'cpu'")
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """:param dtype: a floating-point torch dtype or its name, such as ``"bfloat16"``."""
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is not a floating-point type; give 'float32', 'bfloat16' or 'float16'")
-    return resolved
-
-
-@contextlib.contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Without transformers' progress bars: making an environment or saving a model should print nothing."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' report on a head that a checkpoint lacks: for whoever checks what is missing."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-def _locate(spec: str | Path) -> str:
-    """The directory or hub id behind a model's name."""
-    if spec == "embedded":
-        from textgym.embedded import LANGUAGE_MODEL
-
-        return str(LANGUAGE_MODEL)
-    if spec == "smollm2":
-        from textgym.packaged.smollm2 import smollm2_directory
-
-        return str(smollm2_directory())
-    if spec == "gemma3":
-        from textgym.packaged.gemma3 import gemma3_directory
-
-        return str(gemma3_directory())
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ValueError(f"language_model={str(spec)!r} is a file; give the directory that save_pretrained wrote")
-    if _looks_like_path(spec):
-        raise FileNotFoundError(f"language_model={str(spec)!r}: there is no such directory")
-    return str(spec)
-
-
-def _looks_like_path(spec: str | Path) -> bool:
-    """Whether it can't be the id of a model on the hub."""
-    return isinstance(spec, Path) or spec.startswith((".", "/", "~")) or spec.count("/") > 1
-
-
-_OWN_CODE = (
-    "comes with Python code of its own, which is run only where trust_remote_code=True says so (--trust-remote-code, "
-    "of generate and evaluate --trust-code). Read it first: it can do whatever you can"
-)
-
-
-def _has_own_code(error: Exception) -> bool:
-    """Whether transformers refused to run code of a checkpoint."""
-    return "trust_remote_code" in str(error)
-
-
-@contextlib.contextmanager
-def refusing_own_code(what: str) -> Iterator[None]:
-    """Say in textgym's words that code of a checkpoint, which nobody allowed, is not run.
-
-    :param what: the argument and its value
-    """
-    try:
-        yield
-    except (OSError, ValueError) as e:
-        if _has_own_code(e):
-            raise ValueError(f"{what} {_OWN_CODE}") from e
-        raise
-
-
-def _cannot_open(spec: str | Path, error: Exception) -> ValueError:
-    if _has_own_code(error):
-        return ValueError(f"language_model={str(spec)!r} {_OWN_CODE}")
-    return ValueError(
-        f"language_model={str(spec)!r} can't be opened as a language model: {first_line(error)}. "
-        "Give 'embedded', 'smollm2', 'gemma3', a directory written by save_pretrained, or the id of a model on the hub"
-    )
-
-
-def _open_tokenizer(
-    spec: str | Path | PreTrainedTokenizerBase, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    if isinstance(spec, PreTrainedTokenizerBase):
-        return spec
-    if not isinstance(spec, str | Path):
-        raise TypeError(
-            f"tokenizer={spec!r} is a {type(spec).__name__}; give a directory, a hub id or a tokenizer object"
-        )
-    path = Path(spec).expanduser()
-    if _looks_like_path(spec) and not path.exists():
-        raise FileNotFoundError(f"tokenizer={str(spec)!r}: there is no such directory")
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(path) if path.exists() else str(spec), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as e:
-        if _has_own_code(e):
-            raise ValueError(f"tokenizer={str(spec)!r} {_OWN_CODE}") from e
-        raise ValueError(
-            f"tokenizer={str(spec)!r} can't be opened: {first_line(e)}. Give a directory with the tokenizer's files, "
-            "a hub id or a tokenizer object"
-        ) from e
+    return Vocabulary(opened, config, str(spec), generation_config(location))

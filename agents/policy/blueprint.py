@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from textgym.language_model import LanguageModel, auto_class, resolve_dtype
+from textgym.language_model import LanguageModel
+from textgym.model_sources import auto_class, resolve_dtype
 from textgym.vocabulary import listed_ends
 
 

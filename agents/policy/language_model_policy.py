@@ -36,8 +36,9 @@ from textgym.agents.policy.precision import PLAIN_ATTENTION, autocast, dtype_nam
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.engine.cached_model import CachedModel
 from textgym.generation import sample_tokens
-from textgym.language_model import LanguageModel, load_language_model, log_distribution, resolve_dtype
+from textgym.language_model import LanguageModel, load_language_model, log_distribution
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
+from textgym.model_sources import resolve_dtype
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder
 

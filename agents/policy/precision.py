@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from textgym.language_model import resolve_dtype
+from textgym.model_sources import resolve_dtype
 
 PLAIN_ATTENTION = 512  # tokens up to which attention in a smaller type is not fused on a CPU
 

@@ -517,7 +517,7 @@ def forbid_loading(monkeypatch) -> None:
     def refuse(*_, **__):
         raise AssertionError("a language model was loaded")
 
-    monkeypatch.setattr("textgym.language_model.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
 
 
 def test_without_a_penalty_no_reference_model_is_loaded(saved, monkeypatch):

@@ -18,7 +18,7 @@ from transformers import (
 
 from textgym.engine.trunk import trunk_of
 from textgym.engine.weight_files import readable_weights
-from textgym.language_model import quiet_loading, quiet_progress, refusing_own_code
+from textgym.model_sources import quiet_loading, quiet_progress, refusing_own_code
 from textgym.rewards.models.causality import is_causal
 from textgym.rewards.models.headed_model import HeadedRewardModel, HeadLayers
 

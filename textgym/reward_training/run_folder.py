@@ -22,7 +22,7 @@ from textgym.checkpoint_folders import (
     superfluous,
     write_text_whole,
 )
-from textgym.language_model import quiet_progress
+from textgym.model_sources import quiet_progress
 from textgym.rewards.models.headed_model import HeadedRewardModel
 from textgym.rewards.reward_directory import ENSEMBLE_FILE
 

@@ -33,7 +33,7 @@ from transformers import (
 from textgym.chat.template_arguments import with_template_arguments
 from textgym.checkpoint_folders import FolderLock
 from textgym.checks import check_choice, check_int
-from textgym.language_model import quiet_progress
+from textgym.model_sources import quiet_progress
 
 from .adapters import add_adapters, merge_adapters
 from .backbone import open_backbone, open_tokenizer

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from textgym.rewards.learned.novelty import NoveltyReward
     from textgym.rewards.learning import LearningReward, learn_from
     from textgym.rewards.models.causal import CausalRewardModel
-    from textgym.rewards.models.classifier import ClassifierReward, ProcessReward
+    from textgym.rewards.models.classifier import ClassifierReward
     from textgym.rewards.models.coherence import EmbeddingCoherence, LikelihoodCoherence
     from textgym.rewards.models.embedding import EmbeddingSimilarity, SentenceEncoder
     from textgym.rewards.models.language_model import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         TargetLikelihood,
         TokenMatch,
     )
+    from textgym.rewards.models.process import ProcessReward
     from textgym.rewards.opening import as_reward
     from textgym.rewards.outside.answer_store import AnswerStore, AnswerStoreError
     from textgym.rewards.outside.human import HumanReward, TerminalAsker
@@ -163,7 +164,7 @@ _MODULES = {
     "MonteCarloDropout": "combining.monte_carlo_dropout",
     "NoveltyReward": "learned.novelty",
     "PredictedDifference": "text.predicted_difference",
-    "ProcessReward": "models.classifier",
+    "ProcessReward": "models.process",
     "Profanity": "text.lexicons",
     "Readability": "text.text_rules",
     "RegexMatch": "text.formats",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from textgym.engine.merging import adapter_base
 from textgym.engine.shared_weights import copy_sharing_weights
 from textgym.engine.trunk import trunk_of
-from textgym.language_model import quiet_progress, refusing_own_code
+from textgym.model_sources import quiet_progress, refusing_own_code
 from textgym.rewards.base import Reward
 from textgym.rewards.combining.ensemble import Aggregate, Ensemble
 from textgym.rewards.combining.router import Router

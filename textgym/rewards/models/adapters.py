@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.engine.exactness import first_line
 from textgym.engine.merging import CONFIG, adapter_base, adapter_base_on_hub, hub_file, merged_from
-from textgym.language_model import quiet_loading, quiet_progress
+from textgym.model_sources import quiet_loading, quiet_progress
 
 
 def base_of_adapter(location: str) -> str | None:

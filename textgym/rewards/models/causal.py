@@ -27,7 +27,7 @@ from textgym.engine.cached_model import CachedModel
 from textgym.engine.exactness import SteppedModel, Stepping
 from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.engine.trunk import trunk_of
-from textgym.language_model import resolve_device, resolve_dtype
+from textgym.model_sources import resolve_device, resolve_dtype
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 from textgym.rewards.models import headed_model  # noqa: F401  teaches transformers to open models with heads of their own
