@@ -38,6 +38,7 @@ FOUNDATIONS = {
     "textgym.checks",
     "textgym.decoding",
     "textgym.divergence",
+    "textgym.encodable_text",
     "textgym.named_objects",
     "textgym.text_units",
     "textgym.vocabulary",

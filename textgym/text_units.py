@@ -42,7 +42,6 @@ _THEIR_MARKS = (
 _CHARACTER = f"(?![{_THEIR_MARKS}])[{_WITHOUT_SPACES}][{_MARKS_ON_LETTERS}{_JOINERS}]*"
 _LETTERS = f"(?:(?![{_WITHOUT_SPACES}])[\\w{_MARKS_ON_LETTERS}{_JOINERS}])+"
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _WORD = re.compile(f"{_CHARACTER}|{_LETTERS}(?:['’]{_LETTERS})*")
 _UNIT = re.compile(f"{_CHARACTER}|[{_THEIR_MARKS}]|(?:(?![{_WITHOUT_SPACES}{_THEIR_MARKS}])\\S)+")
 _HAN = re.compile("[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -51,15 +50,6 @@ _UNSPACED = re.compile(_CHARACTER)
 _MARKS = re.compile(r"[.!?…。！？។။\n]+[\"'”’)\]」』]*")
 _CLAUSE_MARKS = re.compile(r"[,;:—，、；：،؛]+")
 _LETTER = re.compile(r"\w")
-
-
-def well_formed(text: str) -> str:
-    """The text with lone surrogates, which no encoding can write, as U+FFFD.
-
-    >>> well_formed("a\\ud800b")
-    'a\ufffdb'
-    """
-    return _SURROGATES.sub("\ufffd", text)
 
 
 def words_of(text: str) -> list[str]:

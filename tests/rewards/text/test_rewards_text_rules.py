@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prefix_batches import all_lengths, prefix_batch, text_batch
 from tiny_models import EOS, tiny_tokenizer
 
+from textgym.encodable_text import well_formed
 from textgym.metrics import distinct_n, repetitions
 from textgym.rewards import (
     Constraint,
@@ -32,7 +33,7 @@ from textgym.rewards import (
     XmlTags,
 )
 from textgym.rewards.text.text_rules import syllables
-from textgym.text_units import sentences_of, well_formed, words_of
+from textgym.text_units import sentences_of, words_of
 
 TOKENIZER = tiny_tokenizer()
 WORDS = st.lists(st.sampled_from(["a", "good", "film", "very", "!"]), max_size=12).map(" ".join)

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.chat.turns import TurnTokens
 from textgym.checks import check_int, check_number
+from textgym.encodable_text import well_formed
 from textgym.engine.trunk import trunk_of
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 from textgym.rewards.models.causal import CausalRewardModel
-from textgym.text_units import well_formed
 from textgym.vocabulary import is_encoder_decoder, position_limit
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from textgym.chat.chat_prompts import MESSAGES
 from textgym.chat.messages import is_conversation
 from textgym.checks import check_choice
+from textgym.encodable_text import well_formed
 from textgym.engine.exactness import SteppedModel, Stepping
 from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
 from textgym.rewards.base import Reward
@@ -30,7 +31,6 @@ from textgym.rewards.models.same_tokens import SameTokens
 from textgym.rewards.models.text_forward import Side, TextForward, open_pretrained
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.scores import wanted_per_row
-from textgym.text_units import well_formed
 from textgym.vocabulary import is_encoder_decoder
 
 Output = Literal["logit", "probability", "activation"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textgym.encodable_text import well_formed
 from textgym.engine.cached_model import CachedModel
 from textgym.engine.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.language_model import HEAD_ELEMENTS, LanguageModel, load_language_model
 from textgym.rewards.errors import RewardError
-from textgym.text_units import well_formed
 from textgym.vocabulary import context_limit, is_encoder_decoder
 
 Origin = Callable[[int], tuple[int, str]]  # the row and the completion that text i belongs to, for errors

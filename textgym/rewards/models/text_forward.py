@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.chat.turns import TurnTokens
+from textgym.encodable_text import well_formed
 from textgym.engine.exactness import first_line
 from textgym.engine.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
 from textgym.engine.weight_files import readable_weights
 from textgym.model_sources import quiet_progress, resolve_device, resolve_dtype
 from textgym.rewards.models.adapters import base_of_adapter, open_adapted, tokenizer_of
-from textgym.text_units import well_formed
 from textgym.vocabulary import position_limit
 
 Side = Literal["left", "right"]

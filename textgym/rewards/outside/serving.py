@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from textgym.checks import check_int, check_number, shown
+from textgym.encodable_text import well_formed
 from textgym.rewards.errors import RewardError
 from textgym.rewards.extras import import_extra
 from textgym.rewards.opening import as_reward
 from textgym.rewards.scores import as_list, scores_of
-from textgym.text_units import well_formed
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
