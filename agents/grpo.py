@@ -120,4 +120,4 @@ class GRPO(TextEpisodeAlgorithm):
     @property
     def _budget(self) -> int:
         """Most tokens of a completion."""
-        return self._environment.max_new_tokens
+        return self._environment.max_actions

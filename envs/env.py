@@ -15,6 +15,7 @@ from textgym.envs.sharing import share
 from textgym.envs.vector_env import TextGenVectorEnv
 from textgym.language_model import LanguageModel
 from textgym.prompts.rows import PromptSource
+from textgym.replies import Reply
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import Vocabulary
 
@@ -45,20 +46,29 @@ class TextGenEnv(gym.Env):
     ``action_masks()`` and ``info["action_mask"]`` (V int8, fresh at each step) say which are sensible.
 
     ## Observation Space
-    ``Dict`` with Hugging Face's names; L = ``max_prompt_tokens + max_new_tokens``, padded on the right:
+    ``Dict`` with Hugging Face's names; L = ``max_prompt_tokens + max_new_tokens``, or ``+ max_total_tokens`` with a
+    reply, padded on the right:
 
     | key | space | meaning |
     |---|---|---|
     | ``input_ids`` | ``Box(0, V-1, (L,), int64)`` | prompt and completion so far |
     | ``attention_mask`` | ``Box(0, 1, (L,), int8)`` | 1 where there is a token |
     | ``prompt_length`` | ``Box(0, L, (1,), int64)`` | tokens of the prompt |
+    | ``completion_mask`` | ``Box(0, 1, (L,), int8)`` | with a reply only: 1 where the policy wrote the token, 0 where prompt or reply stand |
 
     ## Starting State
     A prompt drawn from ``prompts`` with the environment's random numbers; the completion is empty.
     ``reset(options={"prompt": "the film"})`` chooses it.
 
+    ## Turns
+    With ``reply`` an episode has several turns. What ends the text otherwise ends a turn: an end token, a stop string,
+    ``max_new_tokens``. Then the reply speaks, and its tokens are appended to the observation: in the chat template's own
+    format where the prompt is a conversation, else as they are. They are nobody's actions: there is no step, no KL and
+    no penalty for them. What they do to Φ, and what the reply pays, is earned by the action that ended the turn.
+
     ## Rewards
-    ``r_t = [Φ(x, y_≤t) − Φ(x, y_<t)] − kl_coef · kl_t``, and ``− missing_eos_penalty`` where the budget ran out.
+    ``r_t = [Φ(x, y_≤t) − Φ(x, y_<t)] − kl_coef · kl_t``, and ``− missing_eos_penalty`` where the budget ran out. Behind
+    a turn's last token y_≤t includes the reply, and what the reply pays is added.
     The sum telescopes: what an episode pays, plus ``kl_coef`` times its KL, is Φ(x, y) − Φ(x, ∅) (potential-based
     shaping: Ng, Harada and Russell 1999). Φ of the embedded reward model is the tanh of a sentiment estimate, in (−1, 1).
     kl_t is an estimate, in nats, of KL(π ‖ π_ref) at the sampled token. It needs log π of the action, which ``step``
@@ -71,11 +81,19 @@ class TextGenEnv(gym.Env):
       behind an answer
     - truncated: ``max_new_tokens`` are used up
 
+    With a reply that is the end of a turn, and the episode ends
+
+    - terminated: when the reply says so, with ``ReplyResult(..., done=True)`` or None
+    - truncated: behind turn ``max_turns``, or where ``max_total_tokens`` leave no room for a token
+
     ## Information
     At reset ``prompt`` (text). At each step ``reward_model`` (the Φ part of the reward), ``kl`` and ``ref_log_prob``
     (nats; left out where ``kl_coef=0`` has loaded no reference model), ``missing_eos_penalty`` where that is set. At the end
-    ``finish_reason`` (``"eos"``, ``"stop"`` or ``"length"``), ``prompt``, ``completion`` (texts) ``score`` (Φ(x, y))
-    and ``applies`` (False where the reward is None, "not applicable", and counts 0).
+    ``finish_reason`` (``"eos"``, ``"stop"`` or ``"length"``; with a reply ``"reply"``, ``"turns"`` or ``"length"``),
+    ``prompt``, ``completion`` (texts) ``score`` (Φ(x, y)) and ``applies`` (False where the reward is None, "not
+    applicable", and counts 0). With a reply, at the end of a turn ``reply`` (its text), ``reply_reward``,
+    ``reply_truncated`` (whether it was too long) and ``turn`` (how many there were); at the end ``transcript``, the
+    messages behind the prompt, and ``completion`` is what the policy wrote, a line for each turn.
 
     ## Arguments
     | option | default | meaning |
@@ -84,15 +102,20 @@ class TextGenEnv(gym.Env):
     | ``tokenizer`` | the model's own | another tokenizer: object, directory or hub id |
     | ``prompts`` | ``None`` = ``"train"`` | list of texts; list of rows with a ``"prompt"`` and extra columns, which the reward gets; a ``datasets.Dataset``; a file (JSON lines, JSON, CSV, text, Parquet) or folder that ``load_prompt_file`` reads; a function of a NumPy generator; ``"train"`` or ``"test"`` of the embedded prompts |
     | ``reward`` | embedded sentiment | a function ``(prompts, completions, **columns) -> list[float or None]`` as in TRL, sync or async; a ``textgym.rewards.Reward``; a directory or hub id of a causal reward model |
-    | ``reward_every`` | ``1`` | score Φ every so many tokens and at the end; ``"end"`` pays Φ(x, y) itself, once |
+    | ``reward_every`` | ``1`` | score Φ every so many tokens of the policy and at the end; ``"turn"``: at the end of each turn; ``"end"`` pays Φ(x, y) itself, once |
     | ``kl_coef`` | ``0.05`` | weight β of the KL penalty; 0 loads no reference model |
     | ``kl_estimator`` | ``"k1"`` | ``"k1"``, ``"k2"`` or ``"k3"`` (Schulman 2020) |
-    | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens |
+    | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens; with a reply, of a turn |
+    | ``reply`` | ``None`` | who speaks behind each turn: a function ``(prompts, transcripts, **columns) -> list[str or None]``, sync or async, or a ``textgym.replies.Reply`` |
+    | ``max_turns`` | ``4`` | with a reply: most turns of an episode |
+    | ``max_reply_tokens`` | ``32`` | tokens of what a reply says; longer ones are cut, and ``info["reply_truncated"]`` says so |
+    | ``reply_overflow`` | ``"truncate"`` | ``"error"`` raises a ``ReplyError`` where a reply is longer than that, or than the room left |
+    | ``max_total_tokens`` | ``max_turns * (max_new_tokens + max_reply_tokens)`` | budget of an episode: all tokens behind the prompt, of policy, replies and chat template |
     | ``min_new_tokens`` | ``0`` | a token that ends a turn, or a stop string, ends nothing before that many tokens (with masking the former can't be chosen) |
     | ``max_prompt_tokens`` | ``64`` or what fits | longer texts are cut on the left; longer conversations lose content and no headers: the oldest turns, then the longer of system and last question. ``info["prompt"]`` and rewards have what the model sees. One warning, where prompts have an end when the environment is made |
     | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead, when the environment is made |
     | ``stop`` | ``None`` | string or list of strings that end the text when they appear in the completion |
-    | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward where the budget ran out |
+    | ``missing_eos_penalty`` | ``0.0`` | subtracted from the last reward of a turn whose budget ran out |
     | ``temperature`` | ``1.0`` | divides the logits of reference and policy alike |
     | ``action_masking`` | ``False`` | mask special tokens other than those that end a turn and tags such as ``<think>``, and ends before ``min_new_tokens``; KL is then between the masked distributions (a token chosen against the mask is treated as allowed) |
     | ``top_k``, ``top_p`` | ``0``, ``1.0`` | with masking: only the reference model's k most likely tokens, or the fewest that make up probability p |
@@ -144,8 +167,18 @@ class TextGenEnv(gym.Env):
 
     @property
     def max_new_tokens(self) -> int:
-        """Budget of a completion, in tokens."""
+        """Budget of a turn, in tokens."""
         return self._rows.max_new_tokens
+
+    @property
+    def max_actions(self) -> int:
+        """Most tokens that a policy writes in an episode."""
+        return self._rows.max_actions
+
+    @property
+    def reply(self) -> Reply | None:
+        """Who speaks behind each turn; None where an episode is one turn."""
+        return self._rows.reply
 
     @property
     def sampling(self) -> SamplingSettings:

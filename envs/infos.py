@@ -30,7 +30,8 @@ class VectorInfos:
             return
         if dtype is object:
             array = np.empty(len(rows), dtype=object)
-            array[:] = values
+            for i, value in enumerate(values):  # at once, NumPy would take lists apart
+                array[i] = value
         else:
             array = np.asarray(values, dtype=dtype)
         if name not in self.values:

@@ -12,8 +12,11 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.checks import check_bool, check_choice, check_int, check_number, check_temperature
 from textgym.envs.sharing import unshare
+from textgym.episode_rules import TurnLimits
 from textgym.kl import KL_ESTIMATORS
 
+DEFAULT_MAX_TURNS = 4
+DEFAULT_MAX_REPLY_TOKENS = 32
 RENDER_MODES = ("ansi", "human", "rgb_array")
 
 
@@ -32,6 +35,11 @@ class TextGenOptions:
     min_new_tokens: int = 0
     max_prompt_tokens: int | None = None
     prompt_overflow: str = "truncate"
+    reply: Any = None
+    max_turns: int | None = None
+    max_reply_tokens: int | None = None
+    max_total_tokens: int | None = None
+    reply_overflow: str = "truncate"
     stop: str | list[str] | tuple[str, ...] | None = None
     missing_eos_penalty: float = 0.0
     temperature: float = 1.0
@@ -63,8 +71,8 @@ class TextGenOptions:
         return cls(**{name: unshare(value) for name, value in keywords.items()})
 
     def __post_init__(self) -> None:
-        if self.reward_every != "end":
-            check_int("reward_every", self.reward_every, low=1, also="or 'end'")
+        if self.reward_every not in ("turn", "end"):
+            check_int("reward_every", self.reward_every, low=1, also="or 'turn' or 'end'")
         check_number("kl_coef", self.kl_coef, low=0.0)
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_int("max_new_tokens", self.max_new_tokens, low=1)
@@ -74,6 +82,13 @@ class TextGenOptions:
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
         check_choice("prompt_overflow", self.prompt_overflow, ("truncate", "error"))
+        check_choice("reply_overflow", self.reply_overflow, ("truncate", "error"))
+        for name in ("max_turns", "max_reply_tokens", "max_total_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                check_int(name, value, low=1)
+                if self.reply is None:
+                    raise ValueError(f"{name}={value} is of episodes in which somebody replies: give a reply, too")
         if not isinstance(self.stop, str | list | tuple | None):
             raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
         for text in self.stop_strings:
@@ -102,6 +117,25 @@ class TextGenOptions:
             ) from e
         if self.render_mode is not None:
             check_choice("render_mode", self.render_mode, RENDER_MODES)
+
+    @property
+    def turns(self) -> TurnLimits | None:
+        """Limits of episodes of several turns; None without a reply.
+
+        :raises ValueError: if ``max_total_tokens`` is less than one turn
+        """
+        if self.reply is None:
+            return None
+        max_turns = DEFAULT_MAX_TURNS if self.max_turns is None else self.max_turns
+        max_reply_tokens = DEFAULT_MAX_REPLY_TOKENS if self.max_reply_tokens is None else self.max_reply_tokens
+        total = self.max_total_tokens
+        if total is None:
+            total = max_turns * (self.max_new_tokens + max_reply_tokens)
+        elif total < self.max_new_tokens:
+            raise ValueError(
+                f"max_total_tokens={total} is less than max_new_tokens={self.max_new_tokens}, the budget of one turn"
+            )
+        return TurnLimits(max_turns, max_reply_tokens, total, self.reply_overflow)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

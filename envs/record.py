@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.chat.reply_spans import action_positions
 from textgym.envs.scoring import EpisodeScore, RolloutScores, Scorer, StepParts
 from textgym.envs.segments import RecordedSegment
 from textgym.envs.texts import EpisodeTexts
@@ -42,7 +43,8 @@ class RolloutRecord:
         """Forget the steps; what was written so far is not part of the record."""
         self._log_probs: list[np.ndarray] = []  # (N,) of each step
         self._masks: list[np.ndarray] = []  # (N, V / 8)
-        self._parts: list[tuple[StepParts, float]] = []  # with instant scoring: (N,) arrays, and β
+        self._parts: list[tuple[StepParts, float]] = []  # (N,) arrays, and β; scored with instant scoring
+        self._turn_ends: list[np.ndarray] = []  # (N,) bool
         self._ended: list[tuple[RecordedSegment, EpisodeScore]] = []  # with instant scoring the scores are known
         self._before = self.texts.taken.copy()  # (N,) completion tokens that were written before the record
 
@@ -50,18 +52,26 @@ class RolloutRecord:
         """New episodes begin in these rows."""
         self._before[rows] = 0
 
-    def add(self, log_prob: np.ndarray, allowed: np.ndarray | None, parts: StepParts, kl_coef: float) -> None:
+    def add(
+        self,
+        log_prob: np.ndarray,
+        allowed: np.ndarray | None,
+        parts: StepParts,
+        turn_ends: np.ndarray,
+        kl_coef: float,
+    ) -> None:
         """Note a step.
 
         :param log_prob: ``(N,)`` what the policy reported
         :param allowed: ``(N, V)`` bool action masks before the step, if the environment masks
-        :param parts: ``(N,)`` arrays: what it earned, with instant scoring
+        :param parts: ``(N,)`` arrays: what it costs and what replies paid; with instant scoring all that it earned
+        :param turn_ends: ``(N,)`` bool, whether it ended a turn
         :param kl_coef: β when it was paid
         """
         self._log_probs.append(log_prob)
-        if not self.deferred:
-            self._parts.append((parts, kl_coef))
-        elif allowed is not None:
+        self._parts.append((parts, kl_coef))
+        self._turn_ends.append(turn_ends)
+        if self.deferred and allowed is not None:
             self._masks.append(np.packbits(allowed, axis=1))
 
     def end(self, rows: np.ndarray, completions: list[str]) -> None:
@@ -115,17 +125,24 @@ class RolloutRecord:
         """The steps of a row that are in the record; the newest is the newest of all."""
         texts, before = self.texts, int(self._before[row])
         steps, length = int(texts.taken[row]) - before, int(texts.lengths[row])
+        start, prompt_length = len(self) - steps, int(texts.prompt_lengths[row])
+        parts = [parts for parts, _ in self._parts[start:]]
         return RecordedSegment(
             row=row,
-            start=len(self) - steps,
+            start=start,
             ids=texts.ids[row, :length].copy(),
-            positions=np.arange(length - steps, length),
-            prompt_length=int(texts.prompt_lengths[row]),
+            positions=action_positions(texts.replies[row], prompt_length, length)[before:],
+            prompt_length=prompt_length,
+            replies=None if texts.reply is None else texts.replies[row],
             prompt=texts.prompts[row].prompt,
             columns=texts.prompts[row].columns,
             finish_reason=texts.finish_reasons[row],
+            finished=bool(texts.batch(np.array([row])).finished[0]),
             completion=completion,
-            penalty=float(texts.missing_eos_penalties(np.array([row]))[0]),
+            turn_ends=np.array([ends[row] for ends in self._turn_ends[start:]]),
+            penalties=np.array([part.penalty[row] for part in parts]),
+            reply_rewards=np.array([part.reply[row] for part in parts]),
+            taken_before=before,
             return_before=float(texts.token_rewards[row, :before].sum()),
             kl_before=float(texts.token_kl[row, :before].sum()),
         )
@@ -138,7 +155,7 @@ def _episode(segment: RecordedSegment, score: EpisodeScore, scores: RolloutScore
         "row": segment.row,
         "step": int(segment.steps_in_rollout[-1]),
         "r": segment.return_before + float(scores.rewards[at].sum(dtype=np.float64)),
-        "l": int(segment.states[-1]),
+        "l": segment.taken_before + segment.steps,
         "score": score.score,
         "applies": score.applies,
         "kl": segment.kl_before + float(scores.kl[at].sum(dtype=np.float64)),  # NaN without a reference model

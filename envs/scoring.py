@@ -33,19 +33,23 @@ from textgym.vocabulary import Vocabulary
 class StepParts:
     """What steps are paid for, besides the KL of their tokens: arrays ``(S, N)``, or ``(N,)`` of a single step.
 
-    ``taken`` says where a row took a step that earns something, and not one that only resets the row or waits.
+    ``taken`` says where a row took a step that earns something, and not one that only resets the row or waits;
+    ``reply`` is what a reply paid for the turn that the step ended.
     ``ref_log_prob`` is in nats, NaN without a reference model.
     """
 
     taken: np.ndarray
     reward_model: np.ndarray
     penalty: np.ndarray
+    reply: np.ndarray
     ref_log_prob: np.ndarray
 
     @classmethod
     def nothing(cls, shape: tuple[int, ...]) -> StepParts:
         """Steps of that shape that no row has taken."""
-        return cls(np.zeros(shape, dtype=bool), np.zeros(shape), np.zeros(shape), np.full(shape, np.nan))
+        return cls(
+            np.zeros(shape, dtype=bool), np.zeros(shape), np.zeros(shape), np.zeros(shape), np.full(shape, np.nan)
+        )
 
     @classmethod
     def stack(cls, steps: list[StepParts]) -> StepParts:
@@ -116,11 +120,19 @@ class Scorer:
     def pays_differences(self) -> bool:
         return self.reward_every != "end"
 
-    def is_due(self, tokens: np.ndarray | int, done: np.ndarray | bool) -> Any:
-        """Whether Φ is scored after that many completion tokens."""
-        if isinstance(self.reward_every, str):
+    def is_due(self, tokens: np.ndarray, turn_ends: np.ndarray, done: np.ndarray) -> np.ndarray:
+        """``(B,)`` bool, whether Φ is scored after some actions.
+
+        :param tokens: ``(B,)`` how many tokens the policy has written in the episode with each
+        :param turn_ends: ``(B,)`` bool, whether it ended a turn
+        :param done: ``(B,)`` bool, whether it ended the episode
+        """
+        if self.reward_every == "end":
             return done
-        return (np.asarray(tokens) % self.reward_every == 0) | done
+        if isinstance(self.reward_every, str):
+            return turn_ends | done
+        due: np.ndarray = (tokens % self.reward_every == 0) | done
+        return due
 
     def forget(self, rows: np.ndarray) -> None:
         """Drop what the models have cached of rows that were reset.
@@ -204,7 +216,7 @@ class Scorer:
         """
         kl = self.kl(log_probs, parts.ref_log_prob)
         costs = np.where(parts.taken & (np.asarray(kl_coef) != 0), kl_coef * kl, 0.0)
-        rewards = parts.reward_model - parts.penalty - costs
+        rewards = parts.reward_model + parts.reply - parts.penalty - costs
         return RolloutScores(
             rewards=rewards.astype(np.float32),
             reward_model=parts.reward_model.astype(np.float32),
@@ -246,7 +258,8 @@ class Scorer:
             self.potential[row] = float(values[-1] if len(values) else previous)
             scores.append(self.score_of(row))
             parts.taken[steps, row] = True
-            parts.penalty[steps[-1], row] = segment.penalty
+            parts.penalty[steps, row] = segment.penalties
+            parts.reply[steps, row] = segment.reply_rewards
         if self.reference is not None and segments:
             steps, columns, log_probs = self._reference_log_probs_of(segments, batch, allowed)
             parts.ref_log_prob[steps, columns] = log_probs
@@ -261,7 +274,7 @@ class Scorer:
         states = np.arange(1, segment.steps + 1)
         last = np.zeros(segment.steps, dtype=bool)
         last[-1] = segment.finish_reason is not None
-        due = states[self.is_due(segment.states[1:], last)]
+        due = states[self.is_due(segment.taken_before + states, segment.turn_ends, last)]
         begins = self.pays_differences and segment.states[0] == 0
         return np.concatenate([[0], due]).astype(np.int64) if begins else due
 
@@ -306,10 +319,11 @@ def _as_batch(segments: list[RecordedSegment], vocabulary: Vocabulary) -> Prefix
         input_ids=ids,
         lengths=np.array([len(segment.ids) for segment in segments]),
         prompt_lengths=np.array([segment.prompt_length for segment in segments]),
-        finished=np.array([segment.finish_reason == "eos" for segment in segments]),
+        finished=np.array([segment.finished for segment in segments]),
         rows=np.array([segment.row for segment in segments]),
         prompts=[segment.prompt for segment in segments],
         columns=as_columns([segment.columns for segment in segments]),
         tokenizer=vocabulary.tokenizer,
         turns=vocabulary.turns,
+        replies=None if all(segment.replies is None for segment in segments) else [s.replies or [] for s in segments],
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from textgym.chat.reply_spans import ReplySpan
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -57,22 +59,33 @@ class RecordedSegment(Segment):
 
     :param prompt: the prompt's text
     :param columns: the other columns of its row
+    :param replies: where others spoke in the text; None where nobody can
     :param finish_reason: why the episode ended with the last step; None while it goes on
+    :param finished: whether the text's last token ended a turn
     :param completion: its text, once it has ended
-    :param penalty: what the last step costs because the budget ran out
-    :param return_before: what the episode's earlier steps earned
+    :param turn_ends: ``(S,)`` bool, which of the steps ended a turn
+    :param penalties: ``(S,)`` what they cost because a budget ran out
+    :param reply_rewards: ``(S,)`` what replies paid for the turns that they ended
+    :param taken_before: tokens that the policy had written before
+    :param return_before: what these earned
     :param kl_before: their KL, nats
     """
 
     prompt: str
     columns: dict[str, Any]
+    replies: list[ReplySpan] | None
     finish_reason: str | None
+    finished: bool
     completion: str | None
-    penalty: float
+    turn_ends: np.ndarray
+    penalties: np.ndarray
+    reply_rewards: np.ndarray
+    taken_before: int
     return_before: float
     kl_before: float
 
     @property
     def states(self) -> np.ndarray:
-        """``(S + 1,)`` how many tokens behind the prompt the text has before the first step and after each."""
+        """``(S + 1,)`` how many tokens behind the prompt the text has before the first step and after each, with what
+        others said to it."""
         return np.append(self.positions, len(self.ids)) - self.prompt_length

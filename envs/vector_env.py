@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
+from textgym.chat.between_turns import BetweenTurns
 from textgym.checks import check_int, check_number, shown
 from textgym.envs.arguments import log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
@@ -35,8 +36,12 @@ from textgym.language_model import LanguageModel
 from textgym.prompts.fitting import all_chat
 from textgym.prompts.opening import as_prompt_source
 from textgym.prompts.rows import PromptRow, PromptSource
+from textgym.replies import Reply, as_reply
 from textgym.rewards import Reward, as_reward
 from textgym.sampling import SamplingSettings
+
+ENDS = ("eos", "stop", "reply")  # the reasons with which an episode has terminated
+CUTS = ("length", "turns")  # and those with which it was truncated
 
 
 class TextGenVectorEnv(VectorEnv):
@@ -64,10 +69,10 @@ class TextGenVectorEnv(VectorEnv):
     def __init__(self, num_envs: int = 1, max_episode_steps: int | None = None, **options: Any) -> None:
         self.options = TextGenOptions.from_keywords(options)
         check_int("num_envs", num_envs, low=1)
-        limit = self.options.max_new_tokens
+        max_actions: int | None = None
         if max_episode_steps is not None and max_episode_steps != -1:  # -1 is Gymnasium's word for no limit
             check_int("max_episode_steps", max_episode_steps, low=1)
-            limit = min(limit, max_episode_steps)
+            max_actions = max_episode_steps
         self.num_envs = num_envs
         self.render_mode = self.options.render_mode
         self.metadata = {
@@ -81,16 +86,19 @@ class TextGenVectorEnv(VectorEnv):
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self.vocab_size = self.vocabulary.size
         source = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
-        room = prompt_room(self.options.max_prompt_tokens, self.options.max_new_tokens, self.vocabulary.context_limit)
+        turns = self.options.turns
+        total, name = self.options.max_new_tokens, "max_new_tokens"
+        if turns is not None:
+            total, name = turns.max_total_tokens, "max_total_tokens"
+        room = prompt_room(self.options.max_prompt_tokens, total, self.vocabulary.context_limit, name)
         longest = self.vocabulary.completion_limit
-        if longest is not None and self.options.max_new_tokens > longest:
+        if longest is not None and total > longest:
             raise ValueError(
-                f"max_new_tokens={self.options.max_new_tokens} is more than the {longest} tokens that the model's "
-                "decoder has positions for"
+                f"{name}={total} is more than the {longest} tokens that the model's decoder has positions for"
             )
         rows = source.rows
         sampling = SamplingSettings(
-            max_new_tokens=limit,
+            max_new_tokens=min(self.options.max_new_tokens, max_actions or self.options.max_new_tokens),
             min_new_tokens=self.options.min_new_tokens,
             max_prompt_tokens=room,
             temperature=float(self.options.temperature),
@@ -100,10 +108,13 @@ class TextGenVectorEnv(VectorEnv):
             top_p=float(self.options.top_p),
             chat=rows is not None and all_chat(rows, self.vocabulary),
         )
-        self._rules = EpisodeRules(self.vocabulary, sampling)
+        self._rules = EpisodeRules(self.vocabulary, sampling, self.options.turns, max_actions)
+        reply = None if self.options.reply is None else as_reply(self.options.reply)
+        if reply is not None and sampling.chat:
+            BetweenTurns(self.vocabulary.turns).check(reply.role)
         told_long = rows is not None and self._rules.judge(rows, self.options.prompt_overflow)
         self._stream = PromptStream(source, self._rules, self.options.prompt_overflow, told_long, num_envs)
-        self.context = room + self.options.max_new_tokens
+        self.context = room + total
         self._kl_coef = float(self.options.kl_coef)
         self._scorer = Scorer(
             self._reward,
@@ -126,12 +137,14 @@ class TextGenVectorEnv(VectorEnv):
                 "prompt_length": spaces.Box(0, self.context, (1,), np.int64),
             }
         )
+        if reply is not None:
+            self.single_observation_space["completion_mask"] = spaces.Box(0, 1, (self.context,), np.int8)
         self.single_action_space = spaces.Discrete(self.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
         self._texts = EpisodeTexts(
-            num_envs, self.context, self._rules, self.options.max_new_tokens, float(self.options.missing_eos_penalty)
+            num_envs, self.context, self._rules, total, float(self.options.missing_eos_penalty), reply
         )
         self._reported: np.ndarray | None = None
         self._record: RolloutRecord | None = None  # within a rollout
@@ -158,8 +171,18 @@ class TextGenVectorEnv(VectorEnv):
 
     @property
     def max_new_tokens(self) -> int:
-        """After how many tokens a completion is cut off."""
+        """After how many tokens a turn is cut off."""
         return self.sampling.max_new_tokens
+
+    @property
+    def max_actions(self) -> int:
+        """Most tokens that a policy writes in an episode."""
+        return self._rules.max_actions
+
+    @property
+    def reply(self) -> Reply | None:
+        """Who speaks behind each turn; None where an episode is one turn."""
+        return self._texts.reply
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -309,19 +332,25 @@ class TextGenVectorEnv(VectorEnv):
         infos = VectorInfos(self.num_envs)
         reward = np.zeros(self.num_envs)
         parts = StepParts.nothing((self.num_envs,))
+        turn_ends = np.zeros(self.num_envs, dtype=bool)
         if len(active):
             parts.ref_log_prob[active] = self._reference_log_prob(active, actions[active])
-            texts.append(active, actions[active])
-            if not self.scoring_deferred:
-                with self._taken_back_where_it_fails(active):
-                    reward[active] = self._reward_step(active, log_prob[active], parts, infos)
+            with self._taken_back_where_it_fails(active):
+                texts.append(active, actions[active])
+                parts.penalty[active] = texts.missing_eos_penalties(active)
+                turn_ends[active] = [texts.turn_reasons[row] is not None for row in active.tolist()]
+                self._answer(np.flatnonzero(turn_ends & ~texts.done), parts, infos)
+                if not self.scoring_deferred:
+                    reward[active] = self._reward_step(active, log_prob[active], turn_ends[active], parts, infos)
+            texts.keep()
         if self._record is not None:
-            self._record.add(log_prob, None if self._masks is None else self._allowed, parts, self._kl_coef)
+            allowed = None if self._masks is None else self._allowed
+            self._record.add(log_prob, allowed, parts, turn_ends, self._kl_coef)
         self._mask_actions(active)
         self._end_episodes(active[texts.done[active]], infos)
         self._reported = None
-        terminated = np.array([reason in ("eos", "stop") for reason in texts.finish_reasons]) & ~waiting
-        truncated = np.array([reason == "length" for reason in texts.finish_reasons]) & ~waiting
+        terminated = np.array([reason in ENDS for reason in texts.finish_reasons]) & ~waiting
+        truncated = np.array([reason in CUTS for reason in texts.finish_reasons]) & ~waiting
         if self.render_mode == "human":
             self._show()
 
@@ -589,19 +618,36 @@ class TextGenVectorEnv(VectorEnv):
         if self._masks is not None:
             texts = self._texts
             self._allowed[rows] = self._masks.of(
-                texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], rows, texts.done[rows]
+                texts.ids[rows],
+                texts.lengths[rows],
+                texts.prompt_lengths[rows],
+                rows,
+                texts.turn_tokens[rows],
+                texts.done[rows],
             )
 
-    def _reward_step(self, rows: np.ndarray, log_prob: np.ndarray, parts: StepParts, infos: VectorInfos) -> np.ndarray:
+    def _answer(self, rows: np.ndarray, parts: StepParts, infos: VectorInfos) -> None:
+        """Let the reply speak behind turns that have ended, and say so in infos."""
+        if self._texts.reply is None or not len(rows):
+            return
+        results = self._texts.answer(rows)
+        parts.reply[rows] = [result.reward for result in results]
+        infos.put("reply", rows, [result.text for result in results], object)
+        infos.put("reply_reward", rows, parts.reply[rows])
+        infos.put("reply_truncated", rows, self._texts.cut[rows], bool)
+        infos.put("turn", rows, self._texts.turn_numbers[rows], np.int64)
+
+    def _reward_step(
+        self, rows: np.ndarray, log_prob: np.ndarray, turn_ends: np.ndarray, parts: StepParts, infos: VectorInfos
+    ) -> np.ndarray:
         """``(B,)`` rewards of the newest tokens of rows, with what they are made of put into ``parts`` and infos."""
         texts = self._texts
         batch, taken = texts.batch(rows), texts.taken[rows]
-        due = np.asarray(self._scorer.is_due(taken, texts.done[rows]), dtype=bool)
-        reward_model, penalty = self._scorer.reward_step(batch, due), texts.missing_eos_penalties(rows)
-        ref_log_prob = parts.ref_log_prob[rows]
-        parts.taken[rows], parts.reward_model[rows], parts.penalty[rows] = True, reward_model, penalty
+        reward_model = self._scorer.reward_step(batch, self._scorer.is_due(taken, turn_ends, texts.done[rows]))
+        ref_log_prob, penalty = parts.ref_log_prob[rows], parts.penalty[rows]
+        parts.taken[rows], parts.reward_model[rows] = True, reward_model
         kl = self._scorer.kl(log_prob, ref_log_prob)
-        reward = reward_model - penalty - (self._kl_coef * kl if self._kl_coef else 0.0)
+        reward = reward_model + parts.reply[rows] - penalty - (self._kl_coef * kl if self._kl_coef else 0.0)
         texts.token_rewards[rows, taken - 1] = reward
         texts.token_kl[rows, taken - 1] = kl
         infos.put("reward_model", rows, reward_model)
@@ -617,11 +663,12 @@ class TextGenVectorEnv(VectorEnv):
 
     @contextmanager
     def _taken_back_where_it_fails(self, rows: np.ndarray) -> Iterator[None]:
-        """After an error, the texts of rows are what they were before their newest tokens."""
+        """After an error, the texts of rows are what they were before."""
+        mark = self._texts.mark(rows)
         try:
             yield
         except BaseException:
-            self._texts.take_back(rows)
+            self._texts.take_back(rows, mark)
             raise
 
     def _end_episodes(self, rows: np.ndarray, infos: VectorInfos) -> None:
@@ -634,6 +681,8 @@ class TextGenVectorEnv(VectorEnv):
         infos.put("finish_reason", rows, [self._texts.finish_reasons[row] for row in rows], object)
         infos.put("prompt", rows, batch.prompts, object)
         infos.put("completion", rows, batch.completions, object)
+        if self._texts.reply is not None:
+            infos.put("transcript", rows, batch.transcripts, object)
 
     # ------------------------------------------------------------------ episodes
 
@@ -641,6 +690,8 @@ class TextGenVectorEnv(VectorEnv):
         """Put a prompt into each of the rows and start its episode."""
         for i, row in enumerate(rows.tolist()):
             self._texts.begin(row, *self._stream.take(row, None if prompts is None else prompts[i]))
+        if self._texts.reply is not None:
+            self._texts.reply.begin(rows)
         if self._record is not None:
             self._record.begin(rows)
         self._mask_actions(rows)

@@ -43,6 +43,7 @@ class ActionMasks:
         lengths: np.ndarray,
         prompt_lengths: np.ndarray,
         rows: np.ndarray,
+        written: np.ndarray | None = None,
         done: np.ndarray | None = None,
     ) -> np.ndarray:
         """Allowed actions.
@@ -51,10 +52,11 @@ class ActionMasks:
         :param lengths: ``(B,)`` tokens of each row
         :param prompt_lengths: ``(B,)`` how many of these are the prompt's
         :param rows: ``(B,)`` slots in the reference model's cache
+        :param written: ``(B,)`` tokens of each row's newest turn; by default all behind the prompt
         :param done: ``(B,)`` bool, rows whose episode is over: no model is asked what could follow
         :return: ``(B, V)`` bool, a fresh array; at least one action is allowed
         """
-        allowed = self._without_reference(lengths - prompt_lengths)
+        allowed = self._without_reference(lengths - prompt_lengths if written is None else written)
         running = np.arange(len(ids)) if done is None else np.flatnonzero(~done)
         if self.model is not None and len(running):
             with torch.no_grad():
@@ -67,7 +69,7 @@ class ActionMasks:
     def at(self, written: np.ndarray, hidden: Tensor | None) -> np.ndarray:
         """The masks of M places of whole texts.
 
-        :param written: ``(M,)`` tokens of the completion before each
+        :param written: ``(M,)`` tokens of its turn before each
         :param hidden: ``(M, H)`` of the reference model there; None where it restricts nothing
         :return: ``(M, V)`` bool, a fresh array
         """
@@ -82,7 +84,7 @@ class ActionMasks:
             self.model.cached(context).forget(rows)
 
     def _without_reference(self, written: np.ndarray) -> np.ndarray:
-        """``(B, V)`` bool, by the number of tokens that each completion has."""
+        """``(B, V)`` bool, by the number of tokens that each turn has."""
         allowed = np.repeat(self._ordinary[None], len(written), axis=0)
         early = np.flatnonzero(written < self.sampling.min_new_tokens)
         allowed[np.ix_(early, self._ends)] = False

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from textgym.chat.between_turns import ANCHORS
 from textgym.vocabulary import Vocabulary
-
-# Texts whose tokens stay as they are whatever follows; each fails for some piece, where both merge into one token.
-ANCHORS = ("\n", ".", "a", "0", " ")
 
 
 def decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:

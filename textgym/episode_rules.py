@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,21 +21,56 @@ from textgym.vocabulary import Vocabulary
 DEFAULT_MAX_PROMPT_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class TurnLimits:
+    """Limits of episodes in which somebody replies.
+
+    :param max_turns: turns of the policy
+    :param max_reply_tokens: tokens of what is said in a reply; longer ones are cut at their end
+    :param max_total_tokens: tokens behind the prompt, of policy and replies together
+    :param overflow: ``"truncate"`` or ``"error"``, where a reply is longer
+    """
+
+    max_turns: int
+    max_reply_tokens: int
+    max_total_tokens: int
+    overflow: str = "truncate"
+
+
 class EpisodeRules:
     """What texts of one model are, under some settings.
 
-    A completion ends with ``"eos"`` at a token that ends a turn, with ``"stop"`` at the token that completes a stop
-    string, and with ``"length"`` when its budget is used up; the first two not before ``min_new_tokens``.
+    A turn ends with ``"eos"`` at a token that ends a turn, with ``"stop"`` at the token that completes a stop
+    string, and with ``"length"`` when its budget is used up; the first two not before ``min_new_tokens``. Where nobody
+    replies the completion is one turn, and ends with it.
 
     :param vocabulary: of the language model
     :param sampling: limits and stop strings
+    :param turns: limits of episodes of several turns; None for one turn
+    :param max_actions: most tokens that the policy writes in an episode, where that is less than what all this allows
     """
 
-    def __init__(self, vocabulary: Vocabulary, sampling: SamplingSettings) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        sampling: SamplingSettings,
+        turns: TurnLimits | None = None,
+        max_actions: int | None = None,
+    ) -> None:
         self.vocabulary = vocabulary
         self.sampling = sampling
+        self.turns = turns
+        most = sampling.max_new_tokens
+        if turns is not None:
+            most = min(turns.max_turns * most, turns.max_total_tokens)
+        self.max_actions = most if max_actions is None else min(most, max_actions)
         self._ends = np.array(vocabulary.end_ids)
         self._stop_turns = vocabulary.turns.showing(sampling.stop)  # a stop string may be a special token
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens behind a prompt."""
+        return self.sampling.max_new_tokens if self.turns is None else self.turns.max_total_tokens
 
     def fit(self, row: PromptRow) -> FittedPrompt:
         """A prompt as the model sees it, with its ids, cut where they are more than ``max_prompt_tokens``."""
@@ -49,10 +85,10 @@ class EpisodeRules:
     def finish_reasons(
         self, tokens: np.ndarray, counts: np.ndarray, stopped: np.ndarray | None = None
     ) -> list[str | None]:
-        """Why each of B completions ends with its newest token, or None where it goes on.
+        """Why each of B turns ends with its newest token, or None where it goes on.
 
         :param tokens: ``(B,)`` the newest tokens
-        :param counts: ``(B,)`` how many tokens the completions have with these
+        :param counts: ``(B,)`` how many tokens the turns have with these
         :param stopped: ``(B,)`` bool, whether the token completed a stop string
         """
         reasons = np.full(len(tokens), None, dtype=object)
@@ -65,9 +101,9 @@ class EpisodeRules:
         return found
 
     def stop_strings(self, batch: PrefixBatch, searched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where a stop string was completed in what is new of B completions.
+        """Where a stop string was completed in what is new of B turns.
 
-        :param batch: the completions
+        :param batch: the turns; what was written before counts as the prompt
         :param searched: ``(B,)`` how many of their characters were known before
         :return: ``(B,)`` bool, and ``(B,)`` how many characters are known now
         """
@@ -79,24 +115,25 @@ class EpisodeRules:
         return np.array(stopped, dtype=bool), np.array([len(text) for text in texts], dtype=np.int64)
 
 
-def prompt_room(max_prompt_tokens: int | None, max_new_tokens: int, context_limit: int | None) -> int:
+def prompt_room(
+    max_prompt_tokens: int | None, budget: int, context_limit: int | None, name: str = "max_new_tokens"
+) -> int:
     """Most tokens of a prompt: as asked, or 64, or what the model's context leaves.
 
     :param max_prompt_tokens: the option, None where it isn't given
-    :param max_new_tokens: the option
+    :param budget: most tokens behind a prompt
     :param context_limit: most tokens that the model takes, None for any number
+    :param name: what errors call the budget
     :raises ValueError: if the two options are together more than that
     """
-    room = None if context_limit is None else context_limit - max_new_tokens
+    room = None if context_limit is None else context_limit - budget
     if room is not None and room < 1:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model's context is {context_limit}"
-        )
+        raise ValueError(f"{name}={budget} leaves no room for a prompt: the model's context is {context_limit}")
     if max_prompt_tokens is None:
         return DEFAULT_MAX_PROMPT_TOKENS if room is None else min(DEFAULT_MAX_PROMPT_TOKENS, room)
     if room is not None and max_prompt_tokens > room:
         raise ValueError(
-            f"max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens} are together more than the "
+            f"max_prompt_tokens={max_prompt_tokens} and {name}={budget} are together more than the "
             f"model's context of {context_limit} tokens"
         )
     return max_prompt_tokens

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from textgym.divergence import DivergedError
-from textgym.episode_rules import EpisodeRules
+from textgym.episode_rules import EpisodeRules, TurnLimits
 from textgym.language_model import LanguageModel, log_distribution
 from textgym.prompts.fitting import FittedPrompt
 from textgym.prompts.rows import PromptRow
+from textgym.replies.base import Reply
 from textgym.sampling import SamplingSettings
 from textgym.texts import Texts, filled
 
@@ -52,6 +53,8 @@ def complete_texts(
     forbidden: Sequence[int] = (),
     masks: ActionMasks | None = None,
     generator: torch.Generator | None = None,
+    turns: TurnLimits | None = None,
+    reply: Reply | None = None,
 ) -> Texts:
     """Complete prompts, all rows side by side, each until it ends as it does in the environment.
 
@@ -60,14 +63,18 @@ def complete_texts(
     :param deterministic: take the most likely token instead of sampling
     :param forbidden: tokens that are never produced
     :param masks: what else may not be produced, state by state
+    :param turns: limits of texts of several turns
+    :param reply: who speaks behind each turn
     :return: the B texts; they end with the token that ends a turn or completes a stop string
     """
-    texts = filled(EpisodeRules(model.vocabulary, sampling), list(prompts))
+    texts = filled(EpisodeRules(model.vocabulary, sampling, turns), list(prompts), reply)
     cached = model.cached(texts.context)
     running = np.arange(len(prompts))
     cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
     if masks is not None:
         masks.forget(running, texts.context)
+    if reply is not None:
+        reply.begin(running)
     reordered = model.reordered_weights(len(prompts), sampling.max_new_tokens)
     while len(running):
         ids, lengths, prompt_lengths = texts.ids[running], texts.lengths[running], texts.prompt_lengths[running]
@@ -77,10 +84,16 @@ def complete_texts(
             logits[:, list(forbidden)] = -torch.inf
         allowed: Tensor | None = None
         if masks is not None:
-            allowed = torch.as_tensor(masks.of(ids, lengths, prompt_lengths, running), device=logits.device)
+            allowed = torch.as_tensor(
+                masks.of(ids, lengths, prompt_lengths, running, texts.turn_tokens[running]), device=logits.device
+            )
         log_probs = log_distribution(logits, sampling.temperature, allowed)
         tokens = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs, generator)
         texts.append(running, tokens.cpu().numpy())
+        ended = [row for row in running.tolist() if texts.turn_reasons[row] is not None and not texts.done[row]]
+        if reply is not None and ended:
+            texts.answer(np.array(ended))
+            texts.keep()
         running = np.flatnonzero(~texts.done)
     return texts
 

@@ -1,10 +1,11 @@
 """A rollout buffer for text: it keeps token segments instead of observations, and yields whole segments.
 
-In text generation an observation is the one before plus the action. A *segment* is a maximal run of steps of
-one row in which that holds, within one episode; one teacher-forced forward over a segment gives the log-prob,
-the entropy and the value of all its transitions. So the buffer stores where each segment begins and the
-tokens it begins with, and nothing else of the observations; rewards, values, advantages and returns are
-Stable-Baselines3's own arrays, ``(T, N)`` for T steps of N rows, and so is the computation of advantages.
+In text generation an observation is the one before plus the action, and behind a turn plus what others said to it. A
+*segment* is a maximal run of steps of one row in which that holds, within one episode; one teacher-forced forward over
+a segment gives the log-prob, the entropy and the value of all its transitions, however many turns it has. So the buffer
+stores where each segment begins, the tokens it begins with and those that others put in, and nothing else of the
+observations; rewards, values, advantages and returns are Stable-Baselines3's own arrays, ``(T, N)`` for T steps of N
+rows, and so is the computation of advantages.
 
 An agent that learns from whole episodes only *holds* those that still run at the end of a rollout: their steps are
 then not among the segments, and come first, before T new steps, in the next rollout, which ends them.
@@ -119,6 +120,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.episodes = np.full(shape, -1, dtype=np.int64)  # numbers of the episodes in a round
         self._prefixes: dict[tuple[int, int], np.ndarray] = {}  # (row, step) a segment begins at: its prefix
         self._prompt_lengths: dict[tuple[int, int], int] = {}  # and how many of these tokens are the prompt
+        self._said: dict[tuple[int, int], np.ndarray] = {}  # (row, step): what others said right before that step
         self._expected = np.zeros((self.n_envs, self.context), dtype=np.int64)  # last observation plus action
         self._expected_lengths = np.zeros(self.n_envs, dtype=np.int64)
         self.pos = self.held_steps
@@ -139,6 +141,7 @@ class EpisodeBuffer(RolloutBuffer):
             self._prefixes[row, step] = prefix
             if prompt_length is not None:
                 self._prompt_lengths[row, step] = prompt_length
+        self._said = {(row, step): ids for row, step, ids in held["said"]}
         self._expected, self._expected_lengths = held["expected"].copy(), held["expected_lengths"].copy()
 
     def hold(self, running: np.ndarray) -> None:
@@ -165,6 +168,8 @@ class EpisodeBuffer(RolloutBuffer):
             (row, step - first, self._prompt_lengths.pop((row, step), None), self._prefixes.pop((row, step)))
             for row, step in taken
         ]
+        said = sorted(key for key in self._said if key[1] >= begun[key[0]])
+        self._held["said"] = [(row, step - first, self._said.pop((row, step))) for row, step in said]
         self._held["expected"], self._held["expected_lengths"] = self._expected, self._expected_lengths
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,8 +241,8 @@ class EpisodeBuffer(RolloutBuffer):
         ids = np.asarray(obs["input_ids"], dtype=np.int64)
         lengths = np.asarray(obs["attention_mask"]).sum(1, dtype=np.int64)  # (N,)
 
-        inside = np.arange(self.context) < lengths[:, None]
-        grown = (lengths == self._expected_lengths) & ((ids == self._expected) | ~inside).all(1)
+        inside = np.arange(self.context) < self._expected_lengths[:, None]
+        grown = (lengths >= self._expected_lengths) & ((ids == self._expected) | ~inside).all(1)
         active = np.ones(self.n_envs, dtype=bool) if episodes is None else episodes >= 0
         begins = ~grown | np.asarray(episode_start, dtype=bool)
         if step == self.held_steps:
@@ -248,6 +253,8 @@ class EpisodeBuffer(RolloutBuffer):
             self._prefixes[int(row), step] = ids[row, : lengths[row]].copy()
             if "prompt_length" in obs:
                 self._prompt_lengths[int(row), step] = int(np.asarray(obs["prompt_length"])[row].item())
+        for spoken in np.flatnonzero(~begins & active & (lengths > self._expected_lengths)).tolist():
+            self._said[spoken, step] = ids[spoken, self._expected_lengths[spoken] : lengths[spoken]].copy()
         self._expected[:] = ids
         # A row without room for the token can't go on: its next observation is shorter.
         self._expected[rows, np.minimum(lengths, self.context - 1)] = tokens
@@ -277,6 +284,7 @@ class EpisodeBuffer(RolloutBuffer):
         for row, step in [key for key in self._prefixes if rows[key[0]]]:
             del self._prefixes[row, step]
             self._prompt_lengths.pop((row, step), None)
+        self._said = {key: ids for key, ids in self._said.items() if not rows[key[0]]}
 
     def finish(self) -> None:
         """The rollout is complete, with fewer steps than there is room for: every row waits."""
@@ -300,17 +308,31 @@ class EpisodeBuffer(RolloutBuffer):
             steps = int(self.active[start:end, row].sum())  # a row waits, or is held, after its last episode only
             number = int(self.episodes[start, row])
             prefix = self._prefixes[row, start]
+            ids, positions = self._text(row, start, steps)
             segments.append(
                 Segment(
                     row=row,
                     start=start,
-                    ids=np.concatenate([prefix, self.actions[start : start + steps, row, 0]]),
-                    positions=len(prefix) + np.arange(steps),
+                    ids=ids,
+                    positions=positions,
                     prompt_length=self._prompt_lengths.get((row, start), len(prefix)),
                     episode=number,
                 )
             )
         return segments
+
+    def _text(self, row: int, start: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids ``(L,)`` of a segment's text, and where in it its actions stand, ``(S,)``."""
+        prefix, actions = self._prefixes[row, start], self.actions[start : start + steps, row, 0]
+        said = (
+            sorted(key for key in self._said if key[0] == row and start < key[1] < start + steps) if self._said else []
+        )
+        pieces, shift, done = [prefix], np.zeros(steps, dtype=np.int64), 0
+        for _, step in said:
+            pieces += [actions[done : step - start], self._said[row, step]]
+            done = step - start
+            shift[done:] += len(self._said[row, step])
+        return np.concatenate([*pieces, actions[done:]]), len(prefix) + np.arange(steps) + shift
 
     def get(  # type: ignore[override]
         self, batch_size: float | None = None, units: list[list[Segment]] | None = None

@@ -17,17 +17,19 @@ from textgym.envs.segments import Segment
 
 @dataclass(frozen=True)
 class Episode:
-    """One whole episode of T tokens.
+    """One whole episode in which the policy wrote T tokens.
 
-    :param prompt: ``(P,)`` int64 token ids
-    :param actions: ``(T,)`` int64 token ids
+    :param ids: ``(L,)`` int64 token ids of the whole text
+    :param positions: ``(T,)`` int64 places in it of the policy's tokens
+    :param prompt_length: tokens of the prompt
     :param rewards: ``(T,)`` float32
     :param ref_log_probs: ``(T,)`` float32, nats, or None
     :param masks: ``(T, V / 8)`` uint8, the packed action masks, or None
     """
 
-    prompt: np.ndarray
-    actions: np.ndarray
+    ids: np.ndarray
+    positions: np.ndarray
+    prompt_length: int
     rewards: np.ndarray
     ref_log_probs: np.ndarray | None
     masks: np.ndarray | None
@@ -62,7 +64,7 @@ class EpisodeReplay:
     @property
     def transitions(self) -> int:
         """How many tokens these have."""
-        return sum(len(episode.actions) for episode in self._episodes)
+        return sum(len(episode.positions) for episode in self._episodes)
 
     def add(self, buffer: EpisodeBuffer, rewards: np.ndarray) -> None:
         """Take over the episodes of a rollout.
@@ -74,8 +76,9 @@ class EpisodeReplay:
             at = (segment.steps_in_rollout, segment.row)
             reference, masks = buffer.ref_log_probs, buffer.packed_masks
             episode = Episode(
-                prompt=segment.prefix.copy(),
-                actions=buffer.actions[at][:, 0].copy(),
+                ids=segment.ids.copy(),
+                positions=segment.positions.copy(),
+                prompt_length=segment.prompt_length,
                 rewards=rewards[at].astype(np.float32),
                 ref_log_probs=None if reference is None else reference[at].astype(np.float32),
                 masks=None if masks is None else masks[at].copy(),
@@ -95,7 +98,7 @@ class EpisodeReplay:
 
     def _samples(self, episodes: list[Episode]) -> SegmentSamples:
         """One minibatch: a rollout in which each episode has a row of its own."""
-        longest = max(len(episode.actions) for episode in episodes)
+        longest = max(len(episode.positions) for episode in episodes)
         buffer = EpisodeBuffer(longest, *self._spaces, self._device, n_envs=len(episodes))  # type: ignore[arg-type]
         segments = []
         if episodes[0].ref_log_probs is not None:
@@ -103,18 +106,18 @@ class EpisodeReplay:
         if episodes[0].masks is not None:
             buffer.packed_masks = np.zeros((longest, len(episodes), episodes[0].masks.shape[1]), dtype=np.uint8)
         for row, episode in enumerate(episodes):
-            steps = len(episode.actions)
+            steps = len(episode.positions)
             segments.append(
                 Segment(
                     row=row,
                     start=0,
-                    ids=np.concatenate([episode.prompt, episode.actions]),
-                    positions=len(episode.prompt) + np.arange(steps),
-                    prompt_length=len(episode.prompt),
+                    ids=episode.ids,
+                    positions=episode.positions,
+                    prompt_length=episode.prompt_length,
                     episode=row,
                 )
             )
-            buffer.actions[:steps, row, 0] = episode.actions
+            buffer.actions[:steps, row, 0] = episode.ids[episode.positions]
             buffer.rewards[:steps, row] = episode.rewards
             if buffer.ref_log_probs is not None:
                 buffer.ref_log_probs[:steps, row] = episode.ref_log_probs
@@ -128,9 +131,10 @@ class EpisodeReplay:
         """All episodes, oldest first, as few arrays."""
         episodes = list(self._episodes)
         if not episodes:
-            return {"lengths": np.zeros((0, 2), dtype=np.int64)}
-        joined: dict[str, Any] = {"lengths": np.array([[len(e.prompt), len(e.actions)] for e in episodes])}
-        for name in ("prompt", "actions", "rewards", "ref_log_probs", "masks"):
+            return {"lengths": np.zeros((0, 3), dtype=np.int64)}
+        lengths = [[len(e.ids), len(e.positions), e.prompt_length] for e in episodes]
+        joined: dict[str, Any] = {"lengths": np.array(lengths)}
+        for name in ("ids", "positions", "rewards", "ref_log_probs", "masks"):
             parts = [getattr(episode, name) for episode in episodes]
             joined[name] = None if parts[0] is None else np.concatenate(parts)
         return joined
@@ -138,14 +142,15 @@ class EpisodeReplay:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave; of more than there is room for, the newest stay."""
         self._episodes.clear()
-        prompt_end = end = 0
-        for prompt_length, steps in np.asarray(state["lengths"]).tolist():
-            prompt, tokens = slice(prompt_end, prompt_end + prompt_length), slice(end, end + steps)
-            prompt_end, end = prompt.stop, tokens.stop
+        text_end = end = 0
+        for length, steps, prompt_length in np.asarray(state["lengths"]).tolist():
+            text, tokens = slice(text_end, text_end + length), slice(end, end + steps)
+            text_end, end = text.stop, tokens.stop
             reference, masks = state["ref_log_probs"], state["masks"]
             episode = Episode(
-                prompt=state["prompt"][prompt],
-                actions=state["actions"][tokens],
+                ids=state["ids"][text],
+                positions=state["positions"][tokens],
+                prompt_length=prompt_length,
                 rewards=state["rewards"][tokens],
                 ref_log_probs=None if reference is None else reference[tokens],
                 masks=None if masks is None else masks[tokens],

@@ -115,9 +115,10 @@ class TextAgent(SavedAgent):
     def _checked_environment(self, env: VecEnv) -> TextEnvironment:
         check_spaces(env.observation_space, env.action_space)
         environment = TextEnvironment(env)
-        if self.whole_episodes and self.n_steps < environment.max_new_tokens:
+        if self.whole_episodes and self.n_steps < environment.max_actions:
             raise ValueError(
-                f"n_steps={self.n_steps} is less than the environment's max_new_tokens={environment.max_new_tokens}: "
+                f"n_steps={self.n_steps} is less than the {environment.max_actions} tokens of the longest "
+                "episode in the environment (max_new_tokens, times max_turns where somebody replies): "
                 "with whole_episodes=True a rollout could end no episode, and have nothing to learn from"
             )
         temperature = self.policy_kwargs.get("temperature", environment.temperature)

@@ -95,8 +95,9 @@ class TextEnvironment:
         return self.rows.episode_numbers if self.rows is not None and self.rows.in_round else None
 
     @property
-    def max_new_tokens(self) -> int:
-        return int(self._get("max_new_tokens"))
+    def max_actions(self) -> int:
+        """Most tokens that a policy writes in an episode."""
+        return int(self._get("max_actions"))
 
     def check_rounds(self) -> TextGenVectorEnv:
         """:raises ValueError: unless the rows are those of one vector environment without wrappers."""

@@ -81,7 +81,7 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
                 f"{name}={episodes} must be a multiple of group_size={self.group_size}"
                 + (f" and at least num_envs={rows}" if self.episodes is not None else ", or episodes= be given")
             )
-        longest = environment.max_new_tokens
+        longest = environment.max_actions
         # Rows are never idle while an episode is left (Graham 1969): what is left then takes one row its time.
         return longest if episodes == rows else (episodes * longest) // rows + longest
 

@@ -158,15 +158,20 @@ class TurnTokens:
         """What texts in the chat template look like."""
         return TemplatedTexts(self)
 
-    def rendered(self, messages: list[Mapping[str, Any]], add_generation_prompt: bool = True) -> str | None:
-        """Messages through the chat template; None where there is none or it refuses them."""
+    def rendered(
+        self, messages: list[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+    ) -> str | None:
+        """Messages through the chat template; None where there is none or it refuses them.
+
+        :param options: further ones of ``apply_chat_template``
+        """
         if not getattr(self.tokenizer, "chat_template", None):
             return None
         from jinja2 import TemplateError
 
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except (TemplateError, ValueError, TypeError):
             return None

@@ -17,6 +17,7 @@ RESERVED_COLUMNS = (
     "prompts",
     "completions",
     "completion_ids",
+    "transcripts",
 )  # what rewards are called with besides the columns
 
 

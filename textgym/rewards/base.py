@@ -202,6 +202,8 @@ class Reward(ABC):
         if len(batch) == 0:
             return np.zeros(0)
         columns = {"completion_ids": batch.completion_ids, **batch.columns}
+        if batch.replies is not None:
+            columns["transcripts"] = batch.transcripts
         return scores_of(self, batch.prompts, batch.completions, columns, batch.rows)
 
     def _evaluate_prefixes(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from textgym.rewards.message_functions import (
     is_annotated_with_messages,
 )
 from textgym.rewards.scores import as_list, checked_scores, failure
-from textgym.rewards.waiting import wait_for
+from textgym.waiting import wait_for
 
 RewardLike: TypeAlias = Reward | Callable[..., Any]
 """What rewards that are made of rewards take. A formula opens the texts that it has for arguments so annotated."""

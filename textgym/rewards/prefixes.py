@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.chat.reply_spans import ReplySpan, action_positions, before, turns_between
 from textgym.chat.turns import TurnTokens
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class PrefixBatch:
     :param columns: the extra columns of the prompt rows, each a list of length B
     :param tokenizer: what the ids are of
     :param turns: which of its tokens end a turn and what texts show; by default what the tokenizer alone says
+    :param replies: where others than the policy spoke behind the prompt; None where nobody did
     """
 
     input_ids: np.ndarray
@@ -40,39 +42,77 @@ class PrefixBatch:
     columns: dict[str, list[Any]] = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     turns: TurnTokens | None = field(default=None, repr=False)
+    replies: list[list[ReplySpan]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def completion_lengths(self) -> np.ndarray:
-        """``(B,)`` tokens of each completion so far."""
+        """``(B,)`` tokens behind each prompt so far, the policy's and others'."""
         return self.lengths - self.prompt_lengths
 
     @cached_property
     def completion_ids(self) -> list[list[int]]:
-        """B lists of the completions' token ids."""
+        """B lists of the token ids that the policy wrote."""
+        if self.replies is not None:
+            return [self.input_ids[row, self.action_positions(row)].tolist() for row in range(len(self))]
         bounds = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
         return [ids[start:end].tolist() for ids, (start, end) in zip(self.input_ids, bounds, strict=True)]
 
+    def action_positions(self, row: int) -> np.ndarray:
+        """``(S,)`` where in a row the tokens stand that the policy wrote."""
+        return action_positions(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
+
     @cached_property
     def texts(self) -> list[str]:
-        """B decoded texts of prompt and completion together; see :meth:`~textgym.chat.turns.TurnTokens.decode`."""
+        """B decoded texts of prompt and all behind it; see :meth:`~textgym.chat.turns.TurnTokens.decode`."""
         lengths = self.lengths.tolist()
         return self._decode([ids[:n].tolist() for ids, n in zip(self.input_ids, lengths, strict=True)])
 
     @cached_property
-    def completions(self) -> list[str]:
-        """B decoded completions: what has to be appended to the decoded prompt to get :attr:`texts`.
+    def continuations(self) -> list[str]:
+        """B decoded texts behind the prompts: what has to be appended to the decoded prompt to get :attr:`texts`.
 
-        A completion decoded alone would lose its leading space with SentencePiece tokenizers. A character whose
-        bytes are not all there yet is left out, so that each prefix of a completion is one as text, too.
+        Decoded alone they would lose their leading space with SentencePiece tokenizers. A character whose bytes are not
+        all there yet is left out, so that each prefix of a completion is one as text, too.
         """
         lengths = self.prompt_lengths.tolist()
         prompt_ids = [tuple(ids[:n].tolist()) for ids, n in zip(self.input_ids, lengths, strict=True)]
         different = list(dict.fromkeys(prompt_ids))  # prefixes of one episode share their prompt
         decoded = dict(zip(different, self._decode([list(ids) for ids in different]), strict=True))
         return [_without_prefix(text, decoded[ids]) for ids, text in zip(prompt_ids, self.texts, strict=True)]
+
+    @cached_property
+    def completions(self) -> list[str]:
+        """B decoded completions: what the policy wrote. Where others spoke, its turns are lines."""
+        if self.replies is None or not any(self.replies):
+            return self.continuations
+        return ["\n".join(turn for turn in self._turn_texts(row) if turn) for row in range(len(self))]
+
+    @cached_property
+    def transcripts(self) -> list[list[dict[str, Any]]]:
+        """B conversations behind the prompts, as messages: the policy's turns are the assistant's."""
+        transcripts = []
+        for row in range(len(self)):
+            spans = self._spans(row)
+            messages: list[dict[str, Any]] = []
+            for i, text in enumerate(self._turn_texts(row)):
+                written = i < len(spans) or self.lengths[row] > (spans[-1].end if spans else self.prompt_lengths[row])
+                messages += [{"role": "assistant", "content": text}] if written else []
+                messages += [{"role": span.role, "content": span.content} for span in spans[i : i + 1]]
+            transcripts.append(messages)
+        return transcripts
+
+    def _spans(self, row: int) -> list[ReplySpan]:
+        return [] if self.replies is None else self.replies[row]
+
+    def _turn_texts(self, row: int) -> list[str]:
+        """The text of each of the policy's turns."""
+        between = turns_between(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
+        ids = self.input_ids[row].tolist()
+        decoded = self._decode([ids[:place] for turn in between for place in turn])
+        return [_without_prefix(text, start) for start, text in zip(decoded[::2], decoded[1::2], strict=True)]
 
     def at(self, indices: Sequence[int] | np.ndarray, completion_lengths: Sequence[int] | np.ndarray) -> PrefixBatch:
         """Rows of this batch, cut to shorter completions.
@@ -105,6 +145,9 @@ class PrefixBatch:
             columns={name: [column[i] for i in indices] for name, column in self.columns.items()},
             tokenizer=self.tokenizer,
             turns=self.turns,
+            replies=None
+            if self.replies is None
+            else [before(self.replies[i], int(n)) for i, n in zip(indices, lengths, strict=True)],
         )
 
     def ended_with(self, token: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Waiting for asynchronous reward functions from ordinary code."""
+"""Waiting for asynchronous functions of users from ordinary code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None or _process != os.getpid():  # threads do not survive a fork
             _loop, _process = asyncio.new_event_loop(), os.getpid()
-            _thread = threading.Thread(target=_loop.run_forever, name="textgym-async-rewards", daemon=True)
+            _thread = threading.Thread(target=_loop.run_forever, name="textgym-async", daemon=True)
             _thread.start()
         return _loop
 
