@@ -110,7 +110,7 @@ class TextGenEnv(gym.Env):
     | ``max_turns`` | ``4`` | with a reply: most turns of an episode |
     | ``max_reply_tokens`` | ``32`` | tokens of what a reply says; longer ones are cut, and ``info["reply_truncated"]`` says so |
     | ``reply_overflow`` | ``"truncate"`` | ``"error"`` raises a ``ReplyError`` where a reply is longer than that, or than the room left |
-    | ``max_total_tokens`` | ``max_turns * (max_new_tokens + max_reply_tokens)`` | budget of an episode: all tokens behind the prompt, of policy, replies and chat template |
+    | ``max_total_tokens`` | ``max_turns * (max_new_tokens + max_reply_tokens)``, or what fits | budget of an episode: all tokens behind the prompt, of policy, replies and chat template |
     | ``min_new_tokens`` | ``0`` | a token that ends a turn, or a stop string, ends nothing before that many tokens (with masking the former can't be chosen) |
     | ``max_prompt_tokens`` | ``64`` or what fits | longer texts are cut on the left; longer conversations lose content and no headers: the oldest turns, then the longer of system and last question. ``info["prompt"]`` and rewards have what the model sees. One warning, where prompts have an end when the environment is made |
     | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead, when the environment is made |

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.checks import check_bool, check_choice, check_int, check_number, check_temperature
 from textgym.envs.sharing import unshare
-from textgym.episode_rules import TurnLimits
+from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, TurnLimits
 from textgym.kl import KL_ESTIMATORS
 
 DEFAULT_MAX_TURNS = 4
@@ -118,10 +118,10 @@ class TextGenOptions:
         if self.render_mode is not None:
             check_choice("render_mode", self.render_mode, RENDER_MODES)
 
-    @property
-    def turns(self) -> TurnLimits | None:
+    def turn_limits(self, context_limit: int | None) -> TurnLimits | None:
         """Limits of episodes of several turns; None without a reply.
 
+        :param context_limit: most tokens that the model takes, None for any number
         :raises ValueError: if ``max_total_tokens`` is less than one turn
         """
         if self.reply is None:
@@ -131,6 +131,9 @@ class TextGenOptions:
         total = self.max_total_tokens
         if total is None:
             total = max_turns * (self.max_new_tokens + max_reply_tokens)
+            if context_limit is not None:
+                room = context_limit - (self.max_prompt_tokens or DEFAULT_MAX_PROMPT_TOKENS)
+                total = max(min(total, room), self.max_new_tokens)
         elif total < self.max_new_tokens:
             raise ValueError(
                 f"max_total_tokens={total} is less than max_new_tokens={self.max_new_tokens}, the budget of one turn"

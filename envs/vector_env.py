@@ -86,7 +86,7 @@ class TextGenVectorEnv(VectorEnv):
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self.vocab_size = self.vocabulary.size
         source = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
-        turns = self.options.turns
+        turns = self.options.turn_limits(self.vocabulary.context_limit)
         total, name = self.options.max_new_tokens, "max_new_tokens"
         if turns is not None:
             total, name = turns.max_total_tokens, "max_total_tokens"
@@ -108,7 +108,7 @@ class TextGenVectorEnv(VectorEnv):
             top_p=float(self.options.top_p),
             chat=rows is not None and all_chat(rows, self.vocabulary),
         )
-        self._rules = EpisodeRules(self.vocabulary, sampling, self.options.turns, max_actions)
+        self._rules = EpisodeRules(self.vocabulary, sampling, turns, max_actions)
         reply = None if self.options.reply is None else as_reply(self.options.reply)
         if reply is not None and sampling.chat:
             BetweenTurns(self.vocabulary.turns).check(reply.role)

@@ -207,14 +207,17 @@ class Texts:
         if result.text is None and result.done:
             return [], None
         content = result.text or ""
-        whole = self.vocabulary.tokenizer(content, add_special_tokens=False)["input_ids"]
+        whole = self.vocabulary.turns.pieces(content)
         if len(whole) > limits.max_reply_tokens:
             self._too_long(row, len(whole), f"max_reply_tokens={limits.max_reply_tokens}")
-            content = self.vocabulary.turns.decode(whole[: limits.max_reply_tokens])
+            content = "".join(whole[: limits.max_reply_tokens])
         so_far = self.ids[row, : self.lengths[row]].tolist()
         messages = messages_of(self.prompts[row], self.vocabulary)
         if messages is None:
-            ids = continuation_ids(self.vocabulary, so_far, content)
+            try:
+                ids = continuation_ids(self.vocabulary, so_far, content)
+            except ValueError as error:
+                raise ReplyError(self.reply.name, str(error), row=row) from error
         else:
             transcript = self.batch(np.array([row])).transcripts[0]
             opens = not result.done and self.turn_numbers[row] + 1 < limits.max_turns

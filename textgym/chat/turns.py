@@ -7,6 +7,7 @@ there once, and decodes what rewards, logs and pictures show.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -133,6 +134,16 @@ class TurnTokens:
             closed = bool(behind) and ids[-len(behind) :] == behind
             encoded.append([*([] if opened else before), *ids, *([] if closed else behind)])
         return encoded
+
+    def pieces(self, text: str) -> list[str]:
+        """A text, taken apart where its tokens end; together the pieces are the text."""
+        if not self.tokenizer.is_fast:
+            ids = self._bare(text)
+            ends = [len(part) for part in self.decode_all([ids[:n] for n in range(1, len(ids))])] + [len(text)]
+        else:
+            spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            ends = [*(end for _, end in spans[:-1]), len(text)] if spans else []
+        return [text[start:end] for start, end in itertools.pairwise([0, *ends])]
 
     def written(self, ids: Sequence[int]) -> str:
         """The text that gives these token ids: :meth:`encode` backwards, with all special tokens of its own."""
