@@ -20,7 +20,7 @@ FLOORS = [
     ["textgym.agents.policy"],
     ["textgym.agents.buffers"],
     ["textgym.envs"],
-    ["textgym", "textgym.hyperparams", "textgym.reward_training"],
+    ["textgym", "textgym.hyperparams", "textgym.replies", "textgym.reward_training"],
     [
         "textgym.rewards",
         "textgym.rewards.combining",
@@ -41,6 +41,7 @@ FOUNDATIONS = {
     "textgym.encodable_text",
     "textgym.named_objects",
     "textgym.text_units",
+    "textgym.waiting",
     "textgym.vocabulary",
     "textgym.language_model",
     "textgym.model_sources",

@@ -214,10 +214,7 @@ class Texts:
         so_far = self.ids[row, : self.lengths[row]].tolist()
         messages = messages_of(self.prompts[row], self.vocabulary)
         if messages is None:
-            try:
-                ids = continuation_ids(self.vocabulary, so_far, content)
-            except ValueError as error:
-                raise ReplyError(self.reply.name, str(error), row=row) from error
+            ids = self._plain_ids(row, content)
         else:
             transcript = self.batch(np.array([row])).transcripts[0]
             opens = not result.done and self.turn_numbers[row] + 1 < limits.max_turns
@@ -232,6 +229,19 @@ class Texts:
             self._too_long(row, len(ids), f"the {self._room(row)} tokens that are left of the episode")
             ids = ids[: self._room(row)]
         return ids, content
+
+    def _plain_ids(self, row: int, content: str) -> list[int]:
+        """A reply's tokens where no template writes around them."""
+        assert self.reply is not None
+        so_far = self.ids[row, : self.lengths[row]].tolist()
+        try:
+            return continuation_ids(self.vocabulary, so_far, content)
+        except ValueError:
+            pass  # a turn may end within a character: what follows it is what follows the text before
+        try:
+            return continuation_ids(self.vocabulary, so_far[: int(self.turn_starts[row])], content)
+        except ValueError as error:
+            raise ReplyError(self.reply.name, str(error), row=row) from error
 
     def _too_long(self, row: int, tokens: int, limit: str) -> None:
         assert self.reply is not None

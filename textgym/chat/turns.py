@@ -170,7 +170,7 @@ class TurnTokens:
         return TemplatedTexts(self)
 
     def rendered(
-        self, messages: list[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
     ) -> str | None:
         """Messages through the chat template; None where there is none or it refuses them.
 
@@ -182,7 +182,7 @@ class TurnTokens:
 
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except (TemplateError, ValueError, TypeError):
             return None

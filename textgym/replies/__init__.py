@@ -1,6 +1,45 @@
 """Replies: who speaks behind the policy's turns."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from textgym.replies.base import FunctionReply, Reply, ReplyResult, as_reply
 from textgym.replies.errors import ReplyError
 
-__all__ = ["FunctionReply", "Reply", "ReplyError", "ReplyResult", "as_reply"]
+if TYPE_CHECKING:  # what __getattr__ does, for type checkers
+    from textgym.replies.human import HumanReply
+    from textgym.replies.language_model import LanguageModelReply
+    from textgym.replies.scripted import ScriptedReply
+    from textgym.replies.tools import ToolReply, calculate, lookup
+
+__all__ = [
+    "FunctionReply",
+    "HumanReply",
+    "LanguageModelReply",
+    "Reply",
+    "ReplyError",
+    "ReplyResult",
+    "ScriptedReply",
+    "ToolReply",
+    "as_reply",
+    "calculate",
+    "lookup",
+]
+
+_MODULES = {
+    "HumanReply": "human",
+    "LanguageModelReply": "language_model",
+    "ScriptedReply": "scripted",
+    "ToolReply": "tools",
+    "calculate": "tools",
+    "lookup": "tools",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Replies that are made of models need what makes texts, which asks replies.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"textgym.replies.{_MODULES[name]}"), name)
