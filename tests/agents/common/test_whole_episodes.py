@@ -186,7 +186,7 @@ def test_tokens_that_a_copy_drew_count_by_the_ratio_to_the_weights_of_the_update
 
 
 def test_rollouts_that_could_end_no_episode_are_refused():
-    with pytest.raises(ValueError, match=r"n_steps=6 is less than the environment's max_new_tokens=8.*whole_episodes"):
+    with pytest.raises(ValueError, match=r"n_steps=6 is less than the 8 tokens of the longest episode.*whole_episodes"):
         agent(6)
     model = agent(8)
     with pytest.raises(ValueError, match=r"n_steps=8 .*max_new_tokens=9"):
