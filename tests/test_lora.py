@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from test_prefix_model import opened
 from tiny_agents import logs_of_learning, tiny_env, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
+from tiny_kinds import opened
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +27,7 @@ IDS = torch.randint(4, 60, (3, 12), generator=torch.Generator().manual_seed(0))
 def lora_ppo(lm: LanguageModel | None = None, lora: Any = True, env: Any = None, **arguments: Any) -> PPO:
     env = env or tiny_vector_env(4, language_model=lm or tiny_language_model())
     policy_kwargs = {"lora": lora, **arguments.pop("policy_kwargs", {})}
-    return tiny_ppo(env, policy_kwargs=policy_kwargs, learning_rate=2e-2, **arguments)
+    return tiny_ppo(env, policy_kwargs=policy_kwargs, learning_rate=2e-2, **{"n_epochs": 3, **arguments})
 
 
 @torch.no_grad()

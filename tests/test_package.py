@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from typing import Any
@@ -39,10 +40,31 @@ def test_importing_textgym_loads_neither_torch_nor_stable_baselines3():
     assert python(f"import sys, textgym; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
-def test_using_an_agent_does_not_load_the_trainer_of_transformers():
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    """What a fresh interpreter finds: what an agent has loaded, and the parts that are there after ``import textgym``.
+
+    For each part textgym is imported anew, and what it takes seconds to import for it is not.
+    """
+    code = (
+        "import json, sys, textgym\n"
+        "textgym.agents.PPO\n"
+        "heavy = {'transformers.trainer', 'peft', 'datasets', 'sb3_contrib'} & set(sys.modules)\n"
+        "found = []\n"
+        f"for part in {sorted(textgym.__all__)}:\n"
+        "    for name in [name for name in sys.modules if name.split('.')[0] == 'textgym']:\n"
+        "        del sys.modules[name]\n"
+        "    import textgym\n"
+        "    found += [part] if hasattr(textgym, part) else []\n"
+        "print(json.dumps({'loaded': sorted(heavy), 'parts': found}))"
+    )
+    found: dict[str, Any] = json.loads(python(code))
+    return found
+
+
+def test_using_an_agent_does_not_load_the_trainer_of_transformers(fresh):
     """It takes seconds, and brings whatever is installed beside it."""
-    heavy = "{'transformers.trainer', 'peft', 'datasets', 'sb3_contrib'}"
-    assert python(f"import sys, textgym; textgym.agents.PPO; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert fresh["loaded"] == []
 
 
 def test_help_is_shown_without_loading_what_takes_seconds():
@@ -86,17 +108,9 @@ def test_an_unknown_attribute_is_an_attribute_error():
         _ = textgym.no_such_part
 
 
-def test_every_part_is_an_attribute_without_a_further_import():
+def test_every_part_is_an_attribute_without_a_further_import(fresh):
     assert set(textgym.__all__) <= set(dir(textgym))
-    # Each time textgym is imported anew, and what it takes seconds to import for it is not.
-    python(
-        "import sys\n"
-        f"for part in {sorted(textgym.__all__)}:\n"
-        "    for name in [name for name in sys.modules if name.split('.')[0] == 'textgym']:\n"
-        "        del sys.modules[name]\n"
-        "    import textgym\n"
-        "    getattr(textgym, part)"
-    )
+    assert fresh["parts"] == sorted(textgym.__all__)
 
 
 def test_reloading_registers_no_id_twice():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
+from stopped_trainings import Log, StopAfter
 from tiny_agents import KeepRollouts, tiny_env, tiny_ppo, tiny_vector_env
 from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 
@@ -30,34 +31,8 @@ from textgym.rewards.models.causal import CausalRewardModel
 ROLLOUT = 48  # 12 steps of 4 rows
 
 
-class Log(KVWriter):
-    """What was logged, without the figures that depend on the clock."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
-        self.rows.append({name: value for name, value in key_values.items() if not name.startswith("time/")})
-
-    def close(self) -> None:
-        pass
-
-
-class StopAfter(BaseCallback):
-    """Fail in the middle of a rollout, as a killed process does."""
-
-    def __init__(self, timesteps: int) -> None:
-        super().__init__()
-        self.timesteps = timesteps
-
-    def _on_step(self) -> bool:
-        if self.num_timesteps >= self.timesteps:
-            raise KeyboardInterrupt
-        return True
-
-
 def new_training(**options: Any) -> tuple[PPO, Log]:
-    arguments = options.pop("arguments", {})
+    arguments = {"n_epochs": 3, **options.pop("arguments", {})}
     model = tiny_ppo(tiny_vector_env(**options), learning_rate=lambda remaining: 3e-3 * remaining, **arguments)
     log = Log()
     model.set_logger(Logger(None, [log]))

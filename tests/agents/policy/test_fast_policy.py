@@ -21,7 +21,7 @@ FAST: dict[str, Any] = {"autocast": "bfloat16", "rollout_dtype": "bfloat16"}
 
 
 def agent(policy_kwargs: dict[str, Any], env: Any = None, **arguments: Any) -> PPO:
-    return tiny_ppo(env, policy_kwargs=policy_kwargs, **arguments)
+    return tiny_ppo(env, policy_kwargs=policy_kwargs, **{"n_epochs": 3, **arguments})
 
 
 def collect(model: PPO) -> None:

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
-from test_checkpoints import Log, StopAfter
+from stopped_trainings import Log, StopAfter
 from tiny_agents import count_liked, logs_of_learning, tiny_env, tiny_ppo, tiny_vector_env, values_of
 from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 from torch.nn import functional as F
