@@ -17,7 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import tiny_models
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +30,8 @@ from transformers import (
 import textgym.embedded
 
 torch.set_num_threads(1)
-settings.register_profile("textgym", deadline=None)  # how long an example takes says more of the machine
+# How long an example takes, and making it, says more of the machine.
+settings.register_profile("textgym", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("textgym")
 
 
