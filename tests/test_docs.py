@@ -208,6 +208,15 @@ def test_the_reference_has_the_docstrings_of_all_three_folders_and_no_sphinx_rol
 
 @NEEDS_MKDOCS
 @pytest.mark.slow
+def test_names_in_docstrings_are_links_also_without_their_path_and_where_they_are_inherited(site):
+    text = (site / "api" / "agents.html").read_text(encoding="utf-8")
+    assert re.search(r'href="?#textgym.agents.TextOnPolicyAlgorithm"?><code>TextOnPolicyAlgorithm</code></a>', text)
+    text = (site / "api" / "envs.html").read_text(encoding="utf-8")
+    assert re.search(r'href="?#textgym.envs.TextGenVectorEnv.state_dict"?><code>\w*\.?state_dict</code></a>', text)
+
+
+@NEEDS_MKDOCS
+@pytest.mark.slow
 def test_an_agents_page_lists_the_arguments_that_it_hands_on(site):
     for page, cls in {"grpo": "GRPO", "nlpo": "NLPO", "soft_q_learning": "SoftQLearning"}.items():
         text = re.sub(r"<[^>]+>", "", (site / "agents" / f"{page}.html").read_text(encoding="utf-8"))

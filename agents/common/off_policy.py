@@ -164,7 +164,7 @@ class TextOffPolicyAlgorithm(TextEpisodeAlgorithm):
     ) -> Self:
         """Open an agent that ``save_pretrained`` wrote; its lagging copy begins equal to it, its replay empty.
 
-        See :meth:`TextOnPolicyAlgorithm.from_pretrained <textgym.agents.common.on_policy.TextOnPolicyAlgorithm>`.
+        See :meth:`textgym.agents.TextOnPolicyAlgorithm.from_pretrained`.
         """
         model = super().from_pretrained(directory, env, device=device, **arguments)
         follow(model.target, model.policy)
