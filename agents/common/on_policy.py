@@ -231,8 +231,6 @@ class TextOnPolicyAlgorithm(CollectingAgent):
         :return: this agent
         :raises DivergedError: if a loss, a gradient, a reward, an advantage or a weight is not finite
         """
-        if self.device.type == "cpu":
-            keep_freed_memory()
         try:
             super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
@@ -241,6 +239,11 @@ class TextOnPolicyAlgorithm(CollectingAgent):
                 self._progress = None
         self.check_finite()
         return self
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.device.type == "cpu":
+            keep_freed_memory()  # learn() says so
+        return super()._setup_learn(*args, **kwargs)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         # In the place of SB3's, whose bar stands still while an update runs and counts only this process's rows.
