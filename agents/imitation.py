@@ -1,9 +1,9 @@
 """A supervised warm start: behaviour cloning on reference completions, with ``transformers.Trainer``.
 
 Reinforcement learning finds what the policy writes now and then; what it never writes it must be shown first. Only
-tokens of completions are learned, each with its end: the chat template's end of turn behind a conversation, else
+tokens of completions are learned, each with its end: the chat template's end of turn after a conversation, else
 end-of-sequence. Of a conversation all answers of the assistant are learned. They are written as the environment's
-policy would write them, token for token behind the prompt. ::
+policy would write them, token for token after the prompt. ::
 
     report = warm_start("embedded", rows, output="warm")            # rows of {"prompt": ..., "completion": ...}
     env = gym.make_vec("TextGen-v0", language_model="warm")         # policy and reference both start there

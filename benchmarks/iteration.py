@@ -235,7 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="begin anew for each turn, so that only one contender is in memory; default with --preset 135m on a CPU",
     )
-    parser.add_argument("--eager", action="store_true", help="nobody compiles")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--contenders", help=f"some of {','.join(CONTENDERS)}, with commas between")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder for table, JSON and plot")
     parsed = parser.parse_args(arguments)

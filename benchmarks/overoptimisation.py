@@ -285,7 +285,7 @@ def draw_learning(by_condition: dict[str, list[dict[str, Any]]], path: Path) -> 
             axis.plot(tokens, values.mean(0), color=COLOURS[condition], label=LABELS[condition])
             axis.fill_between(tokens, values.min(0), values.max(0), color=COLOURS[condition], alpha=0.15)
     left.set(xlabel="tokens of training", ylabel="score", title="reward model")
-    right.set(xlabel="tokens of training", title="judge, which nobody optimised")
+    right.set(xlabel="tokens of training", title="judge, not optimised")
     left.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

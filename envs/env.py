@@ -54,7 +54,7 @@ class TextGenEnv(gym.Env):
     | ``input_ids`` | ``Box(0, V-1, (L,), int64)`` | prompt and completion so far |
     | ``attention_mask`` | ``Box(0, 1, (L,), int8)`` | 1 where there is a token |
     | ``prompt_length`` | ``Box(0, L, (1,), int64)`` | tokens of the prompt |
-    | ``completion_mask`` | ``Box(0, 1, (L,), int8)`` | with a reply only: 1 where the policy wrote the token, 0 where prompt or reply stand |
+    | ``completion_mask`` | ``Box(0, 1, (L,), int8)`` | with a reply only: 1 where the policy wrote the token, 0 for prompt and reply |
 
     ## Starting State
     A prompt drawn from ``prompts`` with the environment's random numbers; the completion is empty.
@@ -78,13 +78,13 @@ class TextGenEnv(gym.Env):
     ## Episode End
     - terminated: a token that ends a turn (after ``min_new_tokens``), or a stop string. The former are the tokenizer's
       end-of-sequence token, those that the model's generation configuration lists, and what its chat template writes
-      behind an answer
+      after an answer
     - truncated: ``max_new_tokens`` are used up
 
     With a reply that is the end of a turn, and the episode ends
 
     - terminated: when the reply says so, with ``ReplyResult(..., done=True)`` or None
-    - truncated: behind turn ``max_turns``, or where ``max_total_tokens`` leave no room for a token
+    - truncated: after turn ``max_turns``, or where ``max_total_tokens`` leave no room for a token
 
     ## Information
     At reset ``prompt`` (text). At each step ``reward_model`` (the Φ part of the reward), ``kl`` and ``ref_log_prob``
@@ -93,7 +93,7 @@ class TextGenEnv(gym.Env):
     ``prompt``, ``completion`` (texts) ``score`` (Φ(x, y)) and ``applies`` (False where the reward is None, "not
     applicable", and counts 0). With a reply, at the end of a turn ``reply`` (its text), ``reply_reward``,
     ``reply_truncated`` (whether it was too long) and ``turn`` (how many there were); at the end ``transcript``, the
-    messages behind the prompt, and ``completion`` is what the policy wrote, a line for each turn.
+    messages after the prompt, and ``completion`` is what the policy wrote, a line for each turn.
 
     ## Arguments
     | option | default | meaning |
@@ -106,11 +106,11 @@ class TextGenEnv(gym.Env):
     | ``kl_coef`` | ``0.05`` | weight β of the KL penalty; 0 loads no reference model |
     | ``kl_estimator`` | ``"k1"`` | ``"k1"``, ``"k2"`` or ``"k3"`` (Schulman 2020) |
     | ``max_new_tokens`` | ``32`` | budget of the completion, in tokens; with a reply, of a turn |
-    | ``reply`` | ``None`` | who speaks behind each turn: a function ``(prompts, transcripts, **columns) -> list[str or None]``, sync or async, or a ``textgym.replies.Reply`` |
+    | ``reply`` | ``None`` | who speaks after each turn: a function ``(prompts, transcripts, **columns) -> list[str or None]``, sync or async, or a ``textgym.replies.Reply`` |
     | ``max_turns`` | ``4`` | with a reply: most turns of an episode |
     | ``max_reply_tokens`` | ``32`` | tokens of what a reply says; longer ones are cut, and ``info["reply_truncated"]`` says so |
     | ``reply_overflow`` | ``"truncate"`` | ``"error"`` raises a ``ReplyError`` where a reply is longer than that, or than the room left |
-    | ``max_total_tokens`` | ``max_turns * (max_new_tokens + max_reply_tokens)``, or what fits | budget of an episode: all tokens behind the prompt, of policy, replies and chat template |
+    | ``max_total_tokens`` | ``max_turns * (max_new_tokens + max_reply_tokens)``, or what fits | budget of an episode: all tokens after the prompt, of policy, replies and chat template |
     | ``min_new_tokens`` | ``0`` | a token that ends a turn, or a stop string, ends nothing before that many tokens (with masking the former can't be chosen) |
     | ``max_prompt_tokens`` | ``64`` or what fits | longer texts are cut on the left; longer conversations lose content and no headers: the oldest turns, then the longer of system and last question. ``info["prompt"]`` and rewards have what the model sees. One warning, where prompts have an end when the environment is made |
     | ``prompt_overflow`` | ``"truncate"`` | ``"error"`` refuses longer prompts instead, when the environment is made |
@@ -177,7 +177,7 @@ class TextGenEnv(gym.Env):
 
     @property
     def reply(self) -> Reply | None:
-        """Who speaks behind each turn; None where an episode is one turn."""
+        """Who speaks after each turn; None where an episode is one turn."""
         return self._rows.reply
 
     @property

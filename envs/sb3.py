@@ -33,7 +33,7 @@ class TextGenVecEnv(VecEnv):
     def __init__(self, env: VectorEnv | VectorWrapper) -> None:
         text_env = env.unwrapped
         if not isinstance(text_env, TextGenVectorEnv):
-            raise ValueError(f"env={env} is no TextGenVectorEnv; SB3's own make_vec_env serves other environments")
+            raise ValueError(f"env={env} is not a TextGenVectorEnv; SB3's own make_vec_env serves other environments")
         if text_env.options.autoreset_mode != AutoresetMode.SAME_STEP:
             raise ValueError(
                 f"autoreset_mode={text_env.options.autoreset_mode} doesn't fit Stable-Baselines3, whose environments "

@@ -232,7 +232,7 @@ class Scorer:
         vocabulary: Vocabulary,
         allowed: list[np.ndarray] | None,
     ) -> tuple[StepParts, list[EpisodeScore]]:
-        """What the steps of segments are paid for, from teacher-forced passes, and Φ behind each segment.
+        """What the steps of segments are paid for, from teacher-forced passes, and Φ after each segment.
 
         :param segments: K of them, in the order in which their episodes ended
         :param shape: ``(S, N)``, how many steps of how many rows

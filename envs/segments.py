@@ -86,6 +86,6 @@ class RecordedSegment(Segment):
 
     @property
     def states(self) -> np.ndarray:
-        """``(S + 1,)`` how many tokens behind the prompt the text has before the first step and after each, with what
+        """``(S + 1,)`` how many tokens after the prompt the text has before the first step and after each, with what
         others said to it."""
         return np.append(self.positions, len(self.ids)) - self.prompt_length

@@ -184,7 +184,7 @@ def base_env(wrapper: str, env: gym.Env[Any, Any]) -> TextGenEnv:
     """
     base = env.unwrapped
     if not isinstance(base, TextGenEnv) or isinstance(base.action_space, UnicodeText):
-        raise ValueError(f"env={env} is no TextGen-v0; {wrapper} wraps one, alone or in wrappers")
+        raise ValueError(f"env={env} is not a TextGen-v0; {wrapper} wraps one, alone or in wrappers")
     return base
 
 

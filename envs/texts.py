@@ -30,7 +30,7 @@ class EpisodeTexts(Texts):
     :param rules: when a text ends
     :param max_actions: T, for which there is room; the rules may end texts earlier
     :param missing_eos_penalty: what the token costs with which the budget of a turn is used up
-    :param reply: who speaks behind each turn; None where a text is one turn
+    :param reply: who speaks after each turn; None where a text is one turn
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EpisodeTexts(Texts):
         }
 
     def _completion_mask(self) -> np.ndarray:
-        """``(N, L)`` int8, 1 where the policy wrote a token and 0 where prompt or reply stand, or nothing."""
+        """``(N, L)`` int8, 1 where the policy wrote a token and 0 for prompt, reply and padding."""
         mask = np.zeros((len(self.lengths), self.context), dtype=np.int8)
         for row, spans in enumerate(self.replies):
             mask[row, action_positions(spans, int(self.prompt_lengths[row]), int(self.lengths[row]))] = 1

@@ -181,7 +181,7 @@ class TextGenVectorEnv(VectorEnv):
 
     @property
     def reply(self) -> Reply | None:
-        """Who speaks behind each turn; None where an episode is one turn."""
+        """Who speaks after each turn; None where an episode is one turn."""
         return self._texts.reply
 
     @property
@@ -627,7 +627,7 @@ class TextGenVectorEnv(VectorEnv):
             )
 
     def _answer(self, rows: np.ndarray, parts: StepParts, infos: VectorInfos) -> None:
-        """Let the reply speak behind turns that have ended, and say so in infos."""
+        """Let the reply speak after turns that have ended, and say so in infos."""
         if self._texts.reply is None or not len(rows):
             return
         results = self._texts.answer(rows)

@@ -121,7 +121,7 @@ def measure(model: LanguageModel, reference: LanguageModel) -> Evaluation:
 
 
 def figures(evaluation: Evaluation) -> dict[str, float]:
-    """The usual figures, and those of a judge that nobody optimised: a bag of words trained on the human scores."""
+    """The usual figures, and those of a judge that is not optimised: a bag of words trained on the human scores."""
     judged = WordSentiment()(prompts=evaluation.prompts, completions=evaluation.completions)
     return {
         **evaluation.figures(),

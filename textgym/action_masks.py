@@ -52,7 +52,7 @@ class ActionMasks:
         :param lengths: ``(B,)`` tokens of each row
         :param prompt_lengths: ``(B,)`` how many of these are the prompt's
         :param rows: ``(B,)`` slots in the reference model's cache
-        :param written: ``(B,)`` tokens of each row's newest turn; by default all behind the prompt
+        :param written: ``(B,)`` tokens of each row's newest turn; by default all after the prompt
         :param done: ``(B,)`` bool, rows whose episode is over: no model is asked what could follow
         :return: ``(B, V)`` bool, a fresh array; at least one action is allowed
         """

@@ -5,7 +5,7 @@ bytes. A text that ends between two of these tokens has no text for the last one
 SentencePiece's shows it for all bytes in a row, so that characters that were whole before are broken, too.
 
 Here the texts of all prefixes of a row are prefixes of the text of the whole row. U+FFFD stands only where the
-bytes are no UTF-8 whatever follows.
+bytes are not UTF-8 whatever follows.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class TurnLimits:
 
     :param max_turns: turns of the policy
     :param max_reply_tokens: tokens of what is said in a reply; longer ones are cut at their end
-    :param max_total_tokens: tokens behind the prompt, of policy and replies together
+    :param max_total_tokens: tokens after the prompt, of policy and replies together
     :param overflow: ``"truncate"`` or ``"error"``, where a reply is longer
     """
 
@@ -69,7 +69,7 @@ class EpisodeRules:
 
     @property
     def max_total_tokens(self) -> int:
-        """Most tokens behind a prompt."""
+        """Most tokens after a prompt."""
         return self.sampling.max_new_tokens if self.turns is None else self.turns.max_total_tokens
 
     def fit(self, row: PromptRow) -> FittedPrompt:
@@ -121,7 +121,7 @@ def prompt_room(
     """Most tokens of a prompt: as asked, or 64, or what the model's context leaves.
 
     :param max_prompt_tokens: the option, None where it isn't given
-    :param budget: most tokens behind a prompt
+    :param budget: most tokens after a prompt
     :param context_limit: most tokens that the model takes, None for any number
     :param name: what errors call the budget
     :raises ValueError: if the two options are together more than that

@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 class Evaluation:
     """N completions and what was measured on each.
 
-    Several completions of one prompt stand next to each other.
+    Several completions of one prompt are next to each other.
     """
 
     prompts: list[str]

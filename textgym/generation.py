@@ -64,7 +64,7 @@ def complete_texts(
     :param forbidden: tokens that are never produced
     :param masks: what else may not be produced, state by state
     :param turns: limits of texts of several turns
-    :param reply: who speaks behind each turn
+    :param reply: who speaks after each turn
     :return: the B texts; they end with the token that ends a turn or completes a stop string
     """
     texts = filled(EpisodeRules(model.vocabulary, sampling, turns), list(prompts), reply)

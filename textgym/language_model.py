@@ -92,7 +92,7 @@ class LanguageModel:
             generation = getattr(model, "generation_config", None)
             self.vocabulary = Vocabulary(tokenizer, model.config, self.name, generation)
         config: Any = model.config.get_text_config()
-        # What the best known architectures do to the logits behind the linear head.
+        # What the best known architectures do to the logits after the linear head.
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._multiplier = _number(config, "logit_scale") / _number(config, "logits_scaling")
         if getattr(config, "scale_decoder_outputs", False):  # T5, but not T5 1.1
@@ -199,7 +199,7 @@ class LanguageModel:
         return ReorderedWeights(self.model.modules())
 
     def _last_logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The model's own logits ``(V,)`` behind one row."""
+        """The model's own logits ``(V,)`` after one row."""
         return self.model(**inputs, use_cache=False).logits[0, -1]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class LanguageModel:
         """A tensor for the head's products with some rows at a time, or None where only the head itself can make them.
 
         A new tensor for each part would be costly on a CPU: the C library asks the system for each such block, or,
-        where freed memory is kept (:mod:`textgym.engine.freed_memory`), may put it behind the last one, not in its
+        where freed memory is kept (:mod:`textgym.engine.freed_memory`), may put it after the last one, not in its
         place.
         """
         head = self.model.get_output_embeddings()

@@ -1,6 +1,6 @@
 """Numbers that describe generated text: diversity, repetition, length, and how sure a mean is.
 
-Words are what stands between white space, and single characters in scripts without spaces, such as Chinese; case and
+Words are separated by white space; in scripts without spaces, such as Chinese, each character is one. Case and
 punctuation count.
 """
 

@@ -71,7 +71,7 @@ def units_of(text: str) -> list[str]:
 
 
 def pieces_of(text: str) -> list[str]:
-    """The text in pieces, each one of :func:`units_of` with the white space behind it; what stands before is left out.
+    """The text in pieces, each one of :func:`units_of` with the white space after it; what stands before is left out.
 
     >>> pieces_of(" a film. 电影")
     ['a ', 'film. ', '电', '影']
@@ -128,7 +128,7 @@ def sentences_of(text: str) -> list[str]:
     """
     sentences, start = [], 0
     for marks in _MARKS.finditer(text):
-        # A full stop inside a word ends nothing (3.5, e.g.). Chinese and Japanese write no space behind theirs.
+        # A full stop inside a word ends nothing (3.5, e.g.). Chinese and Japanese write no space after theirs.
         if marks.end() == len(text) or text[marks.end()].isspace() or not set("。！？។။\n").isdisjoint(marks[0]):
             sentences.append(text[start : marks.end()].strip())
             start = marks.end()
@@ -146,7 +146,7 @@ def clauses_of(text: str) -> list[str]:
     for sentence in sentences_of(text):
         start = 0
         for marks in _CLAUSE_MARKS.finditer(sentence):
-            # A comma inside a number divides nothing; Chinese writes no space behind its own.
+            # A comma inside a number divides nothing; Chinese writes no space after its own.
             if sentence[marks.end() : marks.end() + 1].isspace() or not set("，、；：—").isdisjoint(marks[0]):
                 clauses.append(sentence[start : marks.end()].strip())
                 start = marks.end()

@@ -30,12 +30,12 @@ class Texts:
 
     ``finish_reasons`` says why a text ended, None while it goes on, and ``done`` ``(N,)`` which have. Without replies a
     text ends with its turn: ``"eos"``, ``"stop"`` or ``"length"``. With replies: ``"reply"`` where the reply says so,
-    ``"turns"`` behind the last turn, ``"length"`` where there is no room for another token.
+    ``"turns"`` after the last turn, ``"length"`` where there is no room for another token.
 
     :param num_rows: N
     :param context: L
     :param rules: when a turn and a text end
-    :param reply: who speaks behind each turn; None where a text is one turn
+    :param reply: who speaks after each turn; None where a text is one turn
     """
 
     def __init__(self, num_rows: int, context: int, rules: EpisodeRules, reply: Reply | None = None) -> None:
@@ -98,7 +98,7 @@ class Texts:
                 self._finish(row, "length")  # Gymnasium's own limit, amid a turn
 
     def answer(self, rows: np.ndarray) -> list[ReplyResult]:
-        """Let the reply speak behind the turns that have ended in some rows, and begin the next ones.
+        """Let the reply speak after the turns that have ended in some rows, and begin the next ones.
 
         :param rows: ``(B,)``
         :raises ReplyError: if the reply fails; nothing has changed then
@@ -125,7 +125,7 @@ class Texts:
         return results
 
     def keep(self) -> None:
-        """The newest tokens stay: there is no :meth:`take_back` behind them."""
+        """The newest tokens stay: there is no :meth:`take_back` after them."""
         self._said = {}
 
     def mark(self, rows: np.ndarray) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Texts:
         )
 
     def _room(self, row: int) -> int:
-        """Tokens that there is room for behind a text."""
+        """Tokens that there is room for after a text."""
         most = min(int(self.prompt_lengths[row]) + self.rules.max_total_tokens, self.context)
         return most - int(self.lengths[row])
 
@@ -257,11 +257,11 @@ class Texts:
 
 
 def filled(rules: EpisodeRules, prompts: list[FittedPrompt], reply: Reply | None = None) -> Texts:
-    """A row for each prompt, with nothing behind it and room for the longest.
+    """A row for each prompt, with nothing after it and room for the longest.
 
     :param rules: of the texts
     :param prompts: B of them
-    :param reply: who speaks behind each turn
+    :param reply: who speaks after each turn
     """
     context = max(len(prompt.ids) for prompt in prompts) + rules.max_total_tokens
     texts = Texts(len(prompts), context, rules, reply)

@@ -35,7 +35,7 @@ class Vocabulary:
         self.size = int(config.get_text_config().vocab_size)
         self.context_limit = position_limit(config)
         self._prompts_end = is_encoder_decoder(config)  # an encoder reads a prompt as a whole text
-        # LED's encoder and decoder have limits of their own; a completion begins behind a start token.
+        # LED's encoder and decoder have limits of their own; a completion begins after a start token.
         positions = getattr(config, "max_decoder_position_embeddings", None) if self._prompts_end else None
         self.completion_limit: int | None = None if positions is None else int(positions) - 1
         self._known = set(tokenizer.get_vocab().values())

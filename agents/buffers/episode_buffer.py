@@ -1,6 +1,6 @@
 """A rollout buffer for text: it keeps token segments instead of observations, and yields whole segments.
 
-In text generation an observation is the one before plus the action, and behind a turn plus what others said to it. A
+In text generation an observation is the one before plus the action, and after a turn plus what others said to it. A
 *segment* is a maximal run of steps of one row in which that holds, within one episode; one teacher-forced forward over
 a segment gives the log-prob, the entropy and the value of all its transitions, however many turns it has. So the buffer
 stores where each segment begins, the tokens it begins with and those that others put in, and nothing else of the
@@ -145,7 +145,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._expected, self._expected_lengths = held["expected"].copy(), held["expected_lengths"].copy()
 
     def hold(self, running: np.ndarray) -> None:
-        """Take the episodes that go on behind the last step out of what is learned from, and keep them for the next
+        """Take the episodes that go on after the last step out of what is learned from, and keep them for the next
         rollout. To be called with rewards, values and log-probabilities in the buffer.
 
         :param running: ``(N,)`` bool, the rows whose episode goes on

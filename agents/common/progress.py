@@ -117,7 +117,7 @@ class TrainingProgress(BaseCallback):
         return self._writing / both if self._learning and both else 0.5
 
     def _move(self, beyond: float) -> None:
-        """Show that ``beyond`` tokens' work is done behind the last whole rollout."""
+        """Show that ``beyond`` tokens' work is done after the last whole rollout."""
         if self._tqdm is None:
             return
         written = self.model.num_timesteps

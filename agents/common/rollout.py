@@ -320,7 +320,7 @@ class CollectingAgent(TextAgent):
         self.ep_info_buffer.extend(figures)
 
     def _last_values(self) -> Tensor:
-        """``(N, 1)`` V of the texts that go on behind the rollout; 0 where another begins, which no step leads to.
+        """``(N, 1)`` V of the texts that go on after the rollout; 0 where another begins, which no step leads to.
 
         None is asked for where no step of them is learned from yet.
         """

@@ -144,7 +144,7 @@ def test_pictures_of_all_rows():
 
 
 def test_only_text_environments_that_reset_in_the_same_step_fit():
-    with pytest.raises(ValueError, match="is no TextGenVectorEnv"):
+    with pytest.raises(ValueError, match="is not a TextGenVectorEnv"):
         TextGenVecEnv(gym.make_vec("CartPole-v1", num_envs=2))
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
         with pytest.raises(ValueError, match="reset in the same step; leave autoreset_mode at its default"):

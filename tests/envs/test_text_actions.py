@@ -249,9 +249,9 @@ def test_stepping_before_a_reset_is_an_error():
 
 def test_only_token_environments_can_be_wrapped():
     for wrapper in (TextActions, TextObservations):
-        with pytest.raises(ValueError, match="is no TextGen-v0"):
+        with pytest.raises(ValueError, match="is not a TextGen-v0"):
             wrapper(gym.make("CartPole-v1"))
-        with pytest.raises(ValueError, match="is no TextGen-v0"):
+        with pytest.raises(ValueError, match="is not a TextGen-v0"):
             wrapper(write())
     with pytest.raises(ValueError, match="writes tokens to TextGen-v0"):
         TextActions(TextActions(make()))

@@ -270,7 +270,7 @@ def test_a_conversation_needs_a_tokenizer_with_a_template(tmp_path):
         ("a.csv", "", ValueError, "a.csv' has no prompts"),
         ("a.txt", "\n \n", ValueError, "a.txt' has no prompts"),
         ("a.txt", "a".encode("utf-16"), ValueError, "a.txt:1 is not UTF-8"),
-        ("a.parquet", "PAR", ValueError, "a.parquet is no Parquet file"),
+        ("a.parquet", "PAR", ValueError, "a.parquet is not a Parquet file"),
         ("a.xlsx", "a", ValueError, r"a.xlsx' ends in '.xlsx'; a prompt file ends in one of .jsonl, .ndjson, .json,"),
         ("prompts", "a", ValueError, "prompts' ends in ''; a prompt file ends in one of"),
     ],

@@ -172,7 +172,7 @@ def test_broken_pages_of_parquet_name_the_file(tmp_path):
     data = bytearray(path.read_bytes())
     data[4:2000] = bytes(1996)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"a.parquet is no Parquet file, or a broken one: "):
+    with pytest.raises(ValueError, match=r"a.parquet is not a Parquet file, or is broken: "):
         load_prompt_file(path)
 
 

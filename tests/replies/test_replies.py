@@ -125,7 +125,7 @@ def test_a_tool_that_never_returns_and_one_that_says_too_much_end():
         ({"tools": {}}, "tools={} must be a dict of names and functions"),
         ({"tools": {"a": 3}}, "must be a dict of names and functions"),
         ({"tools": {"a": str}, "calls": "xml"}, "calls='xml' must be"),
-        ({"tools": {"a": str}, "result": "none"}, "must have {} where the result stands"),
+        ({"tools": {"a": str}, "result": "none"}, "must have {} where the result goes"),
         ({"tools": {"a": str}, "time_limit": 0}, "time_limit=0"),
     ],
 )

@@ -1,7 +1,7 @@
 """What a reply adds to a text: in a chat template with the template's own tokens around it, elsewhere as it is.
 
 Tokens that were sampled stay as they are. What follows them is found by rendering the conversation with a placeholder
-for the turn that ended: what the template writes behind the placeholder comes behind the turn.
+for the turn that ended: what the template writes after the placeholder comes after the turn.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class BetweenTurns:
     def closing(
         self, messages: Sequence[Mapping[str, Any]], reply: Mapping[str, Any], tools: Any = None, opens: bool = True
     ) -> str:
-        """What the chat template writes behind the assistant's turn: its end, a reply, and the next turn's opening.
+        """What the chat template writes after the assistant's turn: its end, a reply, and the next turn's opening.
 
         :param messages: the conversation that the turn answers; where its last message is the assistant's, it is the
             beginning of the turn
-        :param reply: the message behind the turn
+        :param reply: the message after the turn
         :param tools: descriptions of tools, for the template
         :param opens: whether another turn follows
         :raises ValueError: if the template refuses the conversation, or writes what was said before in another way
@@ -86,7 +86,7 @@ class BetweenTurns:
         """
         ids = self._encoded(closing)
         if ids and ids[0] not in self.turns.special_ids:
-            # Nothing ends a turn for certain here: the tokens are those behind a text, not those of one.
+            # Nothing ends a turn for certain here: the tokens are those after a text, not those of one.
             for anchor in ANCHORS:
                 start, both = self._encoded(anchor), self._encoded(anchor + closing)
                 if both[: len(start)] == start:

@@ -54,13 +54,13 @@ def chat_answer(
     where: str = "messages",
     tools: Any = None,
 ) -> str:
-    """What the assistant wrote behind :func:`chat_prompt` of a conversation, without the end of its turn.
+    """What the assistant wrote after :func:`chat_prompt` of a conversation, without the end of its turn.
 
     That is the content of its message. Several messages, and calls of tools, are written as the template writes them.
 
     :param prompt: the conversation before the answer
     :param answer: the messages that follow
-    :raises ValueError: if the template does not write the answer behind the prompt
+    :raises ValueError: if the template does not write the answer after the prompt
     """
     prompt, answer = as_messages(prompt, where), as_messages(answer, where)
     if len(answer) == 1 and not answer[0].get("tool_calls"):
@@ -69,7 +69,7 @@ def chat_answer(
     whole = _rendered([*prompt, *answer], tokenizer, where, tools)
     if not whole.startswith(before):
         raise ValueError(
-            f"{where}: the chat template of the tokenizer {_name(tokenizer)!r} does not write the answer behind the "
+            f"{where}: the chat template of the tokenizer {_name(tokenizer)!r} does not write the answer after the "
             "prompt, so the two can't be told apart"
         )
     end = TurnTokens(tokenizer).end_of_turn_id

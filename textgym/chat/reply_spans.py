@@ -12,7 +12,7 @@ class ReplySpan(NamedTuple):
     """What somebody else said in a text, with what stands around it between two turns.
 
     :param start: its first token's place in the text
-    :param end: the place behind its last token
+    :param end: the place after its last token
     :param role: who spoke, as messages name them: ``"user"``, ``"tool"``
     :param content: what they said
     """

@@ -72,7 +72,7 @@ class TemplatedTexts:
 
     @cached_property
     def _between(self) -> dict[str, list[tuple[str, str]]]:
-        """What may stand behind a content, by who says it, and who speaks then."""
+        """What may stand after a content, by who says it, and who speaks then."""
         found: dict[str, list[tuple[str, str]]] = {"system": [], "user": [], "assistant": []}
         for roles in (("system", "user"), ("user", "assistant", "user")):
             parts = self._parts(*roles)

@@ -48,7 +48,7 @@ class TurnTokens:
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
-        """What the chat template writes behind an answer; the end-of-sequence token where it writes nothing."""
+        """What the chat template writes after an answer; the end-of-sequence token where it writes nothing."""
         answered = self._rendered("user", "assistant")
         found = None if answered is None else self._first_special(answered.rpartition(_ASSISTANT)[2])
         if found is None:
@@ -87,7 +87,7 @@ class TurnTokens:
         return frozenset(self._roles | ends | self._headers)
 
     def end_after(self, prompt: Sequence[int]) -> int | None:
-        """What an answer is to end with: end of turn behind a prompt from the chat template, else end of sequence.
+        """What an answer is to end with: end of turn after a prompt from the chat template, else end of sequence.
 
         :param prompt: token ids
         :return: None where the tokenizer has no end
@@ -108,7 +108,7 @@ class TurnTokens:
 
     @cached_property
     def closing_ids(self) -> list[int]:
-        """What the tokenizer puts behind a text of its own accord: T5's end-of-sequence token."""
+        """What the tokenizer puts after a text of its own accord: T5's end-of-sequence token."""
         return self._around[1]
 
     def encode(self, text: str, *, whole: bool = False) -> list[int]:
@@ -118,7 +118,7 @@ class TurnTokens:
         ``apply_chat_template`` puts no beginning-of-sequence token before one that writes none. What the text itself
         says stays, an end-of-sequence token at its end included.
 
-        :param whole: also with what the tokenizer puts behind it; without, the text is to be continued
+        :param whole: also with what the tokenizer puts after it; without, the text is to be continued
         """
         return self.encode_all([text], whole=whole)[0]
 

@@ -140,7 +140,7 @@ class EncoderDecoder(CachedModel):
         rows: np.ndarray | None = None,
         prompt_lengths: np.ndarray | None = None,
     ) -> Tensor:
-        """Hidden state of the decoder behind the last token of each row; see :meth:`CachedModel.last_hidden`.
+        """Hidden state of the decoder after the last token of each row; see :meth:`CachedModel.last_hidden`.
 
         :param prompt_lengths: ``(B,)`` tokens of each row that the encoder reads, at least 1
         :raises ValueError: if they are missing or don't fit the rows
@@ -183,7 +183,7 @@ class EncoderDecoder(CachedModel):
     ) -> Tensor:
         """Hidden states at some places of whole rows, from one teacher-forced pass; see :meth:`CachedModel.hidden_at`.
 
-        Rows are padded and never packed: packed behind each other they would share what the encoder says.
+        Rows are padded and never packed: packed one after the other they would share what the encoder says.
 
         :param prompt_lengths: ``(B,)`` tokens of each row that the encoder reads
         :raises ValueError: if they are missing or don't fit, or a place before a prompt's last token is asked for
@@ -240,7 +240,7 @@ class EncoderDecoder(CachedModel):
         pass  # nothing to keep beyond the last hidden states
 
     def _share(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> np.ndarray:
-        return common  # completions that begin alike have other states behind other prompts
+        return common  # completions that begin alike have other states after other prompts
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
         for part in micro_batches(np.where(common < lengths, lengths, 0), cached_model.PREFILL_TOKENS):

@@ -184,7 +184,7 @@ def fast_machine(stepped: SteppedModel) -> Found:
         raise ValueError(
             f"{stepped.name}: the logits of {type(stepped.model).__name__} differ by {error:.2g} from its output "
             f"layer applied to its last hidden states, and textgym computes them that way; use {_wanted(stepped)} "
-            "model without further layers behind the last"
+            "model without further layers after the last"
         )
     return _fastest(stepped, plain, ids, stages)
 
@@ -347,7 +347,7 @@ def _forced(stepper: CachedModel, ids: Tensor, stages: np.ndarray) -> Tensor:
 
 
 def _packed(stepper: CachedModel, ids: Tensor, lengths: np.ndarray) -> Tensor:
-    """Hidden states ``(2, H)`` at the last tokens of the two rows, which are packed behind a third."""
+    """Hidden states ``(2, H)`` at the last tokens of the two rows, which are packed after a third."""
     three = torch.cat([ids, ids[:1]])
     whole = np.array([*lengths, ids.shape[1]])
     return stepper.hidden_at(three, whole, np.arange(2), lengths - 1, PROMPT_TOKENS[[0, 1, 0]])

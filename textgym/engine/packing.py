@@ -1,4 +1,4 @@
-"""Several short rows behind one another in one longer row, so that a forward computes hardly any padding.
+"""Several short rows one after the other in one longer row, so that a forward computes hardly any padding.
 
 Completions end at very different lengths; padded to the longest, most of a batch may be padding. Packed rows know
 nothing of each other: an attention mask shows each token the tokens of its own row up to itself, and positions count

@@ -3,7 +3,7 @@
 ``transformers``' own caches assume that all rows of a batch are equally long, or padded to look so. In reinforcement
 learning rows finish at different times and start again with another prompt, so this cache gives each row (a *slot*) a
 fixed strip of memory and writes new keys and values at ``[slot, position]``. What a row may look at is decided by the
-attention mask alone; stale entries behind a row's current length are never read, so starting a row anew costs nothing.
+attention mask alone; stale entries after a row's current length are never read, so starting a row anew costs nothing.
 
 It knows nothing about tokens, text or models: :mod:`textgym.engine.cached_model` decides what is written where.
 """

@@ -274,7 +274,7 @@ def _conversational(prompt: Part, conversations: list[list[Message]], where: str
             )
         prompt, conversations = head, [conversation[same:] for conversation in conversations]
     if any(not conversation or conversation[0]["role"] != "assistant" for conversation in conversations):
-        raise ValueError(f"{where}: an answer must begin with a message of the assistant, behind what both share")
+        raise ValueError(f"{where}: an answer must begin with a message of the assistant, after what both share")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else None
     return prompt, tuple(conversations)

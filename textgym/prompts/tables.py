@@ -49,7 +49,7 @@ class TableRows(Sequence[dict[str, Any]]):
 
 
 def read_parquet(files: Sequence[Path], drop: Collection[str] = ()) -> TableRows:
-    """The rows of Parquet files, one behind the other; a column that a file lacks is None there.
+    """The rows of Parquet files, one after the other; a column that a file lacks is None there.
 
     :param drop: columns that are left out
     :raises ValueError: if a file is broken, or has a column that can't be read; the message names it
@@ -64,7 +64,7 @@ def read_parquet(files: Sequence[Path], drop: Collection[str] = ()) -> TableRows
         try:
             table = parquet.read_table(file, partitioning=None)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{file} is no Parquet file, or a broken one: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{file} is not a Parquet file, or is broken: {str(error).splitlines()[0]}") from error
         names = table.column_names
         if file == files[0]:
             check_named(drop, names, "drop_columns", str(file))

@@ -1,4 +1,4 @@
-"""Replies: who speaks behind the policy's turns."""
+"""Replies: who speaks after the policy's turns."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from textgym.replies.errors import ReplyError
 from textgym.waiting import wait_for
 
 Transcript = list[dict[str, Any]]
-"""The messages behind a prompt: ``{"role": "assistant", "content": ...}`` is the policy's, others are replies."""
+"""The messages after a prompt: ``{"role": "assistant", "content": ...}`` is the policy's, others are replies."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ReplyResult:
 
 
 class Reply(ABC):
-    """Somebody who speaks behind each of the policy's turns.
+    """Somebody who speaks after each of the policy's turns.
 
     A reply that remembers something of its episodes learns from :meth:`begin` when one begins, and says in
     :meth:`state_dict` what it remembers, so that a training that was stopped goes on exactly.
@@ -56,7 +56,7 @@ class Reply(ABC):
 
         :param rows: ``(B,)`` the rows of the environment that wait
         :param prompts: their B prompts
-        :param transcripts: their B conversations behind the prompt; the last message is the turn that ended
+        :param transcripts: their B conversations after the prompt; the last message is the turn that ended
         :param columns: the other columns of their prompt rows, each a list of B
         :return: for each row a text, a :class:`ReplyResult`, or None, which ends the episode
         """

@@ -28,7 +28,7 @@ class LanguageModelReply(Reply):
     """A language model says what follows each turn. Its weights are not trained by what it says.
 
     A model with a chat template takes part in a conversation: it is the assistant in its own view, and what the policy
-    says is what its user says. One without goes on with the text: prompt, turns and replies, one behind the other.
+    says is what its user says. One without goes on with the text: prompt, turns and replies, one after the other.
 
     Give the policy's own ``LanguageModel`` for self-play, or a copy of it for an older self.
 

@@ -13,7 +13,7 @@ from textgym.replies.errors import ReplyError
 
 
 class ScriptedReply(Reply):
-    """Says one line after another, whatever the policy says; behind the last one the episode ends. ::
+    """Says one line after another, whatever the policy says; after the last one the episode ends. ::
 
         >>> reply = ScriptedReply(["Why?", "And then?"])
         >>> turn = {"role": "assistant", "content": "Because."}

@@ -54,7 +54,7 @@ class ToolReply(Reply):
         self.calls = check_choice("calls", calls, CALL_STYLES)
         self.result = check_text("result", result, empty=False)
         if "{}" not in result:
-            raise ValueError(f"result={result!r} must have {{}} where the result stands")
+            raise ValueError(f"result={result!r} must have {{}} where the result goes")
         self.time_limit = check_number("time_limit", time_limit, low=0.0, open_low=True)
         self.max_characters = check_int("max_characters", max_characters, low=1)
         self.role = check_text("role", role, empty=False)

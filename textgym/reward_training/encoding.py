@@ -1,6 +1,6 @@
 """Texts and their prefixes as tokens.
 
-A causal model reads a complete text with an end-of-sequence token behind it, as
+A causal model reads a complete text with an end-of-sequence token after it, as
 :class:`~textgym.rewards.CausalRewardModel` does; an unfinished one stands without. An encoder reads each with the
 special tokens that its tokenizer puts around a text.
 """
@@ -21,8 +21,8 @@ class EncodedText:
 
     :param head: tokens of the prompt, with the special tokens before it
     :param completion: tokens of the completion
-    :param tail: special tokens behind a complete text
-    :param prefix_tail: special tokens behind a text that goes on
+    :param tail: special tokens after a complete text
+    :param prefix_tail: special tokens after a text that goes on
     :param opening: how many special tokens ``head`` begins with, which stay where a text is cut
     """
 
@@ -76,8 +76,8 @@ def encode(
     """Tokens of texts; prompt and completion are tokenized as one text, as rewards do.
 
     :param max_length: most tokens of a text; longer ones lose tokens at their beginning
-    :param ends_in_eos: whether an end-of-sequence token stands behind a complete text and nothing behind an unfinished
-        one; otherwise behind both stands what the tokenizer puts there
+    :param ends_in_eos: whether a complete text is followed by an end-of-sequence token and an unfinished one by
+        nothing; otherwise both are followed by what the tokenizer puts there
     :return: the tokens, and how many texts were longer than ``max_length`` and lost their beginning
     """
     texts = _whole(tokenizer, prompts, completions, ends_in_eos)
@@ -150,7 +150,7 @@ def token_positions(text: EncodedText, lengths: Iterable[int]) -> list[int]:
 
 
 def end_positions(text: EncodedText) -> list[int]:
-    """Positions at which the text is complete: its last token, and the special tokens behind it."""
+    """Positions at which the text is complete: its last token, and the special tokens after it."""
     last = len(text.ids) - 1
     content = len(text.head) + len(text.completion) - 1
     return [last] if content in (-1, last) else [content, last]

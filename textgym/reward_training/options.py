@@ -35,7 +35,7 @@ class RewardTrainingOptions:
     :param loss: ``"bradley_terry"`` for preferences, ``"mse"`` (the default) or ``"huber"`` for scores, ``"bce"`` (the
         default of two classes) or ``"cross_entropy"`` for labels. Of several tasks, that of those with scores
     :param activation: what turns the one output into Φ: ``"identity"``, ``"tanh"`` or ``"sigmoid"``. Losses of scores
-        are taken behind it. By default the sigmoid with ``"bce"``, otherwise the identity. Of several tasks, that of
+        are taken after it. By default the sigmoid with ``"bce"``, otherwise the identity. Of several tasks, that of
         those with scores
     :param huber_delta: error from which the Huber loss is linear
     :param centring: coefficient of the squared sum of a pair's scores

@@ -56,7 +56,7 @@ class TextScorer:
 
     @property
     def ends_in_eos(self) -> bool:
-        """Whether complete texts are read with an end-of-sequence token behind them.
+        """Whether complete texts are read with an end-of-sequence token after them.
 
         They are where :class:`~textgym.rewards.CausalRewardModel` will read them. A head that reads more than one state
         is none for it; :class:`~textgym.rewards.ClassifierReward` reads them, as the tokenizer gives them.
@@ -134,7 +134,7 @@ class TextScorer:
     def remember(self, rows: Sequence[Sequence[int]], everywhere: bool = False) -> None:
         """Compute what the head reads of rows once, and keep it.
 
-        For a backbone that does not change, in evaluation mode. Classifiers with more than one module behind the
+        For a backbone that does not change, in evaluation mode. Classifiers with more than one module after the
         backbone are forwarded anew each time: nothing is kept.
 
         :param rows: rows of token ids
@@ -215,6 +215,6 @@ class TextScorer:
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules behind the backbone that have weights."""
+    """The modules after the backbone that have weights."""
     trunk = trunk_of(model)
     return [child for child in model.children() if child is not trunk and next(child.parameters(), None) is not None]

@@ -30,7 +30,7 @@ class PrefixBatch:
     :param columns: the extra columns of the prompt rows, each a list of length B
     :param tokenizer: what the ids are of
     :param turns: which of its tokens end a turn and what texts show; by default what the tokenizer alone says
-    :param replies: where others than the policy spoke behind the prompt; None where nobody did
+    :param replies: where others than the policy spoke after the prompt; None where nobody did
     """
 
     input_ids: np.ndarray
@@ -49,7 +49,7 @@ class PrefixBatch:
 
     @property
     def completion_lengths(self) -> np.ndarray:
-        """``(B,)`` tokens behind each prompt so far, the policy's and others'."""
+        """``(B,)`` tokens after each prompt so far, the policy's and others'."""
         return self.lengths - self.prompt_lengths
 
     @cached_property
@@ -66,13 +66,13 @@ class PrefixBatch:
 
     @cached_property
     def texts(self) -> list[str]:
-        """B decoded texts of prompt and all behind it; see :meth:`~textgym.chat.turns.TurnTokens.decode`."""
+        """B decoded texts of prompt and all after it; see :meth:`~textgym.chat.turns.TurnTokens.decode`."""
         lengths = self.lengths.tolist()
         return self._decode([ids[:n].tolist() for ids, n in zip(self.input_ids, lengths, strict=True)])
 
     @cached_property
     def continuations(self) -> list[str]:
-        """B decoded texts behind the prompts: what has to be appended to the decoded prompt to get :attr:`texts`.
+        """B decoded texts after the prompts: what has to be appended to the decoded prompt to get :attr:`texts`.
 
         Decoded alone they would lose their leading space with SentencePiece tokenizers. A character whose bytes are not
         all there yet is left out, so that each prefix of a completion is one as text, too.
@@ -92,7 +92,7 @@ class PrefixBatch:
 
     @cached_property
     def transcripts(self) -> list[list[dict[str, Any]]]:
-        """B conversations behind the prompts, as messages: the policy's turns are the assistant's."""
+        """B conversations after the prompts, as messages: the policy's turns are the assistant's."""
         transcripts = []
         for row in range(len(self)):
             spans = self._spans(row)

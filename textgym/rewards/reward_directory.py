@@ -52,7 +52,7 @@ def open_reward(
     an ensemble: ``ensemble.json`` names its members :class:`~textgym.rewards.Ensemble` of what they are
     ================================================ ====================================================
 
-    Φ is what the model was trained to say: its score behind the configuration's ``reward_activation``, or the
+    Φ is what the model was trained to say: its score after the configuration's ``reward_activation``, or the
     probability of a class.
 
     :param path: a directory, or the id of a model on the hub

@@ -72,7 +72,7 @@ class Mixture:
 
     def careful_masks(self, ids: list[int]) -> tuple[Tensor, int]:
         """Return the pieces that the careful writer may choose at each place, bool [L - 1, V], and how many places
-        it can reach: behind an unknown word there is none."""
+        it can reach: after an unknown word there is none."""
         masks = []
         begun: str | None = ""
         for piece in ids[1:]:
@@ -87,7 +87,7 @@ class Mixture:
     def next_pieces(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return the mixture's distribution of the next piece at every place of the texts.
 
-        :return: probabilities [N, V] of the places of all texts, one text behind the other, and the probability
+        :return: probabilities [N, V] of the places of all texts, one text after the other, and the probability
             [N] that the careful writer is writing
         """
         ids, _ = padded(texts, tokenizer.PAD)  # [B, L]

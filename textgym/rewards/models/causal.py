@@ -50,7 +50,7 @@ Origin = Callable[[int], tuple[int, str]]  # the row and the completion that sco
 class CausalRewardModel(Reward):
     """Φ = activation(head(hidden state at the prefix's last token)).
 
-    An encoder-decoder reads the prompt, as its tokenizer encodes a text, with the encoder and the completion, behind
+    An encoder-decoder reads the prompt, as its tokenizer encodes a text, with the encoder and the completion, after
     its start token, with the decoder, as a language model of that kind does: Φ of the empty completion is the head on
     the start token. (``T5ForSequenceClassification``'s own forward feeds one text to encoder and decoder alike: for a
     model that was trained in that way there is :class:`~textgym.rewards.ClassifierReward`.)

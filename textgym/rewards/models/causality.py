@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def is_causal(trunk: PreTrainedModel) -> bool:
-    """Whether no token sees those behind it.
+    """Whether no token sees those after it.
 
     :param trunk: a transformer without head, what :func:`~textgym.engine.trunk.trunk_of` finds
     """

@@ -42,7 +42,7 @@ class ClassifierReward(Reward):
 
     Φ is what ``model(**tokenizer(text))`` gives: the logit z_k without limits, or its probability from 0 to 1:
     σ(z) of a model with one output or of a ``multi_label_classification``, else softmax(z)_k; or what the model was
-    trained to say, the logit behind its configuration's ``reward_activation``. None where there is no token to read.
+    trained to say, the logit after its configuration's ``reward_activation``. None where there is no token to read.
 
     Texts are read anew for every prefix, in batches. A causal model with a linear head called ``score`` that has the
     policy's tokens reads them directly (``reads="text"``, prefixes of at most ``max_length`` tokens): token by token

@@ -49,7 +49,7 @@ class EmbeddingCoherence(Reward):
 
 
 class LikelihoodCoherence(Reward):
-    """How much likelier a sentence is behind the one before it than by itself, in nats a token, without limits.
+    """How much likelier a sentence is after the one before it than by itself, in nats a token, without limits.
 
     Φ = (1/P) Σ_i [log p(s_{i+1} | s_i) − log p(s_{i+1})] / |s_{i+1}| over the P pairs of neighbours, of which the first
     is the prompt's last sentence and the completion's first; 0.0 without a pair. It is the pointwise mutual information

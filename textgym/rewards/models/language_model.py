@@ -1,4 +1,4 @@
-"""Rewards from a causal language model: how likely it finds the completion, or a target behind the completion."""
+"""Rewards from a causal language model: how likely it finds the completion, or a target after the completion."""
 
 from __future__ import annotations
 
@@ -296,12 +296,12 @@ class SentenceFluency(Reward):
 
 
 class TargetLikelihood(Reward):
-    """How well the completion prepares a target text that stands in a column, per token of the target.
+    """How well the completion prepares a target text from a column, per token of the target.
 
     The model reads prompt, completion and target. ``measure="log_prob"`` (at most 0, no lower limit) is the mean
     log-probability of the target's tokens, minus their cross-entropy in nats:
     Φ = (1/N) Σ_i log p(z_i | x, y, z_<i). ``measure="match"`` (0 to 1) is the share of the target's tokens that are the
-    model's first choice at their place. Rewarding reasoning by the likelihood of the reference answer behind it is
+    model's first choice at their place. Rewarding reasoning by the likelihood of the reference answer after it is
     described in Zhou et al., "Reinforcing General Reasoning without Verifiers" (2025).
 
     It reads text, with one forward for each prefix, and works with any tokenizer. None where the column has None.
@@ -366,7 +366,7 @@ class TokenMatch(Reward):
     """Share of a target's tokens that the completion has at the same places, from 0 to 1.
 
     Φ = |{i : y_i = z_i}| / N over the N tokens of the target in a column: each right token is paid 1/N at once.
-    Tokens are the policy's, as in ``completion_ids``; nothing is paid behind the target's end. None where the column
+    Tokens are the policy's, as in ``completion_ids``; nothing is paid after the target's end. None where the column
     has None.
 
     :param tokenizer: the policy's tokenizer, or the name or directory of its model

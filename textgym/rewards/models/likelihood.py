@@ -60,7 +60,7 @@ class TextLikelihood:
     def ids_of(self, context: str, text: str, ended: bool = False) -> tuple[np.ndarray, int]:
         """Token ids of context and text, and where those of the text begin.
 
-        Both are tokenized together; the text's tokens are those behind the longest common beginning with the tokens
+        Both are tokenized together; the text's tokens are those after the longest common beginning with the tokens
         of the context alone. Lone surrogates are read as U+FFFD.
 
         :param ended: whether an end-of-sequence token follows

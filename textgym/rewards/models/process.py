@@ -30,7 +30,7 @@ class ProcessReward(Reward):
     :param label: name or index of the label that means a good step; may be left out where there is one only
     :param output: ``"logit"`` or ``"probability"``: σ(z) of a model with one output, else softmax(z)_k
     :param reduce: ``"mean"``, ``"last"``, ``"min"`` or ``"product"``
-    :param separator: what stands between steps; it belongs to the step before it
+    :param separator: what comes between steps; it belongs to the step before it
     :param device: where to move the model; by default it stays where it is
     :param dtype: what to convert the weights to; by default they stay as they are
     :param options: ``max_length`` and ``max_batch_tokens`` as in :class:`ClassifierReward`

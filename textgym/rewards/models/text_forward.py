@@ -138,7 +138,7 @@ def readable_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if tokenizer.model_max_length < 10**9:  # transformers writes 10**30 where a tokenizer names no limit
         limits.append(int(tokenizer.model_max_length))
     for name, module in model.named_modules():
-        # RoBERTa counts positions from behind that of the padding.
+        # RoBERTa counts positions from after that of the padding.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((limit for limit in limits if limit is not None), default=None)

@@ -103,7 +103,7 @@ class XmlTags(TextRule):
     """Share of the tags that the completion opens once, then closes once, in the given order: from 0 to 1.
 
     With the default tags that is the format of DeepSeek-R1 (2025): ``<think>...</think><answer>...</answer>``. A tag
-    counts if it stands behind the last one that counted, so that none is inside another. Some chat templates open the
+    counts if it stands after the last one that counted, so that none is inside another. Some chat templates open the
     first tag themselves: where the prompt ends in ``<think>`` (and white space), the completion has opened it.
 
     :param tags: names of the tags, in their order
@@ -141,6 +141,6 @@ class XmlTags(TextRule):
 
 
 def opened_tag(prompt: str) -> str | None:
-    """The tag that a prompt ends in, such as ``<think>``, with the white space behind it; None without one."""
+    """The tag that a prompt ends in, such as ``<think>``, with the white space after it; None without one."""
     found = re.search(r"<[\w.:-]+>\s*\Z", prompt)
     return found[0] if found else None

@@ -35,7 +35,7 @@ class PredictedDifference(Reward):
     :param model: predicts minus the difference of ``completions`` and ``prompts``, which are given the targets: a
         reward, such as ``as_reward`` opens of a directory that ``textgym train-reward`` wrote, or a function
     :param column: the column of the prompt rows with the targets, texts
-    :param separator: what stands between target and completion, where the model learned
+    :param separator: what comes between target and completion, where the model learned
     :raises RewardError: in scoring, if there is no such column or an entry is no text
     """
 
@@ -85,7 +85,7 @@ def difference_rows(triples: Iterable[tuple[str, str, float]], separator: str = 
         [{'prompt': 'a good film\n', 'completion': 'a fine film', 'score': -0.2}]
 
     :param triples: completion, target, and how much they differ
-    :param separator: put behind each target
+    :param separator: put after each target
     """
     return [
         {"prompt": target + separator, "completion": completion, "score": -float(difference)}

@@ -91,8 +91,8 @@ class Repetition(TextRule):
     """Minus the share of n-grams that occurred before in the completion: from above −1 to 0.
 
     Φ = −(1 − distinct / all), minus "seq-rep-n" of Welleck et al., "Neural Text Generation with Unlikelihood Training"
-    (2020); 0.0 for a completion with fewer than n units. Words are what stands between white space,
-    and characters in scripts without spaces, such as Chinese.
+    (2020); 0.0 for a completion with fewer than n units. Words are separated by white space; in
+    scripts without spaces, such as Chinese, each character is one.
 
     :param n: units in an n-gram
     :param unit: ``"words"`` or ``"characters"``
@@ -113,9 +113,9 @@ class DistinctN(TextRule):
     """Distinct n-grams of the completion divided by all of them, from 0 to 1.
 
     Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016), within one text;
-    0.0 for a completion with fewer than n units. Words are what stands between white space, and characters in scripts
-    without spaces, such as Chinese. One word is perfectly
-    distinct: combine it with :class:`LengthTarget`.
+    0.0 for a completion with fewer than n units. Words are separated by white space; in scripts without
+    spaces, such as Chinese, each character is one. One word is perfectly distinct: combine it with
+    :class:`LengthTarget`.
 
     :param n: units in an n-gram
     :param unit: ``"words"`` or ``"characters"``
@@ -260,8 +260,8 @@ class Grammar(TextRule):
     Φ = max(0, 1 − violations / words); 0.0 for a completion without a word. The rules are about English and its marks:
 
     - ``"capital"``: a sentence begins with a capital letter (the first may go on with the prompt's)
-    - ``"end"``: the completion ends in . ! ? … or their like, perhaps behind a quotation mark or parenthesis
-    - ``"repeated"``: no word stands twice in a row ("the the"), but for "had had" and "that that"
+    - ``"end"``: the completion ends in . ! ? … or their like, perhaps after a quotation mark or parenthesis
+    - ``"repeated"``: no word occurs twice in a row ("the the"), but for "had had" and "that that"
     - ``"article"``: "an" before a vowel's letter, "a" before another, with the usual exceptions ("an hour", "a user")
     - ``"spacing"``: no space before , . ; : ! ? and no two spaces in a row
     - ``"pronoun"``: I is written with a capital letter
