@@ -10,6 +10,7 @@ overrides and line breaks are shown as visible signs and never reach the termina
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -45,7 +46,7 @@ class RenderedEpisode:
     :param prompt: the prompt as text
     :param tokens: completion tokens as text, in order: ``"".join(tokens)`` is the completion. A token without
         text of its own (end of sequence, part of a character) is ``""`` and shown as a dot
-    :param rewards: reward of each token
+    :param rewards: reward of each token; None for one that somebody else said in a reply
     :param score: reward-model score of the text so far, None where it is not known yet
     :param kl: sum of the KL estimates so far in nats, None where there is none or it is not known yet
     :param ret: return so far
@@ -54,7 +55,7 @@ class RenderedEpisode:
 
     prompt: str
     tokens: list[str]
-    rewards: list[float]
+    rewards: list[float | None]
     score: float | None
     kl: float | None
     ret: float
@@ -67,7 +68,12 @@ class RenderedEpisode:
     @property
     def scale(self) -> float:
         """The |reward| that is shown in full colour."""
-        return max([SMALLEST_SCALE, *(abs(reward) for reward in self.rewards)])
+        return max([SMALLEST_SCALE, *(abs(reward) for reward in self.rewards if reward is not None)])
+
+    @property
+    def written(self) -> int:
+        """Tokens that the policy wrote."""
+        return sum(reward is not None for reward in self.rewards)
 
 
 def render_ansi(episode: RenderedEpisode) -> str:
@@ -75,7 +81,7 @@ def render_ansi(episode: RenderedEpisode) -> str:
 
     The prompt is bold and the tokens stand on backgrounds in 24-bit colour. Where the environment variable
     ``NO_COLOR`` is set (https://no-color.org), there are no escape sequences: a bar ends the prompt, and
-    rewards follow their tokens as numbers.
+    rewards follow their tokens as numbers. What others say in replies is pale, or in braces.
 
     >>> import os
     >>> os.environ["NO_COLOR"] = "1"
@@ -88,21 +94,31 @@ def render_ansi(episode: RenderedEpisode) -> str:
     plain = bool(os.environ.get("NO_COLOR"))
     prompt = visible(episode.prompt)
     parts = [f"{prompt}|" if plain else f"\x1b[1m{prompt}\x1b[0m"]
-    for token, reward in zip(episode.tokens, episode.rewards, strict=True):
-        space, body = _shown(token)
-        if plain:
-            mark = _signed(reward)
-            parts.append(space + body + ("" if mark == "+0.00" else f"[{mark}]"))
-        elif background := _background(reward, episode.scale):
-            foreground = _foreground(background)
-            codes = f"38;2;{_joined(foreground)};48;2;{_joined(background)}"
-            parts.append(f"{space}\x1b[{codes}m{body}\x1b[0m")
-        else:
-            parts.append(space + body)
+    for said, group in itertools.groupby(
+        zip(episode.tokens, episode.rewards, strict=True), key=lambda token: token[1] is None
+    ):
+        if said:
+            text = "".join("".join(_shown(token)) for token, _ in group)
+            parts.append(f"{{{text}}}" if plain else f"\x1b[2m{text}\x1b[0m")
+            continue
+        for token, reward in group:
+            parts.append(_coloured(token, reward or 0.0, episode.scale, plain))
     status = [f"{name} {value}" for name, value in _status(episode)[:3]]
-    count = len(episode.tokens)
+    count = episode.written
     status += [f"{count} token{'' if count == 1 else 's'}", visible(episode.finish_reason or "running")]
     return f"{''.join(parts)}\n{' · '.join(status)}"
+
+
+def _coloured(token: str, reward: float, scale: float, plain: bool) -> str:
+    """A token for a terminal."""
+    space, body = _shown(token)
+    if plain:
+        mark = _signed(reward)
+        return space + body + ("" if mark == "+0.00" else f"[{mark}]")
+    if background := _background(reward, scale):
+        codes = f"38;2;{_joined(_foreground(background))};48;2;{_joined(background)}"
+        return f"{space}\x1b[{codes}m{body}\x1b[0m"
+    return space + body
 
 
 def render_rgb(episode: RenderedEpisode, width: int = 640, height: int = 240) -> npt.NDArray[np.uint8]:
@@ -208,7 +224,7 @@ def _status(episode: RenderedEpisode) -> list[tuple[str, str]]:
         ("score", "–" if episode.score is None else _signed(episode.score)),
         ("KL", "–" if episode.kl is None else f"{_rounded(episode.kl)} nats"),
         ("return", _signed(episode.ret)),
-        ("tokens", f"{len(episode.tokens)}"),
+        ("tokens", f"{episode.written}"),
         ("finish", visible(episode.finish_reason or "running")),
     ]
 
@@ -250,8 +266,9 @@ def _draw_text(draw: ImageDraw.ImageDraw, episode: RenderedEpisode, width: int, 
         middle = _MARGIN // 2 + row * _LINE_HEIGHT + _LINE_HEIGHT // 2
         for piece in line:
             left, right = _MARGIN + piece.x, _MARGIN + piece.x + piece.width
-            ink = _INK
-            if piece.token >= 0 and (background := _background(episode.rewards[piece.token], episode.scale)):
+            reward = episode.rewards[piece.token] if piece.token >= 0 else 0.0
+            ink = _GREY if reward is None else _INK
+            if reward is not None and (background := _background(reward, episode.scale)):
                 ink = _foreground(background)
                 box = (left - 1, middle - 11, right, middle + 11)
                 draw.rounded_rectangle(box, radius=4, fill=background)

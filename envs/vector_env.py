@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
 from textgym.chat.between_turns import BetweenTurns
+from textgym.chat.reply_spans import action_positions
 from textgym.checks import check_int, check_number, shown
 from textgym.envs.arguments import log_probabilities, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
@@ -711,12 +712,23 @@ class TextGenVectorEnv(VectorEnv):
         return RenderedEpisode(
             prompt=texts.prompts[row].prompt,
             tokens=texts.token_texts(row),
-            rewards=texts.token_rewards[row, :taken].tolist(),
+            rewards=self._rewards_of_tokens(row),
             score=float(self._scorer.potential[row]) if known else None,
             kl=float(texts.token_kl[row, :taken].sum()) if known and self._scorer.reference is not None else None,
             ret=float(texts.token_rewards[row, :taken].sum()),
             finish_reason=texts.finish_reasons[row],
         )
+
+    def _rewards_of_tokens(self, row: int) -> list[float | None]:
+        """The reward of each token behind a row's prompt; None where somebody else spoke."""
+        texts = self._texts
+        start, end = int(texts.prompt_lengths[row]), int(texts.lengths[row])
+        rewards: list[float | None] = [None] * (end - start)
+        for place, reward in zip(
+            action_positions(texts.replies[row], start, end), texts.token_rewards[row].tolist(), strict=False
+        ):
+            rewards[place - start] = reward
+        return rewards
 
     def _show(self) -> None:
         for row in range(self.num_envs):

@@ -316,6 +316,26 @@ def test_the_minimum_length_is_one_of_turns():
     assert lengths == [3, 3]
 
 
+def test_pictures_and_terminals_show_who_spoke(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    env = make(reply=say, render_mode="ansi", kl_coef=0.0, reward=lambda completions: [0.0] * len(completions), **TURNS)
+    env.reset(options={"prompt": "the film"})
+    for token in [*ids("good"), EOS, *ids("fine")]:
+        env.step(token)
+    text, status = env.render().splitlines()
+    assert text == "the film| good·[+0.50]{ very good} fine"
+    assert "3 tokens" in status
+    monkeypatch.delenv("NO_COLOR")
+    assert "\x1b[2m very good\x1b[0m" in env.render()
+    pictures = [make(reply=say, render_mode="rgb_array", **TURNS) for _ in range(2)]
+    for steps, picture in zip((1, 2), pictures, strict=True):
+        picture.reset(options={"prompt": "the film"})
+        for token in [*ids("good"), EOS][:steps]:
+            picture.step(token)
+    shorter, longer = (picture.render() for picture in pictures)
+    assert (shorter != longer).any()
+
+
 def test_asynchronous_replies_are_waited_for():
     async def later(transcripts: Any) -> list[str]:
         return [" story"]
