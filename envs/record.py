@@ -137,7 +137,7 @@ class RolloutRecord:
             prompt=texts.prompts[row].prompt,
             columns=texts.prompts[row].columns,
             finish_reason=texts.finish_reasons[row],
-            finished=bool(texts.batch(np.array([row])).finished[0]),
+            finished=texts.is_finished(row),
             completion=completion,
             turn_ends=np.array([ends[row] for ends in self._turn_ends[start:]]),
             penalties=np.array([part.penalty[row] for part in parts]),

@@ -453,7 +453,7 @@ class TextGenVectorEnv(VectorEnv):
     def episode_lengths(self) -> np.ndarray:
         """``(N,)`` how many actions each row's episode has had so far."""
         self._check_ready("episode_lengths")
-        return self._texts.taken
+        return self._texts.taken.copy()
 
     @property
     def prompt_rows(self) -> tuple[PromptRow, ...]:

@@ -9,7 +9,7 @@ import pytest
 import stable_baselines3 as sb3
 import torch
 from stable_baselines3.common.logger import Logger
-from tiny_agents import tiny_language_model, tiny_vector_env
+from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
 
 from textgym.agents import PPO, LanguageModelPolicy
 from textgym.envs.sb3 import TextGenVecEnv
@@ -26,6 +26,24 @@ KEYS = (
     "train/clip_range",
     "train/learning_rate",
 )
+
+
+def with_rollout(env: Any, scale: float = 0.02, **arguments: Any) -> PPO:
+    """An agent with a rollout that it has not learned from, whose policy isn't the one that collected it any more.
+
+    :param scale: of the steps away from the old policy, so that ratios and values are clipped here and there
+    """
+    model = tiny_ppo(env, **{"n_steps": 20, "batch_size": 80, "n_epochs": 1, "learning_rate": 1e-3, **arguments})
+    with torch.no_grad():
+        for parameter in model.policy.value_net.parameters():
+            parameter.normal_(std=0.1)
+    callback = model._setup_learn(1000)[1]
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def stock_twin(model: PPO) -> sb3.PPO:

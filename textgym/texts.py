@@ -152,7 +152,7 @@ class Texts:
             input_ids=self.ids[rows],
             lengths=self.lengths[rows],
             prompt_lengths=self.prompt_lengths[rows],
-            finished=np.array([self._is_finished(row) for row in rows.tolist()], dtype=bool),
+            finished=np.array([self.is_finished(row) for row in rows.tolist()], dtype=bool),
             rows=rows,
             prompts=[self.prompts[row].prompt for row in rows],
             columns=as_columns([self.prompts[row].columns for row in rows]),
@@ -161,7 +161,7 @@ class Texts:
             replies=None if self.reply is None else [self.replies[row] for row in rows],
         )
 
-    def _is_finished(self, row: int) -> bool:
+    def is_finished(self, row: int) -> bool:
         """Whether a text's last token ended a turn."""
         spans = self.replies[row]
         spoken = bool(spans) and spans[-1].end == self.lengths[row] > spans[-1].start
@@ -197,7 +197,7 @@ class Texts:
             return "reply"
         if self.turn_numbers[row] == self.rules.turns.max_turns:
             return "turns"
-        return None if self._room(row) else "length"
+        return "length" if not self._room(row) or self.taken[row] >= self.rules.max_actions else None
 
     def _reply_ids(self, row: int, result: ReplyResult) -> tuple[list[int], str | None]:
         """The tokens that a reply adds to a row, and what of its text they say; None where it says nothing."""

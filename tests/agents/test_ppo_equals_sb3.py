@@ -14,36 +14,24 @@ import pytest
 import stable_baselines3 as sb3
 import torch
 from stable_baselines3.common.callbacks import ConvertCallback
-from stock_twins import assert_same_update, stock_twin, train
-from tiny_agents import tiny_language_model, tiny_ppo, tiny_vector_env
+from stock_twins import assert_same_update, stock_twin, train, with_rollout
+from tiny_agents import tiny_language_model, tiny_vector_env
 
 from textgym.agents import PPO, LanguageModelPolicy, Segment
 from textgym.envs.sb3 import TextGenVecEnv
 
 
-def with_rollout(architecture: str = "llama", **arguments: Any) -> PPO:
-    """An agent with a rollout that it has not learned from, whose policy isn't the one that collected it any more."""
-    env = tiny_vector_env(4, language_model=tiny_language_model(architecture), temperature=0.9)
-    arguments = {"n_steps": 20, "batch_size": 80, "n_epochs": 1, "learning_rate": 1e-3, **arguments}
-    model = tiny_ppo(env, **arguments)
-    with torch.no_grad():
-        for parameter in model.policy.value_net.parameters():
-            parameter.normal_(std=0.1)
-    callback = model._setup_learn(1000)[1]
-    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-    # A few steps away from the old policy, so that ratios and values are clipped here and there.
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.policy.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model
+def moved(architecture: str = "llama", **arguments: Any) -> PPO:
+    return with_rollout(
+        tiny_vector_env(4, language_model=tiny_language_model(architecture), temperature=0.9), **arguments
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("normalize_advantage", [True, False])
 @pytest.mark.parametrize("clip_range_vf", [None, 0.05])
 def test_one_update_equals_stock_ppo(architecture, normalize_advantage, clip_range_vf):
-    model = with_rollout(
+    model = moved(
         architecture,
         normalize_advantage=normalize_advantage,
         clip_range_vf=clip_range_vf,
@@ -56,13 +44,13 @@ def test_one_update_equals_stock_ppo(architecture, normalize_advantage, clip_ran
 
 
 def test_without_entropy_bonus_too():
-    model = with_rollout(ent_coef=0.0)
+    model = moved(ent_coef=0.0)
     assert_same_update(model, stock_twin(model))
 
 
 def test_the_rollout_exercises_clipping():
     """Otherwise the tests above would pass with a wrong clip."""
-    model = with_rollout(clip_range=0.1, clip_range_vf=0.05)
+    model = moved(clip_range=0.1, clip_range_vf=0.05)
     batch = next(model.rollout_buffer.get())
     with torch.no_grad():
         values, log_prob, _ = model.policy.evaluate_segments(batch)
@@ -72,7 +60,7 @@ def test_the_rollout_exercises_clipping():
 
 
 def test_several_epochs_of_minibatches_equal_stock_ppo_on_the_same_partition(monkeypatch):
-    model = with_rollout(batch_size=20, n_epochs=3, ent_coef=0.01)
+    model = moved(batch_size=20, n_epochs=3, ent_coef=0.01)
     twin = stock_twin(model)
     partition: list[list[Segment]] = []
     samples = model.rollout_buffer.samples
@@ -100,7 +88,7 @@ def test_several_epochs_of_minibatches_equal_stock_ppo_on_the_same_partition(mon
 
 def test_early_stopping_by_target_kl_is_that_of_stock_ppo():
     for target_kl in (1e-4, 10.0):
-        model = with_rollout(n_epochs=3, target_kl=target_kl)
+        model = moved(n_epochs=3, target_kl=target_kl)
         twin = stock_twin(model)
         assert_same_update_or_stop(model, twin, stops=target_kl == 1e-4)
 
@@ -116,7 +104,7 @@ def assert_same_update_or_stop(model: PPO, twin: sb3.PPO, stops: bool) -> None:
 
 
 def test_advantages_normalised_over_the_rollout_have_mean_0_and_biased_variance_1():
-    model = with_rollout(normalize_advantage="rollout", batch_size=20)
+    model = moved(normalize_advantage="rollout", batch_size=20)
     train(model)
     advantages = model.rollout_buffer.advantages
     assert advantages.mean() == pytest.approx(0, abs=1e-5)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO as StockPPO
-from stock_twins import assert_same_update, stock_twin
+from stock_twins import assert_same_update, stock_twin, with_rollout
 from tiny_agents import KeepRollouts, logs_of_learning, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
-from tiny_models import EOS
 
 from textgym import agents
 from textgym.agents import EpisodeBuffer
@@ -33,30 +32,19 @@ def talking_env(rows: int = 4, **options: Any) -> Any:
     return tiny_vector_env(rows, **{**turns, **options})
 
 
-def with_rollout(**arguments: Any) -> Any:
-    """An agent with a rollout of talks that it has not learned from, whose weights have changed since."""
-    model = tiny_ppo(talking_env(temperature=0.9), **{"n_steps": 20, "batch_size": 80, "n_epochs": 1, **arguments})
-    with torch.no_grad():
-        for parameter in model.policy.value_net.parameters():
-            parameter.normal_(std=0.1)
-    callback = model._setup_learn(1000)[1]
-    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.policy.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model
+def moved(**arguments: Any) -> Any:
+    return with_rollout(talking_env(temperature=0.9), **arguments)
 
 
 @pytest.mark.parametrize("clip_range_vf", [None, 0.05])
 def test_one_update_equals_that_of_stock_ppo_over_single_steps(clip_range_vf):
-    model = with_rollout(clip_range_vf=clip_range_vf, clip_range=0.1, ent_coef=0.01, normalize_advantage=True)
+    model = moved(clip_range_vf=clip_range_vf, clip_range=0.1, ent_coef=0.01, normalize_advantage=True)
     assert len(model.rollout_buffer._said) > 8  # replies within segments
     assert_same_update(model, stock_twin(model))
 
 
 def test_segments_hold_the_transcripts_and_their_actions_are_what_was_chosen():
-    model = with_rollout()
+    model = moved()
     buffer: EpisodeBuffer = model.rollout_buffer
     taken = np.zeros_like(buffer.active)
     for segment in buffer.segments:
@@ -70,7 +58,7 @@ def test_segments_hold_the_transcripts_and_their_actions_are_what_was_chosen():
 
 
 def test_an_update_reads_each_transcript_once_however_many_turns_it_has(monkeypatch):
-    model = with_rollout()
+    model = moved()
     read = []
     hidden_at = CachedModel.hidden_at
 
@@ -152,4 +140,3 @@ def test_log_probs_of_a_rollout_are_those_of_a_plain_forward_of_the_transcript()
         expected = logits[segment.positions - 1, segment.ids[segment.positions]]
         found = model.rollout_buffer.log_probs[segment.steps_in_rollout, segment.row]
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
-    assert EOS in model.rollout_buffer.actions

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefix_batches import all_lengths, prefix_batch
-from stock_twins import assert_same_update, stock_twin
+from stock_twins import assert_same_update, stock_twin, with_rollout
 from tiny_agents import PROMPTS, count_liked, logs_of_learning, tiny_ppo, tiny_vector_env, values_of
 from tiny_encoder_decoders import ending_tokenizer, t5_config, tiny_encoder_decoder
 from tiny_models import EOS, PAD, VOCABULARY, tiny_causal_reward_model, tiny_tokenizer
@@ -307,25 +307,13 @@ def test_segments_know_where_the_prompt_ends():
         assert segment.prefix[segment.prompt_length - 1] == EOS
 
 
-def with_rollout(**arguments: Any) -> PPO:
-    """An agent with a rollout that it has not learned from, whose policy isn't the one that collected it any more."""
-    env = tiny_vector_env(4, language_model=opened(), temperature=0.9)
-    agent = tiny_ppo(env, **{"n_steps": 20, "batch_size": 80, "n_epochs": 1, "learning_rate": 1e-3, **arguments})
-    with torch.no_grad():
-        for parameter in agent.policy.value_net.parameters():
-            parameter.normal_(std=0.1)
-    callback = agent._setup_learn(1000)[1]
-    assert agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in agent.policy.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    return agent
+def moved(**arguments: Any) -> PPO:
+    return with_rollout(tiny_vector_env(4, language_model=opened(), temperature=0.9), 0.01, **arguments)
 
 
 @pytest.mark.parametrize("clip_range_vf", [None, 0.05])
 def test_one_update_equals_stock_ppo(clip_range_vf):
-    agent = with_rollout(clip_range_vf=clip_range_vf, clip_range=0.1, ent_coef=0.01, max_grad_norm=0.5)
+    agent = moved(clip_range_vf=clip_range_vf, clip_range=0.1, ent_coef=0.01, max_grad_norm=0.5)
     batch = next(agent.rollout_buffer.get())
     with torch.no_grad():
         ratio = (agent.policy.evaluate_segments(batch)[1] - batch.old_log_prob).exp()

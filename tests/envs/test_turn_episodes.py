@@ -160,6 +160,18 @@ def test_rows_of_a_vector_environment_behave_like_single_ones():
                 np.testing.assert_array_equal(observation[name][row], value)
 
 
+@pytest.mark.parametrize("limit", [2, 3, 4, 5])
+def test_gymnasiums_own_limit_of_steps_ends_episodes_within_turns_and_between_them(limit):
+    envs = make_vec(1, reply=say, kl_coef=0.0, max_episode_steps=limit, **TURNS)
+    envs.reset(seed=0)
+    truncated, steps = False, 0
+    while not truncated:
+        _, _, terminated, truncated, _ = envs.step(np.array(ids("good")))
+        steps += 1
+        assert not terminated[0]
+    assert steps == limit
+
+
 def test_a_reply_that_says_it_is_done_or_nothing_ends_the_episode():
     for last, text in ((ReplyResult(" bad", 2.0, done=True), " bad"), (None, None)):
         env = make(reply=lambda transcripts, last=last: [last], kl_coef=0.0, **TURNS)

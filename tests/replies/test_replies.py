@@ -111,12 +111,11 @@ def test_calls_in_json_are_those_that_chat_models_write():
 
 
 def test_a_tool_that_never_returns_and_one_that_says_too_much_end():
-    tools = ToolReply(
-        {"sleep": lambda text: time.sleep(600), "shout": lambda text: "a" * 5000}, time_limit=0.05, max_characters=9
+    assert answer(ToolReply({"shout": lambda text: "a" * 5000}, max_characters=9), "<shout>x</shout>") == (
+        "<result>aaaaaaaaa</result>"
     )
-    assert answer(tools, "<shout>x</shout>") == "<result>aaaaaaaaa</result>"
-    tools.max_characters = 100
-    assert answer(tools, "<sleep>x</sleep>") == "<result>error: sleep took longer than 0.05 s</result>"
+    sleeping = ToolReply({"sleep": lambda text: time.sleep(600)}, time_limit=0.05)
+    assert answer(sleeping, "<sleep>x</sleep>") == "<result>error: sleep took longer than 0.05 s</result>"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class PrefixBatch:
         """B decoded completions: what the policy wrote. Where others spoke, its turns are lines."""
         if self.replies is None or not any(self.replies):
             return self.continuations
-        return ["\n".join(turn for turn in self._turn_texts(row) if turn) for row in range(len(self))]
+        return ["\n".join(turn for turn in self._turn_texts[row] if turn) for row in range(len(self))]
 
     @cached_property
     def transcripts(self) -> list[list[dict[str, Any]]]:
@@ -97,7 +97,7 @@ class PrefixBatch:
         for row in range(len(self)):
             spans = self._spans(row)
             messages: list[dict[str, Any]] = []
-            for i, text in enumerate(self._turn_texts(row)):
+            for i, text in enumerate(self._turn_texts[row]):
                 written = i < len(spans) or self.lengths[row] > (spans[-1].end if spans else self.prompt_lengths[row])
                 messages += [{"role": "assistant", "content": text}] if written else []
                 messages += [{"role": span.role, "content": span.content} for span in spans[i : i + 1]]
@@ -107,12 +107,15 @@ class PrefixBatch:
     def _spans(self, row: int) -> list[ReplySpan]:
         return [] if self.replies is None else self.replies[row]
 
-    def _turn_texts(self, row: int) -> list[str]:
-        """The text of each of the policy's turns."""
-        between = turns_between(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
-        ids = self.input_ids[row].tolist()
-        decoded = self._decode([ids[:place] for turn in between for place in turn])
-        return [_without_prefix(text, start) for start, text in zip(decoded[::2], decoded[1::2], strict=True)]
+    @cached_property
+    def _turn_texts(self) -> list[list[str]]:
+        """The texts of each row's turns, the policy's."""
+        rows = []
+        for row, ids in enumerate(self.input_ids.tolist()):
+            between = turns_between(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
+            decoded = self._decode([ids[:place] for turn in between for place in turn])
+            rows.append([_without_prefix(text, start) for start, text in zip(decoded[::2], decoded[1::2], strict=True)])
+        return rows
 
     def at(self, indices: Sequence[int] | np.ndarray, completion_lengths: Sequence[int] | np.ndarray) -> PrefixBatch:
         """Rows of this batch, cut to shorter completions.
