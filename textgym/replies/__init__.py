@@ -11,30 +11,40 @@ from textgym.replies.errors import ReplyError
 if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.replies.human import HumanReply
     from textgym.replies.language_model import LanguageModelReply
+    from textgym.replies.remote import RemoteReply
     from textgym.replies.scripted import ScriptedReply
+    from textgym.replies.serving import ReplyServer, reply_app, serve_reply
     from textgym.replies.tools import ToolReply, calculate, lookup
 
 __all__ = [
     "FunctionReply",
     "HumanReply",
     "LanguageModelReply",
+    "RemoteReply",
     "Reply",
     "ReplyError",
     "ReplyResult",
+    "ReplyServer",
     "ScriptedReply",
     "ToolReply",
     "as_reply",
     "calculate",
     "lookup",
+    "reply_app",
+    "serve_reply",
 ]
 
 _MODULES = {
     "HumanReply": "human",
     "LanguageModelReply": "language_model",
+    "RemoteReply": "remote",
+    "ReplyServer": "serving",
     "ScriptedReply": "scripted",
     "ToolReply": "tools",
     "calculate": "tools",
     "lookup": "tools",
+    "reply_app": "serving",
+    "serve_reply": "serving",
 }
 
 

@@ -19,6 +19,7 @@ from textgym.rewards.function_reward import FunctionReward
 from textgym.rewards.prefixes import PrefixBatch
 
 if TYPE_CHECKING:
+    from textgym.json_server import RequestLimits
     from textgym.rewards.combining.constraint import Constraint
     from textgym.rewards.combining.discounted import DiscountedPotential
     from textgym.rewards.combining.ensemble import Ensemble
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from textgym.rewards.outside.answer_store import AnswerStore, AnswerStoreError
     from textgym.rewards.outside.human import HumanReward, TerminalAsker
     from textgym.rewards.outside.remote import RemoteReward
-    from textgym.rewards.outside.serving import RequestLimits, RewardServer, reward_app, serve_reward
+    from textgym.rewards.outside.serving import RewardServer, reward_app, serve_reward
     from textgym.rewards.reward_directory import open_reward
     from textgym.rewards.text.diversity import EmbeddingDiversity, SelfBLEU
     from textgym.rewards.text.formats import JsonFormat, RegexMatch, XmlTags

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from fake_servers import Fake, said
 from tiny_agents import count_liked, tiny_ppo, tiny_vector_env
 
 from textgym.rewards import FunctionReward, RemoteReward, RequestLimits, RewardError, RewardServer
@@ -44,47 +44,6 @@ def free_port() -> int:
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
         return some.getsockname()[1]
-
-
-class Fake:
-    """A server of the standard library that answers with what it is told: status, headers, body, or a function."""
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.requests = []
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.requests.append((self.path, dict(self.headers), body))
-                answer = fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
-                status, headers, content = answer(body) if callable(answer) else answer
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
-def said(value, status=200, **headers):
-    return status, headers, value if isinstance(value, bytes) else json.dumps(value).encode()
 
 
 # --- both ends
@@ -229,13 +188,13 @@ def test_pauses_double_vary_and_honour_retry_after(monkeypatch):
     with Fake(busy) as fake:
         remote = RemoteReward(fake.url, pause=1.0, max_pause=6.0, retries=4)
         with pytest.raises(RewardError):
-            remote._post(b"{}", threading.Event())
+            remote(prompts=["p"], completions=["c"])
     chosen = [pause for pause in pauses if pause is not None and pause >= 0.5]
     for pause, most in zip(chosen[:4], [1.0, 2.0, 4.0, 8.0], strict=True):
         assert min(most / 2, 6.0) <= pause <= min(most, 6.0)
     pauses.clear()
-    with Fake((503, {"Retry-After": "5"}, b""), (503, {"Retry-After": "60"}, b""), said({})) as fake:
-        RemoteReward(fake.url, pause=0.6, max_pause=7.0)._post(b"{}", threading.Event())
+    with Fake((503, {"Retry-After": "5"}, b""), (503, {"Retry-After": "60"}, b""), said({"rewards": [0.0]})) as fake:
+        RemoteReward(fake.url, pause=0.6, max_pause=7.0)(prompts=["p"], completions=["c"])
     assert [pause for pause in pauses if pause is not None and pause >= 0.5][:2] == [5.0, 7.0]
 
 
@@ -372,8 +331,8 @@ def test_a_request_that_is_too_large_is_answered_and_not_tried_again():
     with RewardServer(length, limits=RequestLimits(max_bytes=1 << 20)) as server:
         attempts = []
         remote = RemoteReward(server.url, **FAST)
-        send = remote._send
-        remote._send = lambda request: attempts.append(1) or send(request)
+        send = remote._client._send
+        remote._client._send = lambda request: attempts.append(1) or send(request)
         with pytest.raises(RewardError, match=r"status 413 .*more than 1048576 bytes"):
             score(remote, ["x" * (6 << 20)])
         assert len(attempts) == 1

@@ -1,31 +1,17 @@
-"""Reward models that are served elsewhere, over HTTP.
-
-Requests are sent with the standard library, a thread each: what a request waits for is the server.
-"""
+"""Reward models that are served elsewhere, over HTTP."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from email.message import Message
-from http.client import HTTPException
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
-from textgym.checks import check_choice, check_int, check_number, check_text
+from textgym.checks import check_choice, check_int
+from textgym.json_client import JsonClient, RemoteError, as_json, quoted
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 
 Protocol = Literal["openrlhf", "vllm"]
-RETRIED = (408, 425, 429, 500, 502, 503, 504)  # the server may do better in a moment
-_CHUNK = 1 << 16
 
 
 class RemoteReward(Reward):
@@ -86,42 +72,27 @@ class RemoteReward(Reward):
         max_bytes: int = 1 << 24,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        parts = urlsplit(check_text("url", url, empty=False))
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"url={url!r} must begin with http:// or https:// and name a host")
-        if "@" in parts.netloc:
-            raise ValueError("url holds a name or password, which would show in messages; send them as headers=")
         check_choice("protocol", protocol, get_args(Protocol))
-        for name, number, least in [
-            ("batch_size", batch_size, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("label", label, 0),
-            ("max_bytes", max_bytes, 1),
-        ]:
-            check_int(name, number, low=least)
-        for name, seconds in (("timeout", timeout), ("pause", pause), ("max_pause", max_pause)):
-            check_number(name, seconds, low=0.0, open_low=True, unit="seconds")
-        self.url = url
         self.protocol = protocol
         self.label_column = label_column
         self.model = model
-        self.label = label
-        self.batch_size = batch_size
-        self.concurrency = concurrency
-        self.timeout = timeout
-        self.retries = retries
-        self.pause = pause
-        self.max_pause = max_pause
-        self.max_bytes = max_bytes
-        self.headers = dict(headers or {})
-        self._host = parts.netloc
-        self._opener = urllib.request.build_opener(_NoRedirect)
-        self._random = random.Random()  # for the pauses only: no seed of a training is touched
+        self.label = check_int("label", label, low=0)
+        self.batch_size = check_int("batch_size", batch_size, low=1)
+        self._client = JsonClient(
+            url,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            pause=pause,
+            max_pause=max_pause,
+            max_bytes=max_bytes,
+            headers=headers,
+        )
+        self.url = url
 
     @property
     def name(self) -> str:
-        return f"remote {self._host}"
+        return f"remote {self._client.host}"
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         if not completions:
@@ -136,24 +107,16 @@ class RemoteReward(Reward):
                 )
             labels = list(columns[self.label_column])
         queries = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        starts = range(0, len(queries), self.batch_size)
-        given_up = threading.Event()
+        batches = [slice(start, start + self.batch_size) for start in range(0, len(queries), self.batch_size)]
+        bodies = [self._content(queries[batch], prompts[batch], labels[batch]) for batch in batches]
 
-        def score(start: int) -> list[float | None]:
-            batch = slice(start, start + self.batch_size)
-            content = self._content(queries[batch], prompts[batch], labels[batch])
-            return self._scores(self._post(content, given_up), completions[batch], start)
+        def read(number: int, answer: Any) -> list[float | None]:
+            return self._scores(answer, completions[batches[number]], batches[number].start)
 
-        if len(starts) == 1:
-            return score(0)
-        with ThreadPoolExecutor(min(self.concurrency, len(starts)), "textgym-remote-reward") as pool:
-            futures = [pool.submit(score, start) for start in starts]
-            try:
-                return [value for future in futures for value in future.result()]
-            except BaseException:
-                given_up.set()  # nobody waits for the others any more
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        try:
+            return [score for scores in self._client.ask_all(bodies, read) for score in scores]
+        except RemoteError as error:
+            raise RewardError(self.name, str(error)) from error
 
     def _content(self, queries: list[str], prompts: list[str], labels: list[Any]) -> bytes:
         """What is sent for one batch."""
@@ -162,13 +125,12 @@ class RemoteReward(Reward):
         else:
             content = {"input": queries} if self.model is None else {"model": self.model, "input": queries}
         try:
-            return json.dumps(content, allow_nan=False).encode()
+            return as_json(content)
         except (TypeError, ValueError) as error:
             raise RewardError(self.name, f"the column {self.label_column!r} can't be sent as JSON: {error}") from error
 
-    def _scores(self, body: bytes, completions: list[str], start: int) -> list[float | None]:
+    def _scores(self, answer: Any, completions: list[str], start: int) -> list[float | None]:
         """The scores in an answer to a batch, whose first row is row ``start`` of the call."""
-        answer = self._parsed(body)
         values = self._rewards(answer) if self.protocol == "openrlhf" else self._probabilities(answer)
         if len(values) != len(completions):
             raise RewardError(self.name, f"{self.url} answered with {len(values)} scores for {len(completions)} texts")
@@ -183,7 +145,7 @@ class RemoteReward(Reward):
     def _rewards(self, answer: Any) -> list[Any]:
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
-            raise RewardError(self.name, f'{self.url} answered without a list of "rewards": {_shown(answer)}')
+            raise RewardError(self.name, f'{self.url} answered without a list of "rewards": {quoted(answer)}')
         return rewards
 
     def _probabilities(self, answer: Any) -> list[Any]:
@@ -197,71 +159,12 @@ class RemoteReward(Reward):
             probabilities = [by_index[i] for i in range(len(data))]
         except (TypeError, KeyError, ValueError) as error:
             raise RewardError(
-                self.name, f"{self.url} did not answer as vLLM's /classify does ({error!r}): {_shown(answer)}"
+                self.name, f"{self.url} did not answer as vLLM's /classify does ({error!r}): {quoted(answer)}"
             ) from error
         for row in probabilities:
             if not isinstance(row, list) or len(row) <= self.label:
-                raise RewardError(self.name, f"label={self.label}, but {self.url} answered with probs={_shown(row)}")
+                raise RewardError(self.name, f"label={self.label}, but {self.url} answered with probs={quoted(row)}")
         return [row[self.label] for row in probabilities]
-
-    def _parsed(self, body: bytes) -> Any:
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise RewardError(
-                self.name, f"{self.url} did not answer with JSON ({error}): {_shown(body.decode('utf-8', 'replace'))}"
-            ) from error
-
-    # One request, and trying again
-
-    def _post(self, body: bytes, given_up: threading.Event) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", **self.headers}
-        problem = ""
-        for attempt in range(self.retries + 1):
-            asked: float | None = None
-            try:
-                return self._send(urllib.request.Request(self.url, body, headers, method="POST"))
-            except urllib.error.HTTPError as error:
-                with error:
-                    problem = f"{self.url} answered with status {error.code} {error.reason}: {_detail(error)}"
-                    asked = _seconds(error.headers.get("Retry-After"))
-                if error.code not in RETRIED:
-                    raise RewardError(self.name, problem) from error
-                last: Exception = error
-            except (OSError, HTTPException) as error:  # no connection, a timeout, or one that broke off
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-                problem, last = f"{self.url} did not answer: {_plain(reason)}", error
-            if attempt < self.retries:
-                pause = self.pause * 2**attempt * self._random.uniform(0.5, 1.0)
-                if given_up.wait(min(self.max_pause, max(pause, asked or 0.0))):
-                    break
-        raise RewardError(self.name, f"{problem} (tried {attempt + 1} times)") from last
-
-    def _send(self, request: urllib.request.Request) -> bytes:
-        """The answer to one request. A socket's timeout starts anew with every byte; this one doesn't."""
-        deadline = time.monotonic() + self.timeout
-        parts, size = [], 0
-        with self._opener.open(request, timeout=self.timeout) as response:
-            while part := response.read1(_CHUNK):
-                parts.append(part)
-                size += len(part)
-                if size > self.max_bytes:
-                    raise RewardError(self.name, f"{self.url} answered with more than max_bytes={self.max_bytes}")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not finished after {self.timeout:g} s")
-            expected = response.length  # what the head promised and the body lacked
-        if expected:
-            raise ConnectionError(f"broke off {expected} bytes before the end")
-        return b"".join(parts)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would become a GET, or send texts to a host that nobody named."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        return None
 
 
 def _is_finite(value: Any) -> bool:
@@ -271,36 +174,3 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond every float
         return False
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        seconds = float(header or "")
-    except ValueError:  # none, or a date
-        return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
-
-
-def _detail(error: urllib.error.HTTPError) -> str:
-    """What a server says is wrong: the text under "error" in its answer, where it has one, else the answer."""
-    try:
-        body = error.read(_CHUNK).decode("utf-8", "replace")
-    except (OSError, HTTPException):
-        return "it broke off there"
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return _shown(body)
-    if isinstance(answer, dict) and isinstance(answer.get("error"), str):
-        return _plain(answer["error"][:1000])
-    return _shown(body)
-
-
-def _plain(text: str) -> str:
-    """The text, with escapes where it has what a terminal would obey."""
-    return text if text.isprintable() else repr(text)
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return repr(text if len(text) <= 200 else text[:197] + "...")

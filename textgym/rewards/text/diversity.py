@@ -26,9 +26,9 @@ import numpy as np
 
 from textgym.checks import check_int
 from textgym.encodable_text import well_formed
+from textgym.extras import import_extra
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
-from textgym.rewards.extras import import_extra
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.scores import wanted_per_row
 from textgym.text_units import spaced

@@ -14,7 +14,7 @@ from typing import Any
 
 from textgym.checks import check_text, check_texts, listed
 from textgym.encodable_text import well_formed
-from textgym.rewards.extras import import_extra
+from textgym.extras import import_extra
 from textgym.rewards.text.text_rules import TextRule
 from textgym.text_units import words_of
 

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from textgym.checks import check_bool, check_choice, check_text, shown
+from textgym.extras import import_extra
 from textgym.rewards.base import Reward
 from textgym.rewards.columns import texts_of
-from textgym.rewards.extras import import_extra
 from textgym.text_units import has_unspaced, is_chinese, spaced, units_of, words_of
 
 EXTRA = "metrics"

@@ -1,4 +1,4 @@
-"""Packages that only some rewards need: imported where they are used, with an error that names the extra."""
+"""Packages that only some users need: imported where they are used, with an error that names the extra."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import importlib
 from types import ModuleType
 
 
-def import_extra(module: str, extra: str, reward: str) -> ModuleType:
+def import_extra(module: str, extra: str, what: str) -> ModuleType:
     """Import a module of a package that comes with an extra of textgym.
 
     :param module: what to import
     :param extra: the extra that has its package
-    :param reward: the reward that needs it, for the message
+    :param what: needs it, for the message
     :raises ModuleNotFoundError: if it is not installed, with the command that installs it
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{reward} needs the package {error.name}: pip install "textgym[{extra}]"', name=error.name
+            f'{what} needs the package {error.name}: pip install "textgym[{extra}]"', name=error.name
         ) from error

@@ -1,0 +1,155 @@
+"""Serving a reply over HTTP: a model on another machine, a game, or a tool that should not run beside the training.
+
+It speaks the protocol of :class:`~textgym.replies.remote.RemoteReply`, the other end; :mod:`textgym.json_server` says
+who can reach it. Needs the extra ``serve`` (Starlette and uvicorn).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from textgym.json_server import HOST, AppServer, BadRequest, RequestLimits, as_limits, json_app, list_of_texts, run_app
+from textgym.replies.base import Reply, ReplyResult, Transcript, as_reply, ask
+from textgym.replies.errors import ReplyError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+PORT = 8701
+_WHAT = "serving a reply"
+
+
+def reply_app(reply: Any, limits: RequestLimits | None = None) -> Starlette:
+    """An ASGI application that serves a reply.
+
+    - ``POST /get_reply`` or ``/``: see :class:`~textgym.replies.remote.RemoteReply`. Only ``prompts`` and
+      ``transcripts`` must be there; without ``episodes`` each turn is an episode of its own.
+    - ``GET /health``: ``{"reply": name}``
+
+    What can't be answered gets a status and ``{"error": ...}``, see :func:`~textgym.json_server.json_app`.
+
+    :param reply: a function, or a :class:`Reply`. Its rows are those of all clients together
+    :param limits: of requests; None for the defaults
+    :raises ModuleNotFoundError: if Starlette is not installed
+    """
+    limits = as_limits(limits)
+    episodes = _Episodes(as_reply(reply), limits.max_texts)
+    return json_app(episodes.answer, ["/get_reply", "/"], {"reply": episodes.reply.name}, ReplyError, limits, _WHAT)
+
+
+def serve_reply(
+    reply: Any, host: str = HOST, port: int = PORT, log_level: str = "info", limits: RequestLimits | None = None
+) -> None:
+    """Serve a reply until the process is interrupted, see :func:`reply_app`.
+
+    :param reply: a function, or a :class:`Reply`
+    :param host: address to listen on; the default is this machine only
+    :param port: TCP port
+    :param log_level: of uvicorn
+    :param limits: of requests; None for the defaults
+    :raises ModuleNotFoundError: if Starlette or uvicorn is not installed
+    """
+    run_app(reply_app(reply, limits), host, port, log_level, limits, _WHAT)
+
+
+class ReplyServer(AppServer):
+    """A reply served from a thread of this process, between ``with`` and the end of its block.
+
+    :param reply: a function, or a :class:`Reply`
+    :param host: address to listen on
+    :param port: TCP port; 0 takes a free one
+    :param limits: of requests; None for the defaults
+    :raises ModuleNotFoundError: if Starlette or uvicorn is not installed
+    :raises OSError: at the beginning of the block, if the port is taken
+    """
+
+    def __init__(self, reply: Any, host: str = HOST, port: int = 0, limits: RequestLimits | None = None) -> None:
+        super().__init__(reply_app(reply, limits), "/get_reply", host, port, limits, _WHAT)
+
+
+class _Episodes:
+    """The episodes of all clients, each in a row of one reply.
+
+    :param reply: who replies
+    :param most: episodes that may run at once
+    """
+
+    def __init__(self, reply: Reply, most: int) -> None:
+        self.reply = reply
+        self.most = most
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        # Each one's newest turn and what was said to it: a client whose answer was lost asks again.
+        self._said: dict[str, tuple[int, ReplyResult]] = {}
+
+    def answer(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What is said to a request."""
+        prompts, transcripts, columns, episodes = self._read(content)
+        for episode in _texts_of(content, "ended"):
+            self._end(episode)
+        kept = content.get("episodes") is not None
+        try:
+            return {"replies": self._said_to(prompts, transcripts, columns, episodes)}
+        finally:
+            for episode in () if kept else episodes:
+                self._end(episode)
+
+    def _said_to(
+        self, prompts: list[str], transcripts: list[Transcript], columns: dict[str, list[Any]], episodes: list[str]
+    ) -> list[Any]:
+        begun = [episode for episode in episodes if episode not in self._rows]
+        if len(self._rows) + len(begun) > self.most:
+            raise BadRequest(f"{len(self._rows)} episodes are here already, at most {self.most} can be", 413)
+        for episode in begun:
+            self._rows[episode] = self._free.pop() if self._free else len(self._rows)
+        if begun:
+            self.reply.begin(np.array([self._rows[episode] for episode in begun]))
+        new = [i for i, e in enumerate(episodes) if e not in self._said or self._said[e][0] != len(transcripts[i])]
+        if new:
+            rows = np.array([self._rows[episodes[i]] for i in new])
+            own = {name: [values[i] for i in new] for name, values in columns.items()}
+            said = ask(self.reply, rows, [prompts[i] for i in new], [transcripts[i] for i in new], own)
+            self._said.update({episodes[i]: (len(transcripts[i]), one) for i, one in zip(new, said, strict=True)})
+        return [_plain(self._said[episode][1]) for episode in episodes]
+
+    def _end(self, episode: str) -> None:
+        if episode in self._rows:
+            self._free.append(self._rows.pop(episode))
+            self._said.pop(episode, None)
+
+    def _read(self, content: dict[str, Any]) -> tuple[list[str], list[Transcript], dict[str, list[Any]], list[str]]:
+        prompts = list_of_texts("prompts", content.get("prompts"))
+        if len(prompts) > self.most:
+            raise BadRequest(f"'prompts' has {len(prompts)} texts, at most {self.most} can be sent at once", 413)
+        transcripts: Any = content.get("transcripts")
+        columns = content.get("columns") or {}
+        if not isinstance(columns, dict):
+            raise BadRequest(f"'columns' must be an object of lists, got {type(columns).__name__}")
+        episodes = [f"turn {i}" for i in range(len(prompts))]
+        if content.get("episodes") is not None:
+            episodes = _texts_of(content, "episodes")
+        for name, values in [("transcripts", transcripts), ("episodes", episodes), *columns.items()]:
+            if not isinstance(values, list) or len(values) != len(prompts):
+                raise BadRequest(f"{name!r} must be a list of {len(prompts)} entries, one for each prompt")
+        if len(set(episodes)) < len(episodes):
+            raise BadRequest("'episodes' names one twice")
+        for transcript in transcripts:
+            if not isinstance(transcript, list) or not transcript or not all(map(_is_message, transcript)):
+                raise BadRequest("each of 'transcripts' must be a list of messages with a text 'role' and 'content'")
+        return prompts, transcripts, columns, episodes
+
+
+def _texts_of(content: dict[str, Any], name: str) -> list[str]:
+    return list_of_texts(name, content.get(name) or [])
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _plain(result: ReplyResult) -> Any:
+    if not result.reward and (result.text is None) == result.done:
+        return result.text
+    return {"text": result.text, "reward": result.reward, "done": result.done}
