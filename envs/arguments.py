@@ -48,6 +48,20 @@ def reset_options(options: Any, known: tuple[str, ...]) -> dict[str, Any]:
     return given
 
 
+def reset_mask(mask: Any, num_rows: int) -> np.ndarray:
+    """Which rows are reset, ``(N,)`` bool.
+
+    :param num_rows: N
+    :raises TypeError: if it is something else
+    :raises ValueError: if there is no row among them
+    """
+    if not isinstance(mask, np.ndarray) or mask.shape != (num_rows,) or mask.dtype != np.bool_:
+        raise TypeError(f"options['reset_mask']={shown(mask)} must be a bool array (NumPy) of shape ({num_rows},)")
+    if not mask.any():
+        raise ValueError("options['reset_mask'] selects no row")
+    return mask
+
+
 def check_start(name: str, prompt: Any) -> None:
     """What an episode may start from: a text, or a conversation.
 

@@ -220,7 +220,7 @@ class TextGenEnv(gym.Env):
     @property
     def has_reference(self) -> bool:
         """Whether a reference model is loaded, so that infos have ``kl`` and ``ref_log_prob``."""
-        return self._rows._scorer.reference is not None
+        return self._rows._episodes.scorer.reference is not None
 
     def action_masks(self) -> np.ndarray:
         """Which actions the current state allows, ``(V,)`` bool.
@@ -285,8 +285,8 @@ class TextGenEnv(gym.Env):
         """
         token = token_ids("action", action, (), self._rows.vocab_size)
         self._rows._check_ready("step")
-        if self._rows._texts.done[0]:
-            reason = self._rows._texts.finish_reasons[0]
+        if self._rows._episodes.texts.done[0]:
+            reason = self._rows._episodes.texts.finish_reasons[0]
             raise error.ResetNeeded(f"the episode has ended (finish_reason={reason!r}): call reset() before step()")
         observation, reward, terminated, truncated, infos = self._rows.step(token[None])
         return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first_info(infos)

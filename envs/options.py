@@ -12,8 +12,12 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.checks import check_bool, check_choice, check_int, check_number, check_temperature
 from textgym.envs.sharing import unshare
-from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, TurnLimits
+from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, EpisodeRules, TurnLimits, prompt_room
 from textgym.kl import KL_ESTIMATORS
+from textgym.prompts.fitting import all_chat
+from textgym.prompts.rows import PromptRows
+from textgym.sampling import SamplingSettings
+from textgym.vocabulary import Vocabulary
 
 DEFAULT_MAX_TURNS = 4
 DEFAULT_MAX_REPLY_TOKENS = 32
@@ -118,7 +122,40 @@ class TextGenOptions:
         if self.render_mode is not None:
             check_choice("render_mode", self.render_mode, RENDER_MODES)
 
-    def turn_limits(self, context_limit: int | None) -> TurnLimits | None:
+    def episode_rules(
+        self, vocabulary: Vocabulary, rows: PromptRows | None, max_actions: int | None = None
+    ) -> EpisodeRules:
+        """How long prompts and texts of a model may be, when they end, and how their tokens are sampled.
+
+        :param vocabulary: of the language model
+        :param rows: the prompts; None where they are not all known
+        :param max_actions: Gymnasium's limit of the policy's tokens in an episode
+        :raises ValueError: if there is not so much room in the model's context
+        """
+        turns = self._turn_limits(vocabulary.context_limit)
+        total, name = self.max_new_tokens, "max_new_tokens"
+        if turns is not None:
+            total, name = turns.max_total_tokens, "max_total_tokens"
+        room = prompt_room(self.max_prompt_tokens, total, vocabulary.context_limit, name)
+        longest = vocabulary.completion_limit
+        if longest is not None and total > longest:
+            raise ValueError(
+                f"{name}={total} is more than the {longest} tokens that the model's decoder has positions for"
+            )
+        sampling = SamplingSettings(
+            max_new_tokens=min(self.max_new_tokens, max_actions or self.max_new_tokens),
+            min_new_tokens=self.min_new_tokens,
+            max_prompt_tokens=room,
+            temperature=float(self.temperature),
+            stop=self.stop_strings,
+            action_masking=self.action_masking,
+            top_k=self.top_k,
+            top_p=float(self.top_p),
+            chat=rows is not None and all_chat(rows, vocabulary),
+        )
+        return EpisodeRules(vocabulary, sampling, turns, max_actions)
+
+    def _turn_limits(self, context_limit: int | None) -> TurnLimits | None:
         """Limits of episodes of several turns; None without a reply.
 
         :param context_limit: most tokens that the model takes, None for any number

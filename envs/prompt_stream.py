@@ -60,7 +60,17 @@ class PromptStream:
         self.seeds = tuple(kept)
 
     def begin_round(self, episodes: int, group_size: int) -> None:
-        """Draw the prompts of a round of episodes; from now on rows take these."""
+        """Draw the prompts of a round of episodes; from now on rows take these.
+
+        :raises ValueError: if the episodes are not whole groups, or fewer than the rows
+        """
+        if group_size < 1 or episodes < 1 or episodes % group_size:
+            raise ValueError(f"episodes={episodes} must be a multiple of group_size={group_size}, both at least 1")
+        if episodes < self.num_rows:
+            raise ValueError(
+                f"episodes={episodes} is less than num_envs={self.num_rows}: rows would never have one; make the "
+                "environment with fewer rows, or the round longer"
+            )
         groups = range(episodes // group_size)
         prompts = [self.source.sample(self.rngs[group % self.num_rows]) for group in groups]
         self.round = EpisodeRound(prompts, group_size, self.num_rows)

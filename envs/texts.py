@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 
 from textgym.chat.reply_spans import action_positions, as_data, from_data
 from textgym.episode_rules import EpisodeRules
@@ -55,6 +56,19 @@ class EpisodeTexts(Texts):
     def missing_eos_penalties(self, rows: np.ndarray) -> np.ndarray:
         """``(B,)`` what the newest step of each row costs because the turn's budget ran out with it."""
         return np.array([self.missing_eos_penalty if self.turn_reasons[row] == "length" else 0.0 for row in rows])
+
+    def observation_space(self) -> spaces.Dict:
+        """Of the observation of one row."""
+        space = spaces.Dict(
+            {
+                "input_ids": spaces.Box(0, self.vocabulary.size - 1, (self.context,), np.int64),
+                "attention_mask": spaces.Box(0, 1, (self.context,), np.int8),
+                "prompt_length": spaces.Box(0, self.context, (1,), np.int64),
+            }
+        )
+        if self.reply is not None:
+            space["completion_mask"] = spaces.Box(0, 1, (self.context,), np.int8)
+        return space
 
     def observation(self, row: int | None = None) -> dict[str, np.ndarray]:
         """A fresh copy of the observation of all rows, or of one."""

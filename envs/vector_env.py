@@ -7,8 +7,6 @@ one with a single row. The options and everything observable are documented ther
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,22 +17,19 @@ from transformers import PreTrainedTokenizerBase
 
 from textgym.action_masks import ActionMasks
 from textgym.chat.between_turns import BetweenTurns
-from textgym.chat.reply_spans import action_positions
-from textgym.checks import check_int, check_number, shown
-from textgym.envs.arguments import log_probabilities, reset_options, seeds_of_rows, token_ids
+from textgym.checks import check_int, check_number
+from textgym.envs.arguments import log_probabilities, reset_mask, reset_options, seeds_of_rows, token_ids
 from textgym.envs.calibration import calibrate
 from textgym.envs.environment_model import EnvironmentModel
+from textgym.envs.episodes import Episodes
 from textgym.envs.infos import VectorInfos
 from textgym.envs.options import TextGenOptions
 from textgym.envs.prompt_stream import PromptStream
-from textgym.envs.record import RolloutRecord
-from textgym.envs.rendering import RenderedEpisode, render_ansi, render_rgb
-from textgym.envs.scoring import RolloutScores, Scorer, StepParts
+from textgym.envs.rendering import render_ansi, render_rgb
+from textgym.envs.scoring import RolloutScores, Scorer
 from textgym.envs.sharing import share
 from textgym.envs.texts import EpisodeTexts
-from textgym.episode_rules import EpisodeRules, prompt_room
 from textgym.language_model import LanguageModel
-from textgym.prompts.fitting import all_chat
 from textgym.prompts.opening import as_prompt_source
 from textgym.prompts.rows import PromptRow, PromptSource
 from textgym.replies import Reply, as_reply
@@ -87,69 +82,36 @@ class TextGenVectorEnv(VectorEnv):
         self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self.vocab_size = self.vocabulary.size
         source = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
-        turns = self.options.turn_limits(self.vocabulary.context_limit)
-        total, name = self.options.max_new_tokens, "max_new_tokens"
-        if turns is not None:
-            total, name = turns.max_total_tokens, "max_total_tokens"
-        room = prompt_room(self.options.max_prompt_tokens, total, self.vocabulary.context_limit, name)
-        longest = self.vocabulary.completion_limit
-        if longest is not None and total > longest:
-            raise ValueError(
-                f"{name}={total} is more than the {longest} tokens that the model's decoder has positions for"
-            )
-        rows = source.rows
-        sampling = SamplingSettings(
-            max_new_tokens=min(self.options.max_new_tokens, max_actions or self.options.max_new_tokens),
-            min_new_tokens=self.options.min_new_tokens,
-            max_prompt_tokens=room,
-            temperature=float(self.options.temperature),
-            stop=self.options.stop_strings,
-            action_masking=self.options.action_masking,
-            top_k=self.options.top_k,
-            top_p=float(self.options.top_p),
-            chat=rows is not None and all_chat(rows, self.vocabulary),
-        )
-        self._rules = EpisodeRules(self.vocabulary, sampling, turns, max_actions)
+        self._rules = self.options.episode_rules(self.vocabulary, source.rows, max_actions)
+        turns = self._rules.turns
+        budget = self.options.max_new_tokens if turns is None else turns.max_total_tokens
+        self.context = self.max_prompt_tokens + budget
         reply = None if self.options.reply is None else as_reply(self.options.reply)
-        if reply is not None and sampling.chat:
+        if reply is not None and self.sampling.chat:
             BetweenTurns(self.vocabulary.turns).check(reply.role)
-        told_long = rows is not None and self._rules.judge(rows, self.options.prompt_overflow)
+        told_long = source.rows is not None and self._rules.judge(source.rows, self.options.prompt_overflow)
         self._stream = PromptStream(source, self._rules, self.options.prompt_overflow, told_long, num_envs)
-        self.context = room + total
-        self._kl_coef = float(self.options.kl_coef)
-        self._scorer = Scorer(
-            self._reward,
-            self.options.reward_every,
-            self._language_model.held if self._kl_coef > 0 else None,
-            self.options.kl_estimator,
-            self.temperature,
-            self.context,
-            num_envs,
+        kl_coef, held = float(self.options.kl_coef), self._language_model.held
+        self._episodes = Episodes(
+            EpisodeTexts(num_envs, self.context, self._rules, budget, float(self.options.missing_eos_penalty), reply),
+            Scorer(
+                self._reward,
+                self.options.reward_every,
+                held if kl_coef > 0 else None,
+                self.options.kl_estimator,
+                self.temperature,
+                self.context,
+                num_envs,
+            ),
+            ActionMasks(self.sampling, self.vocabulary, held) if self.masking else None,
+            kl_coef,
         )
-        self._masks: ActionMasks | None = None
-        if self.masking:
-            self._masks = ActionMasks(sampling, self.vocabulary, self._language_model.held)
-            self._allowed = np.ones((num_envs, self.vocab_size), dtype=bool)  # in the current states
+        self._reported: np.ndarray | None = None
 
-        self.single_observation_space = spaces.Dict(
-            {
-                "input_ids": spaces.Box(0, self.vocab_size - 1, (self.context,), np.int64),
-                "attention_mask": spaces.Box(0, 1, (self.context,), np.int8),
-                "prompt_length": spaces.Box(0, self.context, (1,), np.int64),
-            }
-        )
-        if reply is not None:
-            self.single_observation_space["completion_mask"] = spaces.Box(0, 1, (self.context,), np.int8)
+        self.single_observation_space = self._episodes.texts.observation_space()
         self.single_action_space = spaces.Discrete(self.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-
-        self._texts = EpisodeTexts(
-            num_envs, self.context, self._rules, total, float(self.options.missing_eos_penalty), reply
-        )
-        self._reported: np.ndarray | None = None
-        self._record: RolloutRecord | None = None  # within a rollout
-        self._starts_due = np.zeros(self.num_envs, dtype=bool)
 
     # ------------------------------------------------------------------ what agents ask for
 
@@ -183,7 +145,7 @@ class TextGenVectorEnv(VectorEnv):
     @property
     def reply(self) -> Reply | None:
         """Who speaks after each turn; None where an episode is one turn."""
-        return self._texts.reply
+        return self._episodes.texts.reply
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -200,24 +162,24 @@ class TextGenVectorEnv(VectorEnv):
     @property
     def kl_coef(self) -> float:
         """β, the weight of the KL penalty; may be changed at any time."""
-        return self._kl_coef
+        return self._episodes.kl_coef
 
     @kl_coef.setter
     def kl_coef(self, value: float) -> None:
         check_number("kl_coef", value, low=0.0)
-        self._kl_coef = float(value)
-        if value > 0 and self._scorer.reference is None:
-            self._scorer.reference = self._language_model.hold()
+        self._episodes.kl_coef = float(value)
+        if value > 0 and self._episodes.scorer.reference is None:
+            self._episodes.scorer.reference = self._language_model.hold()
 
     def action_masks(self) -> np.ndarray:
         """Which actions the current states allow, ``(N, V)`` bool.
 
         :raises ValueError: without ``action_masking=True``
         """
-        if self._masks is None:
+        if self._episodes.allowed is None:
             raise ValueError("this environment doesn't mask actions; make it with action_masking=True")
         self._check_ready("action_masks")
-        return self._allowed.copy()
+        return self._episodes.allowed.copy()
 
     @property
     def reward(self) -> Reward:
@@ -235,7 +197,7 @@ class TextGenVectorEnv(VectorEnv):
     def observation(self) -> dict[str, np.ndarray]:
         """The current observation, as ``reset`` and ``step`` return it."""
         self._check_ready("observation")
-        return self._texts.observation()
+        return self._episodes.texts.observation()
 
     def report_log_probs(self, log_probs: Any) -> None:
         """Tell under which log-probabilities, ``(N,)`` in nats, the actions of the coming step were sampled.
@@ -266,8 +228,8 @@ class TextGenVectorEnv(VectorEnv):
         options = reset_options(options, ("prompt", "reset_mask"))
         mask, prompt = options.get("reset_mask"), options.get("prompt")
         seeds = seeds_of_rows(seed, self.num_envs)
-        rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(self._checked_mask(mask))
-        if mask is not None and self._record is not None and len(self._record):
+        rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(reset_mask(mask, self.num_envs))
+        if mask is not None and self._episodes.recorded:
             raise RuntimeError("reset of some rows with steps in the record; call scores() first")
         if mask is not None and self._stream.round is not None:
             raise RuntimeError("reset of some rows within a round of episodes; reset() of all rows ends the round")
@@ -284,17 +246,16 @@ class TextGenVectorEnv(VectorEnv):
                 self._stream.fit,
             )
         fixed = self._stream.read(prompt, rows)
-        self._scorer.forget(rows)
+        self._episodes.scorer.forget(rows)
         self._begin(rows, fixed)
-        self._note_starts()
-        if self._record is not None:
-            self._record.clear()  # of episodes that are given up
+        self._episodes.note_starts()
+        self._episodes.drop_recorded()  # of episodes that are given up
         infos = VectorInfos(self.num_envs)
         self._add_reset_info(infos, rows)
         self._add_mask_info(infos, rows)
         if self.render_mode == "human":
             self._show()
-        return self._texts.observation(), infos.values
+        return self._episodes.texts.observation(), infos.values
 
     def step(
         self, actions: Any, log_probs: Any = None
@@ -315,7 +276,7 @@ class TextGenVectorEnv(VectorEnv):
             self.report_log_probs(log_probs)
         log_prob = np.zeros(self.num_envs) if self._reported is None else self._reported
 
-        texts, mode = self._texts, self.options.autoreset_mode
+        texts, mode = self._episodes.texts, self.options.autoreset_mode
         waiting = texts.done.copy()  # rows that finished and haven't begun anew
         if waiting.all() and self._stream.round is not None:
             raise error.ResetNeeded(
@@ -328,27 +289,8 @@ class TextGenVectorEnv(VectorEnv):
             raise error.ResetNeeded(
                 f"row {row} has finished and autoreset is disabled: reset(options={{'reset_mask': ...}}) first"
             )
-        self._note_starts()
-        active = np.flatnonzero(~waiting)
         infos = VectorInfos(self.num_envs)
-        reward = np.zeros(self.num_envs)
-        parts = StepParts.nothing((self.num_envs,))
-        turn_ends = np.zeros(self.num_envs, dtype=bool)
-        if len(active):
-            parts.ref_log_prob[active] = self._reference_log_prob(active, actions[active])
-            with self._taken_back_where_it_fails(active):
-                texts.append(active, actions[active])
-                parts.penalty[active] = texts.missing_eos_penalties(active)
-                turn_ends[active] = [texts.turn_reasons[row] is not None for row in active.tolist()]
-                self._answer(np.flatnonzero(turn_ends & ~texts.done), parts, infos)
-                if not self.scoring_deferred:
-                    reward[active] = self._reward_step(active, log_prob[active], turn_ends[active], parts, infos)
-            texts.keep()
-        if self._record is not None:
-            allowed = None if self._masks is None else self._allowed
-            self._record.add(log_prob, allowed, parts, turn_ends, self._kl_coef)
-        self._mask_actions(active)
-        self._end_episodes(active[texts.done[active]], infos)
+        reward = self._episodes.step(np.flatnonzero(~waiting), actions, log_prob, infos)
         self._reported = None
         terminated = np.array([reason in ENDS for reason in texts.finish_reasons]) & ~waiting
         truncated = np.array([reason in CUTS for reason in texts.finish_reasons]) & ~waiting
@@ -378,12 +320,12 @@ class TextGenVectorEnv(VectorEnv):
         if self.render_mode == "human":
             return None
         draw = render_ansi if self.render_mode == "ansi" else render_rgb
-        return tuple(draw(self._rendered(row)) for row in range(self.num_envs))
+        return tuple(draw(self._episodes.rendered(row)) for row in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Let go of the models."""
         self._language_model.held = None
-        self._scorer.reference = None
+        self._episodes.scorer.reference = None
 
     @property
     def spec(self) -> Any:
@@ -418,20 +360,13 @@ class TextGenVectorEnv(VectorEnv):
             raise ValueError(
                 f"autoreset_mode={self.options.autoreset_mode}: rounds need rows that reset in the same step"
             )
-        if group_size < 1 or episodes < 1 or episodes % group_size:
-            raise ValueError(f"episodes={episodes} must be a multiple of group_size={group_size}, both at least 1")
-        if episodes < self.num_envs:
-            raise ValueError(
-                f"episodes={episodes} is less than num_envs={self.num_envs}: rows would never have one; make the "
-                "environment with fewer rows, or the round longer"
-            )
         self._check_nothing_recorded("begin_round")
         self._stream.begin_round(episodes, group_size)
         self._reported = None
         rows = np.arange(self.num_envs)
-        self._scorer.forget(rows)
+        self._episodes.scorer.forget(rows)
         self._begin(rows)
-        return self._texts.observation()
+        return self._episodes.texts.observation()
 
     def end_round(self) -> None:
         """Let finished rows begin anew from drawn prompts again; those that wait do so at the next ``reset``."""
@@ -441,7 +376,7 @@ class TextGenVectorEnv(VectorEnv):
     def token_ids(self) -> tuple[list[int], ...]:
         """The text so far of each row, prompt and completion, as token ids."""
         self._check_ready("token_ids")
-        ids, lengths = self._texts.ids, self._texts.lengths.tolist()
+        ids, lengths = self._episodes.texts.ids, self._episodes.texts.lengths.tolist()
         return tuple(row[:length].tolist() for row, length in zip(ids, lengths, strict=True))
 
     @property
@@ -453,12 +388,12 @@ class TextGenVectorEnv(VectorEnv):
     def episode_lengths(self) -> np.ndarray:
         """``(N,)`` how many actions each row's episode has had so far."""
         self._check_ready("episode_lengths")
-        return self._texts.taken.copy()
+        return self._episodes.texts.taken.copy()
 
     @property
     def prompt_rows(self) -> tuple[PromptRow, ...]:
         """The prompt of the episode in each row, with its columns."""
-        return tuple(self._texts.prompts)
+        return tuple(self._episodes.texts.prompts)
 
     @property
     def episode_numbers(self) -> np.ndarray:
@@ -466,7 +401,7 @@ class TextGenVectorEnv(VectorEnv):
         waits."""
         if self._stream.round is None:
             return np.full(self.num_envs, -1, dtype=np.int64)
-        return np.where(self._texts.done, -1, self._stream.round.numbers)
+        return np.where(self._episodes.texts.done, -1, self._stream.round.numbers)
 
     @property
     def in_round(self) -> bool:
@@ -478,17 +413,17 @@ class TextGenVectorEnv(VectorEnv):
     @property
     def in_rollout(self) -> bool:
         """Whether steps are recorded, see :meth:`begin_rollout`."""
-        return self._record is not None
+        return self._episodes.record is not None
 
     @property
     def scoring_deferred(self) -> bool:
         """Whether rewards come from :meth:`scores` instead of ``step``, which pays zero."""
-        return self._record is not None and self._record.deferred
+        return self._episodes.deferred
 
     @property
     def steps_waiting(self) -> int:
         """Steps that were taken and not scored."""
-        return 0 if self._record is None else self._record.waiting
+        return self._episodes.waiting
 
     def begin_rollout(self, defer_scoring: bool = True) -> None:
         """Record what is written from now on, and what it earns, until :meth:`scores` asks for it.
@@ -497,13 +432,7 @@ class TextGenVectorEnv(VectorEnv):
             step is scored and paid at once. The scores are the same
         :raises RuntimeError: within a rollout that is scored in the other way
         """
-        if self._record is not None:
-            if self._record.deferred != defer_scoring:
-                raise RuntimeError(f"the rollout has defer_scoring={self._record.deferred}: end_rollout() first")
-            return
-        self._record = RolloutRecord(self._texts, self._scorer, defer_scoring)
-        if defer_scoring:
-            self._starts_due[:] = False
+        self._episodes.begin_rollout(defer_scoring)
 
     def scores(self, log_probs: np.ndarray | None = None) -> RolloutScores:
         """What the steps since the last call earned, and the episodes that ended in them.
@@ -514,37 +443,18 @@ class TextGenVectorEnv(VectorEnv):
         :raises ValueError: if ``log_probs`` has another shape
         :raises RewardError: if the reward fails; the steps stay in the record, and can be asked for again
         """
-        if self._record is None or not len(self._record):
-            raise RuntimeError("no step was recorded: begin_rollout(), then step")
-        return self._record.scores(self._kl_coef, log_probs)
+        return self._episodes.scores(log_probs)
 
     def end_rollout(self) -> None:
         """Stop recording.
 
         :raises RuntimeError: while steps wait to be scored
         """
-        if self._record is None:
-            return
-        if self._record.waiting:
-            raise RuntimeError(f"{self._record.waiting} steps wait to be scored; call scores() before end_rollout()")
-        if self._record.deferred:
-            # Φ of the prompts of rows that began while scoring was deferred. Where it is deferred again, they are read
-            # together with what follows.
-            self._starts_due = self._texts.started & (self._texts.taken == 0)
-        self._record = None
-
-    def _note_starts(self) -> None:
-        """Ask for Φ of prompts that is due by now: at a reset, or before the first step from them, which can be taken
-        again after an error of the reward.
-        """
-        rows = np.flatnonzero(self._starts_due)
-        if len(rows) and not self.scoring_deferred:
-            self._scorer.start_rows(self._texts.batch(rows))
-            self._starts_due[:] = False
+        self._episodes.end_rollout()
 
     def _check_nothing_recorded(self, what: str) -> None:
-        if self._record is not None and len(self._record):
-            raise RuntimeError(f"{len(self._record)} steps are in the record; call scores() before {what}()")
+        if self._episodes.recorded:
+            raise RuntimeError(f"{self._episodes.recorded} steps are in the record; call scores() before {what}()")
 
     # ------------------------------------------------------------------ the state, for checkpoints
 
@@ -554,9 +464,7 @@ class TextGenVectorEnv(VectorEnv):
         An agent does this before each rollout: then a run that is resumed from any rollout's beginning, with nothing
         cached, computes the same as one that was never stopped.
         """
-        self._scorer.forget(np.arange(self.num_envs))
-        if self._masks is not None:
-            self._masks.forget(np.arange(self.num_envs), self.context)
+        self._episodes.forget_cached()
 
     def state_dict(self) -> dict[str, Any]:
         """Where every episode stands, the random state and β, as arrays and plain data.
@@ -568,14 +476,9 @@ class TextGenVectorEnv(VectorEnv):
         """
         self._check_nothing_recorded("state_dict")
         return {
-            "texts": self._texts.state_dict(),
-            "potential": self._scorer.potential.copy(),
-            # Asked for with the first step, and not for the state: what is cached then decides about the last bits.
-            "starts_due": self._starts_due.copy(),
-            "kl_coef": self._kl_coef,
-            "reward": self._reward.state_dict(),
-            "allowed": None if self._masks is None else np.packbits(self._allowed, axis=1),
+            **self._episodes.state_dict(),
             **self._stream.state_dict(),
+            "reward": self._reward.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -584,155 +487,32 @@ class TextGenVectorEnv(VectorEnv):
         :raises ValueError: if it is the state of an environment with other options
         """
         self._check_open("load_state_dict")
-        if (state["allowed"] is None) != (self._masks is None):
-            raise ValueError(
-                f"action_masking={self.masking} here, but the state is of an environment with "
-                f"action_masking={state['allowed'] is not None}"
-            )
-        self._texts.load_state_dict(state["texts"])
-        if self._record is not None:
-            self._record.clear()
-        self._starts_due[:] = state["starts_due"]
-        self._scorer.potential[:] = state["potential"]
+        self._episodes.load_state_dict(state)
         self.kl_coef = state["kl_coef"]
         self._stream.load_state_dict(state)
         self._reward.load_state_dict(state["reward"])
-        if self._masks is not None:
-            self._allowed = np.unpackbits(state["allowed"], axis=1, count=self.vocab_size).astype(bool)
         self._reported = None
         self.forget_cached()
 
-    # ------------------------------------------------------------------ one step, in parts
+    # ------------------------------------------------------------------ parts of reset and step
 
-    def _reference_log_prob(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """``(B,)`` log π_ref of each row's token in the state before it; NaN where unknown or deferred."""
-        if self._scorer.reference is None or self.scoring_deferred:
-            return np.full(len(rows), np.nan)
-        allowed = None if self._masks is None else self._allowed[rows]
-        texts = self._texts
-        return self._scorer.reference_log_probs(
-            texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows], rows, tokens, allowed
+    def _begin(self, rows: np.ndarray, fixed: list[PromptRow | None] | None = None) -> None:
+        """Start an episode in each of the rows, from the next prompt of each or from one that was asked for."""
+        prompts = fixed or [None] * len(rows)
+        self._episodes.begin(
+            rows, [self._stream.take(row, prompt) for row, prompt in zip(rows.tolist(), prompts, strict=True)]
         )
-
-    def _mask_actions(self, rows: np.ndarray) -> None:
-        """Bring the action masks of rows up to date with their states."""
-        if self._masks is not None:
-            texts = self._texts
-            self._allowed[rows] = self._masks.of(
-                texts.ids[rows],
-                texts.lengths[rows],
-                texts.prompt_lengths[rows],
-                rows,
-                texts.turn_tokens[rows],
-                texts.done[rows],
-            )
-
-    def _answer(self, rows: np.ndarray, parts: StepParts, infos: VectorInfos) -> None:
-        """Let the reply speak after turns that have ended, and say so in infos."""
-        if self._texts.reply is None or not len(rows):
-            return
-        results = self._texts.answer(rows)
-        parts.reply[rows] = [result.reward for result in results]
-        infos.put("reply", rows, [result.text for result in results], object)
-        infos.put("reply_reward", rows, parts.reply[rows])
-        infos.put("reply_truncated", rows, self._texts.cut[rows], bool)
-        infos.put("turn", rows, self._texts.turn_numbers[rows], np.int64)
-
-    def _reward_step(
-        self, rows: np.ndarray, log_prob: np.ndarray, turn_ends: np.ndarray, parts: StepParts, infos: VectorInfos
-    ) -> np.ndarray:
-        """``(B,)`` rewards of the newest tokens of rows, with what they are made of put into ``parts`` and infos."""
-        texts = self._texts
-        batch, taken = texts.batch(rows), texts.taken[rows]
-        reward_model = self._scorer.reward_step(batch, self._scorer.is_due(taken, turn_ends, texts.done[rows]))
-        ref_log_prob, penalty = parts.ref_log_prob[rows], parts.penalty[rows]
-        parts.taken[rows], parts.reward_model[rows] = True, reward_model
-        kl = self._scorer.kl(log_prob, ref_log_prob)
-        reward = reward_model + parts.reply[rows] - penalty - (self._kl_coef * kl if self._kl_coef else 0.0)
-        texts.token_rewards[rows, taken - 1] = reward
-        texts.token_kl[rows, taken - 1] = kl
-        infos.put("reward_model", rows, reward_model)
-        if self._scorer.reference is not None:
-            infos.put("kl", rows, kl)
-            infos.put("ref_log_prob", rows, ref_log_prob)
-        if self.options.missing_eos_penalty:
-            infos.put("missing_eos_penalty", rows, penalty)
-        ended = rows[texts.done[rows]]
-        infos.put("score", ended, self._scorer.potential[ended])
-        infos.put("applies", ended, self._scorer.applies[ended], bool)
-        return reward
-
-    @contextmanager
-    def _taken_back_where_it_fails(self, rows: np.ndarray) -> Iterator[None]:
-        """After an error, the texts of rows are what they were before."""
-        mark = self._texts.mark(rows)
-        try:
-            yield
-        except BaseException:
-            self._texts.take_back(rows, mark)
-            raise
-
-    def _end_episodes(self, rows: np.ndarray, infos: VectorInfos) -> None:
-        """Say how the episodes of these rows ended, and keep them if they are to be scored later."""
-        if not len(rows):
-            return
-        batch = self._texts.batch(rows)
-        if self._record is not None:
-            self._record.end(rows, batch.completions)
-        infos.put("finish_reason", rows, [self._texts.finish_reasons[row] for row in rows], object)
-        infos.put("prompt", rows, batch.prompts, object)
-        infos.put("completion", rows, batch.completions, object)
-        if self._texts.reply is not None:
-            infos.put("transcript", rows, batch.transcripts, object)
-
-    # ------------------------------------------------------------------ episodes
-
-    def _begin(self, rows: np.ndarray, prompts: list[PromptRow | None] | None = None) -> None:
-        """Put a prompt into each of the rows and start its episode."""
-        for i, row in enumerate(rows.tolist()):
-            self._texts.begin(row, *self._stream.take(row, None if prompts is None else prompts[i]))
-        if self._texts.reply is not None:
-            self._texts.reply.begin(rows)
-        if self._record is not None:
-            self._record.begin(rows)
-        self._mask_actions(rows)
-        self._starts_due[rows] = not self.scoring_deferred
 
     def _add_reset_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
-        infos.put("prompt", rows, [self._texts.prompts[row].prompt for row in rows], object)
+        infos.put("prompt", rows, [self._episodes.texts.prompts[row].prompt for row in rows], object)
 
     def _add_mask_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
-        if self._masks is not None:
-            infos.put("action_mask", rows, self._allowed[rows], np.int8)
-
-    def _rendered(self, row: int) -> RenderedEpisode:
-        texts, taken = self._texts, int(self._texts.taken[row])
-        known = not self.scoring_deferred
-        self._note_starts()
-        return RenderedEpisode(
-            prompt=texts.prompts[row].prompt,
-            tokens=texts.token_texts(row),
-            rewards=self._rewards_of_tokens(row),
-            score=float(self._scorer.potential[row]) if known else None,
-            kl=float(texts.token_kl[row, :taken].sum()) if known and self._scorer.reference is not None else None,
-            ret=float(texts.token_rewards[row, :taken].sum()),
-            finish_reason=texts.finish_reasons[row],
-        )
-
-    def _rewards_of_tokens(self, row: int) -> list[float | None]:
-        """The reward of each token behind a row's prompt; None where somebody else spoke."""
-        texts = self._texts
-        start, end = int(texts.prompt_lengths[row]), int(texts.lengths[row])
-        rewards: list[float | None] = [None] * (end - start)
-        for place, reward in zip(
-            action_positions(texts.replies[row], start, end), texts.token_rewards[row].tolist(), strict=False
-        ):
-            rewards[place - start] = reward
-        return rewards
+        if self._episodes.allowed is not None:
+            infos.put("action_mask", rows, self._episodes.allowed[rows], np.int8)
 
     def _show(self) -> None:
         for row in range(self.num_envs):
-            print(render_ansi(self._rendered(row)), flush=True)
+            print(render_ansi(self._episodes.rendered(row)), flush=True)
 
     # ------------------------------------------------------------------ set-up and checks
 
@@ -746,20 +526,11 @@ class TextGenVectorEnv(VectorEnv):
         """The random number generator of each row; it draws the prompts."""
         return tuple(self._stream.rngs)
 
-    def _checked_mask(self, mask: Any) -> np.ndarray:
-        if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
-            raise TypeError(
-                f"options['reset_mask']={shown(mask)} must be a bool array (NumPy) of shape ({self.num_envs},)"
-            )
-        if not mask.any():
-            raise ValueError("options['reset_mask'] selects no row")
-        return mask
-
     def _check_open(self, what: str) -> None:
         if self.closed:
             raise error.ClosedEnvironmentError(f"{what} after close(): make the environment anew")
 
     def _check_ready(self, what: str) -> None:
         self._check_open(what)
-        if not self._texts.started.all():
+        if not self._episodes.texts.started.all():
             raise error.ResetNeeded(f"{what} before reset(): call reset() first")

@@ -342,7 +342,7 @@ def test_action_masks_of_the_reference_are_those_of_its_plain_forward():
     env.reset(seed=0)
     rng = np.random.default_rng(0)
     for _ in range(12):
-        masks, texts = env.action_masks(), env._texts
+        masks, texts = env.action_masks(), env._episodes.texts
         for row, length in enumerate(texts.lengths.tolist()):
             logits = plain_logits(
                 env._language_model.held.model, texts.ids[row, :length], int(texts.prompt_lengths[row])
@@ -355,7 +355,7 @@ def test_action_masks_of_the_reference_are_those_of_its_plain_forward():
 def test_the_reference_reads_prompts_with_its_encoder():
     env = tiny_vector_env(3, language_model=opened())
     env.reset(seed=0)
-    rng, texts = np.random.default_rng(0), env._texts
+    rng, texts = np.random.default_rng(0), env._episodes.texts
     for _ in range(20):
         before = [(texts.ids[row, :n].copy(), int(texts.prompt_lengths[row])) for row, n in enumerate(texts.lengths)]
         actions = np.where(rng.random(3) < 0.2, EOS, rng.integers(4, len(VOCABULARY), 3))
@@ -494,8 +494,8 @@ def test_rewards_telescope_to_the_final_score(name):
     start, paid, ended = np.zeros(3), np.zeros(3), 0
     rng = np.random.default_rng(1)
     for _ in range(30):
-        env._note_starts()
-        start[paid == 0] = env._scorer.potential[paid == 0]  # Φ of the prompt, before the first token
+        env._episodes.note_starts()
+        start[paid == 0] = env._episodes.scorer.potential[paid == 0]  # Φ of the prompt, before the first token
         _, reward, terminated, truncated, info = env.step(rng.integers(2, len(VOCABULARY), 3))
         paid += reward
         for row in np.flatnonzero(terminated | truncated):

@@ -965,12 +965,13 @@ def test_with_nothing_given_an_episode_pays_what_the_embedded_reward_model_says(
     paid = sum(step[1] + 0.05 * step[-1]["kl"] for step in steps)
     reward = CausalRewardModel.from_pretrained(embedded.REWARD_MODEL)
     tokenizer = env.unwrapped.tokenizer
-    prompt = env.unwrapped._rows._texts.ids[0, : env.unwrapped._rows._texts.prompt_lengths[0]].tolist()
+    texts = env.unwrapped._rows._episodes.texts
+    prompt = texts.ids[0, : texts.prompt_lengths[0]].tolist()
     assert prompt == LanguageModel.encode(env.unwrapped._rows._language_model.held, start["prompt"])
     model = reward.model
     scores = []
     for n in (len(prompt), len(prompt) + 6):
-        text = env.unwrapped._rows._texts.ids[0, :n].tolist()
+        text = texts.ids[0, :n].tolist()
         with torch.no_grad():
             hidden = model.base_model(input_ids=torch.tensor([text])).last_hidden_state
             scores.append(float(torch.tanh(model.score(hidden[0, -1]))))

@@ -269,11 +269,11 @@ def test_the_episodes_that_ended_are_observed_with_their_columns(scoring):
             for row, info in enumerate(self.locals["infos"]):
                 if self.locals["dones"][row]:
                     ended.append((info["prompt"], self.before[row]))
-            self.before = [row.columns["task"] for row in env._texts.prompts]
+            self.before = [row.columns["task"] for row in env._episodes.texts.prompts]
             return super()._on_step()
 
         def _on_rollout_start(self):
-            self.before = [row.columns["task"] for row in env._texts.prompts]
+            self.before = [row.columns["task"] for row in env._episodes.texts.prompts]
             super()._on_rollout_start()
 
     model = tiny_ppo(env, n_steps=7, scoring=scoring)
