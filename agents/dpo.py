@@ -173,8 +173,8 @@ class DPO(TextEpisodeAlgorithm):
         assert batch.ref_log_prob is not None
         _, log_prob, entropy = self.policy.evaluate_segments(batch, entropy_gradient=False)
         number = len(batch.episodes)
-        log_pi = self.completion_sums(log_prob, batch.rows, number)  # (2P,) chosen and rejected in turn
-        log_ref = self.completion_sums(batch.ref_log_prob, batch.rows, number)
+        log_pi = self.token_sums(log_prob, batch.rows, number)  # (2P,) chosen and rejected in turn
+        log_ref = self.token_sums(batch.ref_log_prob, batch.rows, number)
         chosen, rejected = (self.beta * (log_pi - log_ref)).view(-1, 2).unbind(1)  # (P,) the implicit rewards
         margins = chosen - rejected
         loss = preference_loss(margins, self.label_smoothing)

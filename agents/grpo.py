@@ -7,6 +7,7 @@ Critical Perspective" (https://arxiv.org/abs/2503.20783), and Yu et al. 2025, "D
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -36,7 +37,8 @@ class GRPO(TextEpisodeAlgorithm):
         16
 
     :param group_size: completions of each prompt, K, at least 2
-    :param credit: ``"completion"`` or ``"token"``, see :mod:`textgym.agents.common.groups`
+    :param credit: ``"completion"``, ``"turn"`` or ``"token"``: what has an advantage of its own, see
+        :mod:`textgym.agents.common.groups`
     :param loss_type: how tokens are averaged. ``"grpo"``: over each completion, then over completions, so that tokens
         of long ones count less; ``"dr_grpo"``: the sum over the token budget of all completions, so that every token
         counts the same whatever its completion's length; ``"dapo"``: over all tokens of the minibatch
@@ -86,9 +88,10 @@ class GRPO(TextEpisodeAlgorithm):
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
         """Returns, or rewards-to-go, minus the mean of the group, scaled."""
         segments, to_go = self.rewards_to_go(buffer)
-        values, judged = by_credit(to_go, self.credit), self.judged(segments)
+        values, decided = by_credit(to_go, self.turns(buffer, segments), self.credit)
+        judged = self.judged(segments)
         advantages = group_relative_advantages(values, to_go[:, 0], self.group_size, self.scale, judged)
-        self.fill(buffer, segments, advantages, to_go)
+        self.fill(buffer, segments, np.take_along_axis(advantages, decided, 1), to_go)
 
     def loss(self, batch: SegmentSamples) -> Loss:
         """The clipped surrogate and the KL to the reference, averaged as ``loss_type`` says."""
@@ -115,7 +118,7 @@ class GRPO(TextEpisodeAlgorithm):
         if self.loss_type == "dr_grpo":
             return token_loss.sum() / (number * self._budget), number
         lengths = torch.as_tensor(batch.rows).bincount(minlength=number).to(token_loss.device)
-        return (self.completion_sums(token_loss, batch.rows, number) / lengths).mean(), number
+        return (self.token_sums(token_loss, batch.rows, number) / lengths).mean(), number
 
     @property
     def _budget(self) -> int:

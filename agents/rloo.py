@@ -6,6 +6,7 @@ LLMs", https://arxiv.org/abs/2402.14740. The KL penalty is in the reward (``kl_c
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -24,8 +25,8 @@ class RLOO(TextEpisodeAlgorithm):
     """Completions of one prompt compared with the mean of the others.
 
     A completion is one action with the probability of all its tokens, so the ratio of new to old probabilities, which
-    is clipped as in PPO, is that of the completion. With ``credit="token"`` tokens are actions with ratios of their own
-    (:mod:`textgym.agents.common.groups`). Further arguments are those of
+    is clipped as in PPO, is that of the completion. With ``credit="turn"`` turns are actions with ratios of their own,
+    and with ``credit="token"`` tokens are (:mod:`textgym.agents.common.groups`). Further arguments are those of
     :class:`~textgym.agents.common.whole_episodes.TextEpisodeAlgorithm`. ::
 
         >>> import gymnasium as gym, textgym
@@ -35,7 +36,7 @@ class RLOO(TextEpisodeAlgorithm):
         2
 
     :param group_size: completions of each prompt, K, at least 2
-    :param credit: ``"completion"`` or ``"token"``
+    :param credit: ``"completion"``, ``"turn"`` or ``"token"``: what has an advantage of its own
     :param clip_range: ratios are clipped to 1 ± this; it matters with ``n_epochs`` or minibatches
     :param normalize_advantage: True: per minibatch; ``"rollout"``: over the rollout; False: not at all
     """
@@ -61,8 +62,9 @@ class RLOO(TextEpisodeAlgorithm):
     def compute_advantages(self, buffer: EpisodeBuffer, last_values: Tensor) -> None:
         """Returns, or rewards-to-go, minus the mean of the others of the group."""
         segments, to_go = self.rewards_to_go(buffer)
-        advantages = leave_one_out_advantages(by_credit(to_go, self.credit), self.group_size, self.judged(segments))
-        self.fill(buffer, segments, advantages, to_go)
+        values, decided = by_credit(to_go, self.turns(buffer, segments), self.credit)
+        advantages = leave_one_out_advantages(values, self.group_size, self.judged(segments))
+        self.fill(buffer, segments, np.take_along_axis(advantages, decided, 1), to_go)
 
     def loss(self, batch: SegmentSamples) -> Loss:
         """The clipped surrogate, summed over each completion and averaged over completions."""
@@ -70,16 +72,23 @@ class RLOO(TextEpisodeAlgorithm):
         number = len(batch.episodes)
         log_ratio = log_prob - batch.old_log_prob  # (M,)
         advantages, importance = self.normalized(batch.advantages), batch.importance
-        if self.credit == "completion":
-            last = torch.as_tensor(batch.rows).bincount().cumsum(0) - 1  # (B,) where each completion's tokens end
-            advantages = advantages[last.to(advantages.device)]  # (B,), the same for all tokens of a completion
-            log_ratio = self.completion_sums(log_ratio, batch.rows, number)  # (B,)
+        if self.credit != "token":
+            begins, of = self._decisions(batch)
+            advantages = advantages[torch.as_tensor(begins, device=advantages.device)]  # (D,), all tokens have the same
+            log_ratio = self.token_sums(log_ratio, of, len(begins))  # (D,)
             if importance is not None:
-                importance = (
-                    self.completion_sums(importance.log(), batch.rows, number).exp().clamp(max=self.importance_cap)
-                )
+                importance = self.token_sums(importance.log(), of, len(begins)).exp().clamp(max=self.importance_cap)
         policy_loss = clipped_surrogate(log_ratio, advantages, self.clip_range, importance).sum() / number
         entropy_loss = -entropy.mean()
         loss = policy_loss if self.ent_coef == 0.0 else policy_loss + self.ent_coef * entropy_loss
         figures = {"policy_loss": policy_loss, "entropy_loss": entropy_loss}
         return Loss(loss, {**figures, **ratio_figures(log_ratio, self.clip_range)}, weight=number)
+
+    def _decisions(self, batch: SegmentSamples) -> tuple[np.ndarray, np.ndarray]:
+        """``(D,)`` which token each completion, or each turn, of a minibatch begins with, and ``(M,)`` which one each
+        token belongs to."""
+        changes = np.diff(batch.rows, prepend=-1) != 0
+        if self.credit == "turn":
+            assert batch.turns is not None
+            changes |= np.diff(batch.turns, prepend=0) != 0
+        return np.flatnonzero(changes), np.cumsum(changes) - 1

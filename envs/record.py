@@ -99,7 +99,7 @@ class RolloutRecord:
             parts = StepParts.stack([parts for parts, _ in self._parts])
             coefficients = np.array([[coefficient] for _, coefficient in self._parts])  # (S, 1)
             found = [score for _, score in self._ended]
-        scores = self.scorer.paid(parts, np.stack(self._log_probs), coefficients)
+        scores = self.scorer.paid(parts, np.stack(self._log_probs), np.stack(self._turn_ends), coefficients)
         ended = len(self._ended)
         self.clear()
         for segment in segments[ended:]:

@@ -35,6 +35,7 @@ class ReturnedSteps:
         """Forget the steps; running episodes go on."""
         self._rewards: list[np.ndarray] = []
         self._said: list[list[list[float]]] = []  # of each step: for each of _OF_STEPS, what the rows' infos say
+        self._turn_ends: list[np.ndarray] = []
         self._episodes: list[dict[str, Any]] = []
 
     def add(self, returned: VecEnvStepReturn) -> None:
@@ -56,6 +57,7 @@ class ReturnedSteps:
             self._kl[row] = 0.0
         self._rewards.append(np.asarray(rewards, dtype=np.float32))
         self._said.append(said)
+        self._turn_ends.append(dones | np.array(["turn" in info for info in infos]))
 
     def scores(self) -> RolloutScores:
         """What the steps since the last call earned, and the episodes that ended in them."""
@@ -63,6 +65,7 @@ class ReturnedSteps:
         scores = RolloutScores(
             rewards=np.stack(self._rewards),
             **{name: said[:, i] for i, name in enumerate(_OF_STEPS)},
+            turn_ends=np.stack(self._turn_ends),
             episodes=self._episodes,
         )
         self.clear()

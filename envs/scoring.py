@@ -70,16 +70,17 @@ class RolloutScores:
     """Rewards of S steps of N rows, and the episodes that ended in them.
 
     ``rewards``, ``reward_model``, ``kl`` and ``ref_log_prob`` are ``(S, N)`` float32; KL and log-probabilities in nats,
-    NaN without a reference model. Each episode is a dictionary with ``row``, ``step`` (in which of the S steps it
-    ended), ``r`` (its return, with what it earned before these steps), ``l`` (tokens), ``score`` (Φ of the text),
-    ``applies`` (False where the reward is None, "not applicable", which is paid as 0), ``kl`` (sum, nats),
-    ``finish_reason``, ``prompt`` and ``completion``.
+    NaN without a reference model. ``turn_ends`` ``(S, N)`` bool says which steps ended a turn. Each episode is a
+    dictionary with ``row``, ``step`` (in which of the S steps it ended), ``r`` (its return, with what it earned before
+    these steps), ``l`` (tokens), ``score`` (Φ of the text), ``applies`` (False where the reward is None, "not
+    applicable", which is paid as 0), ``kl`` (sum, nats), ``finish_reason``, ``prompt`` and ``completion``.
     """
 
     rewards: np.ndarray
     reward_model: np.ndarray
     kl: np.ndarray
     ref_log_prob: np.ndarray
+    turn_ends: np.ndarray
     episodes: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -207,11 +208,14 @@ class Scorer:
         chosen, _ = self.reference.token_log_probs(hidden, tokens, self.temperature, mask, with_entropy=False)
         return chosen.cpu().numpy()
 
-    def paid(self, parts: StepParts, log_probs: np.ndarray, kl_coef: np.ndarray | float) -> RolloutScores:
+    def paid(
+        self, parts: StepParts, log_probs: np.ndarray, turn_ends: np.ndarray, kl_coef: np.ndarray | float
+    ) -> RolloutScores:
         """Rewards from their parts.
 
         :param parts: of S steps of N rows
         :param log_probs: ``(S, N)`` under which the tokens were drawn, nats
+        :param turn_ends: ``(S, N)`` bool, which steps ended a turn
         :param kl_coef: β, a number or ``(S, 1)``
         """
         kl = self.kl(log_probs, parts.ref_log_prob)
@@ -222,6 +226,7 @@ class Scorer:
             reward_model=parts.reward_model.astype(np.float32),
             kl=kl.astype(np.float32),
             ref_log_prob=parts.ref_log_prob.astype(np.float32),
+            turn_ends=turn_ends,
         )
 
     @torch.no_grad()

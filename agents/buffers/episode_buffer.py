@@ -36,6 +36,7 @@ _HELD = (
     "packed_masks",
     "drawn_with",
     "kl",
+    "turn_ends",
     "episodes",
 )
 
@@ -62,6 +63,7 @@ class SegmentSamples(NamedTuple):
     episodes: np.ndarray  # (B,) numbers of the segments' episodes in a round, -1 without one
     prompt_lengths: np.ndarray  # (B,) how many of the tokens are the prompt
     rewards: Tensor  # (M,)
+    turns: np.ndarray | None  # (M,) which turn of its segment each belongs to, from 0; None where it isn't known
 
 
 class EpisodeBuffer(RolloutBuffer):
@@ -116,6 +118,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.importance: np.ndarray | None = None  # (T, N)
         self.ref_log_probs: np.ndarray | None = None  # (T, N)
         self.kl = np.full(shape, np.nan, dtype=np.float32)  # whose penalty the rewards have in them, nats
+        self.turn_ends: np.ndarray | None = None  # (T, N) bool, which steps ended a turn
         self.active = np.zeros(shape, dtype=bool)
         self.episodes = np.full(shape, -1, dtype=np.int64)  # numbers of the episodes in a round
         self._prefixes: dict[tuple[int, int], np.ndarray] = {}  # (row, step) a segment begins at: its prefix
@@ -134,6 +137,8 @@ class EpisodeBuffer(RolloutBuffer):
             self.packed_masks = self._no_masks()
         if "drawn_with" in held:
             self.drawn_with = self._drawn_as_noted()
+        if "turn_ends" in held:
+            self.turn_ends = np.zeros(self.rewards.shape, dtype=bool)
         for name in _HELD:
             if name in held:
                 getattr(self, name)[: self.held_steps] = held[name]
@@ -369,6 +374,20 @@ class EpisodeBuffer(RolloutBuffer):
         steps = np.concatenate([s.steps_in_rollout for s in segments])
         return steps, np.repeat([s.row for s in segments], [s.steps for s in segments])
 
+    def note_turn_ends(self, turn_ends: np.ndarray) -> None:
+        """Which of the newest steps, ``(S, N)`` bool, ended a turn."""
+        if self.turn_ends is None:
+            self.turn_ends = np.zeros(self.rewards.shape, dtype=bool)
+        self.turn_ends[self.pos - len(turn_ends) : self.pos] = turn_ends
+
+    def turns(self, segments: list[Segment]) -> np.ndarray | None:
+        """``(M,)`` which turn of its segment each transition of some segments belongs to, from 0; None where it is
+        not known."""
+        if self.turn_ends is None:
+            return None
+        ends = [self.turn_ends[segment.steps_in_rollout, segment.row] for segment in segments]
+        return np.concatenate([np.cumsum(end) - end for end in ends])
+
     def masks_at(self, steps: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
         """``(M, V)`` bool action masks of M transitions; None where every token was allowed."""
         if self.packed_masks is None:
@@ -405,6 +424,7 @@ class EpisodeBuffer(RolloutBuffer):
             episodes=np.array([s.episode for s in segments]),
             prompt_lengths=np.array([s.prompt_length for s in segments]),
             rewards=self.to_torch(self.rewards[at]),
+            turns=self.turns(segments),
         )
 
     def as_single_steps(self) -> DictRolloutBuffer:

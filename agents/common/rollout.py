@@ -287,6 +287,7 @@ class CollectingAgent(TextAgent):
         earlier = len(scores.rewards) - taken.steps  # steps of a rollout before, whose reward had failed
         rollout_buffer.rewards[new] = scores.rewards[earlier:]
         rollout_buffer.kl[new] = scores.kl[earlier:]
+        rollout_buffer.note_turn_ends(scores.turn_ends[earlier:])
         self._note_finished([{**e, "step": e["step"] - earlier + new.start} for e in scores.episodes])
         if self.whole_episodes:
             rollout_buffer.hold(~np.asarray(self._last_episode_starts, dtype=bool))

@@ -126,6 +126,13 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
                 to_go[row, t] = following
         return segments, to_go
 
+    def turns(self, buffer: EpisodeBuffer, segments: list[Segment]) -> np.ndarray:
+        """``(E, T)`` which turn of its episode each token of a round belongs to, from 0; -1 after an episode's end."""
+        steps = np.array([segment.steps for segment in segments])
+        turns = np.full((len(segments), steps.max()), -1, dtype=np.int64)
+        turns[np.arange(turns.shape[1]) < steps[:, None]] = buffer.turns(segments)
+        return turns
+
     def judged(self, segments: list[Segment]) -> np.ndarray:
         """``(E,)`` bool, which episodes of a round the reward said something about.
 
@@ -141,11 +148,11 @@ class TextEpisodeAlgorithm(TextOnPolicyAlgorithm):
         buffer.advantages[at] = advantages[inside]
         buffer.returns[at] = returns[inside]
 
-    def completion_sums(self, values: Tensor, rows: np.ndarray, number: int) -> Tensor:
-        """``(B,)`` sums over the tokens of each completion.
+    def token_sums(self, values: Tensor, rows: np.ndarray, number: int) -> Tensor:
+        """``(B,)`` sums over the tokens of each completion, or of other runs of tokens.
 
         :param values: ``(M,)``, one for each token
-        :param rows: ``(M,)`` the completion of each
+        :param rows: ``(M,)`` the completion that each belongs to
         :param number: B
         """
         sums = torch.zeros(number, dtype=values.dtype, device=values.device)

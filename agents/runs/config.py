@@ -131,8 +131,10 @@ class RunConfig:
     group_size: int | None = _option(
         None, ALGORITHM, "completions of each prompt, which are compared; default 4, with DPO 2"
     )
-    credit: Literal["completion", "token"] | None = _option(
-        None, ALGORITHM, "what is compared: completions, or the rewards from each token on; default completion"
+    credit: Literal["completion", "turn", "token"] | None = _option(
+        None,
+        ALGORITHM,
+        "what is compared: completions, or the rewards from each turn or each token on; default completion",
     )
     baseline: Literal["value", "mean", "none"] | None = _option(
         None, ALGORITHM, "of REINFORCE: the value head, the mean of the other episodes, or none; default value"

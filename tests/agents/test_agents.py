@@ -261,11 +261,28 @@ def test_target_kl_of_an_agent_without_ratios_is_refused():
 
 def test_token_credit_compares_rewards_to_go_place_by_place():
     """Two completions of one prompt, of 3 and of 1 tokens: where the second has ended it counts as 0."""
-    to_go = np.array([[6.0, 5.0, 3.0], [2.0, 0.0, 0.0]])
+    to_go, turns = np.array([[6.0, 5.0, 3.0], [2.0, 0.0, 0.0]]), np.array([[0, 0, 0], [0, -1, -1]])
+    worth, decided = by_credit(to_go, turns, "token")
     expected = [[4.0, 5.0, 3.0], [-4.0, -5.0, -3.0]]
-    np.testing.assert_allclose(leave_one_out_advantages(by_credit(to_go, "token"), 2), expected)
-    completion = leave_one_out_advantages(by_credit(to_go, "completion"), 2)
-    np.testing.assert_allclose(completion, [[4.0] * 3, [-4.0] * 3])
+    np.testing.assert_allclose(leave_one_out_advantages(worth, 2), expected)
+    np.testing.assert_array_equal(decided, [[0, 1, 2]] * 2)
+    for credit in ("completion", "turn"):  # there is one turn
+        worth, decided = by_credit(to_go, turns, credit)
+        np.testing.assert_allclose(leave_one_out_advantages(worth, 2), [[4.0], [-4.0]])
+        np.testing.assert_array_equal(decided, 0)
+
+
+def test_turn_credit_compares_rewards_to_go_turn_by_turn():
+    """Three completions of 3, 1 and 2 turns; turns that a completion has not got count as 0."""
+    turns = np.array([[0, 0, 1, 2], [0, 0, -1, -1], [0, 1, 1, -1]])
+    to_go = np.array([[6.0, 5.0, 3.0, 1.0], [2.0, 1.0, 0.0, 0.0], [4.0, 8.0, 7.0, 0.0]])
+    worth, decided = by_credit(to_go, turns, "turn")
+    np.testing.assert_array_equal(worth, [[6, 3, 1], [2, 0, 0], [4, 8, 0]])
+    np.testing.assert_array_equal(decided[turns >= 0], turns[turns >= 0])
+    np.testing.assert_allclose(leave_one_out_advantages(worth, 3), [[3, -1, 1], [-3, -5.5, -0.5], [0, 6.5, -0.5]])
+    means, deviation = np.array([4.0, 11 / 3, 1 / 3]), 2.0
+    expected = (worth - means) / (deviation + 1e-4)
+    np.testing.assert_allclose(group_relative_advantages(worth, to_go[:, 0], 3), expected)
 
 
 def test_rewards_to_go_are_those_of_the_buffer():

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO as StockPPO
+from stable_baselines3.common.logger import Logger
 from stock_twins import assert_same_update, stock_twin, with_rollout
 from tiny_agents import KeepRollouts, logs_of_learning, tiny_language_model, tiny_ppo, tiny_vector_env, values_of
+from tiny_models import EOS
 
 from textgym import agents
 from textgym.agents import EpisodeBuffer
@@ -70,6 +72,103 @@ def test_an_update_reads_each_transcript_once_however_many_turns_it_has(monkeypa
     segments = model.rollout_buffer.segments
     model.train()
     assert sum(read) == sum(segment.length for segment in segments)
+
+
+def say_or_not(transcripts: list[list[dict[str, Any]]]) -> list[ReplyResult | None]:
+    """What :func:`say` says, nothing to a text with an "o" in it, and an end after some."""
+    ends = [sum(map(ord, transcript[-1]["content"])) % 5 == 0 for transcript in transcripts]
+    said = [
+        ReplyResult("", one.reward) if "o" in transcript[-1]["content"] else one
+        for one, transcript in zip(say(transcripts), transcripts, strict=True)
+    ]
+    return [None if end else one for one, end in zip(said, ends, strict=True)]
+
+
+def turns_of(actions: list[int], longest: int) -> list[int]:
+    """Which turn each token of an episode belongs to: one ends with the end token, or after so many."""
+    turns, turn, length = [], 0, 0
+    for token in actions:
+        turns.append(turn)
+        length += 1
+        if token == EOS or length == longest:
+            turn, length = turn + 1, 0
+    return turns
+
+
+def group_agent(name: str, credit: str, env: Any, **arguments: Any) -> Any:
+    own = {"scale": "group"} if name == "GRPO" else {}
+    defaults = {"group_size": 4, "gamma": 0.9, "max_grad_norm": 1e9, "seed": 0, "device": "cpu", **own}
+    return getattr(agents, name)("LanguageModelPolicy", env, credit=credit, **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize("name", ["RLOO", "GRPO"])
+def test_turn_credit_is_the_gradient_of_single_steps_judged_turn_by_turn(name):
+    model = group_agent(name, "turn", talking_env(8, reply=say_or_not, temperature=0.9))
+    callback = model._setup_learn(1000)[1]
+    buffer = model.rollout_buffer
+    assert model.collect_rollouts(model.env, callback, buffer, model.n_steps)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from the policy that wrote, so that ratios are clipped here and there
+        for parameter in model.policy.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    parameters = list(model.policy.parameters())
+
+    segments = sorted(buffer.segments, key=lambda segment: segment.episode)
+    turns = [turns_of(segment.ids[segment.positions].tolist(), 4) for segment in segments]
+    assert {max(of) for of in turns} == {0, 1, 2}
+    unseen = [np.diff(turn)[np.diff(s.positions) == 1].any() for turn, s in zip(turns, segments, strict=True)]
+    assert any(unseen)  # turns with nothing said between them
+    rewards = [buffer.rewards[segment.steps_in_rollout, segment.row].tolist() for segment in segments]
+
+    def worth(episode: int, turn: int) -> float:
+        if turn not in turns[episode]:
+            return 0.0
+        begin = turns[episode].index(turn)
+        return sum(0.9**k * reward for k, reward in enumerate(rewards[episode][begin:]))
+
+    loss = torch.zeros(())
+    for episode, segment in enumerate(segments):
+        group = range(episode // 4 * 4, episode // 4 * 4 + 4)
+        log_ratios = []
+        for step, place in enumerate(segment.positions):
+            ids = torch.as_tensor(segment.ids[:place])[None]
+            logits = model.policy.language_model.model(input_ids=ids).logits[0, -1] / 0.9
+            old = buffer.log_probs[segment.start + step, segment.row]
+            log_ratios.append(logits.log_softmax(-1)[segment.ids[place]] - float(old))
+        for turn in range(max(turns[episode]) + 1):
+            mine = torch.stack([log for log, of in zip(log_ratios, turns[episode], strict=True) if of == turn])
+            if name == "RLOO":
+                others = np.mean([worth(other, turn) for other in group if other != episode])
+                advantage, ratios = worth(episode, turn) - others, mine.sum().exp()[None]
+                count = 1
+            else:
+                mean, returns = np.mean([worth(other, turn) for other in group]), [worth(other, 0) for other in group]
+                advantage, ratios = (worth(episode, turn) - mean) / (np.std(returns, ddof=1) + 1e-4), mine.exp()
+                count = segment.steps
+            clipped = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.2) * advantage)
+            loss = loss - clipped.sum() / count / len(segments)
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    found: list[torch.Tensor | None] = []
+    model.policy.optimizer.step = lambda: found.extend(parameter.grad for parameter in parameters)
+    model.set_logger(Logger(None, []))
+    model.train()
+    scale = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
+    assert scale > 1e-3
+    for ours, by_hand in zip(found, expected, strict=True):
+        assert (ours is None) == (by_hand is None)  # of the value head
+        if ours is not None:
+            torch.testing.assert_close(ours, by_hand, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["RLOO", "GRPO"])
+def test_with_one_turn_turn_credit_is_completion_credit(name):
+    weights = []
+    for credit in ("completion", "turn"):
+        model = group_agent(name, credit, tiny_vector_env(8), n_epochs=2, batch_size=16)
+        model.learn(64)
+        weights.append(list(model.policy.state_dict().values()))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 AGENTS: dict[str, dict[str, Any]] = {
