@@ -20,6 +20,14 @@ def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def check_checkpointable(model: nn.Module) -> None:
+    """:raises ValueError: if a model has no such layers"""
+    if not checkpointable_layers(model):
+        raise ValueError(
+            f"gradient_checkpointing=True: {type(model).__name__} has no layers that transformers can compute again"
+        )
+
+
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Forwards in this context keep what enters each transformer block and nothing of what happens in it."""

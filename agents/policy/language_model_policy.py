@@ -22,7 +22,7 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.action_masks import masks_of
@@ -30,9 +30,11 @@ from textgym.agents.buffers.episode_buffer import SegmentSamples
 from textgym.agents.policy.acting_copy import ActingCopy
 from textgym.agents.policy.blueprint import LanguageModelBlueprint
 from textgym.agents.policy.completions import complete_prompts
-from textgym.agents.policy.gradient_checkpointing import checkpointable_layers, checkpointed
-from textgym.agents.policy.observations import Observation, as_mask, check_keys, check_spaces, read_tokens
-from textgym.agents.policy.precision import PLAIN_ATTENTION, autocast, dtype_name
+from textgym.agents.policy.gradient_checkpointing import check_checkpointable, checkpointed
+from textgym.agents.policy.observations import Observation, as_mask, check_keys, check_model, check_spaces, read_tokens
+from textgym.agents.policy.optimizer_arguments import optimizer_arguments
+from textgym.agents.policy.precision import PLAIN_ATTENTION, autocast, autocast_name, dtype_name
+from textgym.agents.policy.value_head import VALUE_HEADS, VALUE_TRUNKS, new_value_net
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.engine.cached_model import CachedModel
 from textgym.generation import sample_tokens
@@ -41,9 +43,6 @@ from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.model_sources import resolve_dtype
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder
-
-VALUE_HEADS = ("linear", "mlp")
-VALUE_TRUNKS = ("shared", "detached")
 
 
 class LanguageModelPolicy(ActorCriticPolicy):
@@ -118,9 +117,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         for name, value in (("compile", compile), ("gradient_checkpointing", gradient_checkpointing)):
             check_bool(name, value)
         self.gradient_checkpointing = gradient_checkpointing
-        self.autocast = dtype_name(autocast)
-        if self.autocast not in (None, "bfloat16", "float16"):
-            raise ValueError(f"autocast={autocast!r} must be 'bfloat16', 'float16' or None")
+        self.autocast = autocast_name(autocast)
         self.rollout_dtype = dtype_name(rollout_dtype)
         self.compile_model = compile
         self._acting_copy: ActingCopy | None = None
@@ -150,32 +147,15 @@ class LanguageModelPolicy(ActorCriticPolicy):
             lr_schedule,
             net_arch=[],
             optimizer_class=optimizer_class,
-            optimizer_kwargs=_with_fused(optimizer_class, optimizer_kwargs),
+            optimizer_kwargs=optimizer_arguments(optimizer_class, optimizer_kwargs),
         )
 
     def _build(self, lr_schedule: Schedule) -> None:
         """Register the transformer, make the value head and the optimizer."""
-        model, vocab_size = self.language_model.model, self.language_model.vocab_size
-        if int(self.action_space.n) != vocab_size:
-            raise ValueError(
-                f"the environment has {int(self.action_space.n)} actions and the language model "
-                f"{self.language_model.name} {vocab_size} tokens: give the policy the environment's own model"
-            )
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                f"all weights of the language model {self.language_model.name} are frozen, "
-                "as a reference's are; give the policy its trainable_copy()"
-            )
-        if self.gradient_checkpointing and not checkpointable_layers(model):
-            raise ValueError(
-                f"gradient_checkpointing=True: {type(model).__name__} has no layers that transformers can compute again"
-            )
-        if is_encoder_decoder(model.config) and "prompt_length" not in self.observation_space.spaces:
-            raise ValueError(
-                f"the language model {self.language_model.name} is an encoder-decoder: observations need "
-                "prompt_length, which says what the encoder reads; this environment's have "
-                f"{', '.join(sorted(self.observation_space.spaces))}"
-            )
+        model = self.language_model.model
+        check_model(self.language_model, self.observation_space, self.action_space)
+        if self.gradient_checkpointing:
+            check_checkpointable(model)
         self.context = int(self.observation_space["input_ids"].shape[0])  # type: ignore[index]
         self.language_model.compile(
             decoding=self.compile_model and self.rollout_dtype is None,
@@ -183,16 +163,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         )
         self.language_model.cached(self.context)  # raises now if the model's context is too short
         self.transformer = model
-        width = self.language_model.hidden_size  # H
-        last = nn.Linear(width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        if self.value_head == "linear":
-            self.value_net = last
-        else:
-            inner = nn.Linear(width, width)
-            self.value_net = nn.Sequential(inner, nn.Tanh(), last)  # type: ignore[assignment]
-        self.value_net.to(model.device)
+        self.value_net = new_value_net(self.value_head, self.language_model.hidden_size).to(model.device)  # type: ignore[assignment]
         self.eval()
         trainable = [p for p in self.parameters() if p.requires_grad or self.lora is None]
         self.optimizer = self.optimizer_class(
@@ -521,15 +492,3 @@ class LanguageModelPolicy(ActorCriticPolicy):
                     if not torch.equal(new, parameter):
                         parameter.data = new.clone()
         return super().load_state_dict(state_dict, strict, assign)
-
-
-def _with_fused(
-    optimizer_class: type[torch.optim.Optimizer], optimizer_kwargs: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The optimizer's arguments; Adam's own step is a fifth of a small update unless it is fused."""
-    adam = issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW)
-    if optimizer_kwargs is None:
-        optimizer_kwargs = {"eps": 1e-5} if optimizer_class is torch.optim.Adam else {}  # as SB3 does
-    if adam and not {"fused", "foreach", "capturable", "differentiable"} & set(optimizer_kwargs):
-        optimizer_kwargs = {**optimizer_kwargs, "fused": True}
-    return optimizer_kwargs

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from textgym.language_model import LanguageModel
+from textgym.vocabulary import is_encoder_decoder
 
 Observation: TypeAlias = Any  # a mapping of names to arrays or tensors; checked when it is read
 
@@ -24,6 +25,29 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             "a language-model policy needs a text environment such as TextGen-v0, with observations "
             "Dict(input_ids, attention_mask, ...) and actions Discrete(V); "
             f"got {observation_space} and {action_space}"
+        )
+
+
+def check_model(language_model: LanguageModel, observation_space: spaces.Dict, action_space: spaces.Discrete) -> None:
+    """Whether a policy can be made of a language model, in an environment with these spaces.
+
+    :raises ValueError: if it has other tokens, frozen weights, or reads what observations don't have
+    """
+    if int(action_space.n) != language_model.vocab_size:
+        raise ValueError(
+            f"the environment has {int(action_space.n)} actions and the language model "
+            f"{language_model.name} {language_model.vocab_size} tokens: give the policy the environment's own model"
+        )
+    if not any(p.requires_grad for p in language_model.model.parameters()):
+        raise ValueError(
+            f"all weights of the language model {language_model.name} are frozen, "
+            "as a reference's are; give the policy its trainable_copy()"
+        )
+    if is_encoder_decoder(language_model.model.config) and "prompt_length" not in observation_space.spaces:
+        raise ValueError(
+            f"the language model {language_model.name} is an encoder-decoder: observations need "
+            "prompt_length, which says what the encoder reads; this environment's have "
+            f"{', '.join(sorted(observation_space.spaces))}"
         )
 
 

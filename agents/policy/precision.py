@@ -18,6 +18,17 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return None if dtype is None else str(resolve_dtype(dtype)).removeprefix("torch.")
 
 
+def autocast_name(dtype: str | torch.dtype | None) -> str | None:
+    """A type that learning can compute in, as a word.
+
+    :raises ValueError: if it is another one
+    """
+    name = dtype_name(dtype)
+    if name not in (None, "bfloat16", "float16"):
+        raise ValueError(f"autocast={dtype!r} must be 'bfloat16', 'float16' or None")
+    return name
+
+
 @contextlib.contextmanager
 def autocast(dtype: str, device: torch.device, plain_attention: bool) -> Iterator[None]:
     """Matrix products in a smaller type, from weights that stay as they are.
