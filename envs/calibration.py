@@ -33,6 +33,7 @@ def calibrate(
     :param sampling: how an agent samples
     :param fit: cuts a prompt as the environment does
     """
+    sampling = sampling.one_turn()
     masks = masks_of(sampling, model, model)
     rng, generator = np.random.default_rng(0), torch.Generator(device=model.device).manual_seed(0)
     batches = []

@@ -12,15 +12,13 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.checks import check_bool, check_choice, check_int, check_number, check_temperature
 from textgym.envs.sharing import unshare
-from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, EpisodeRules, TurnLimits, prompt_room
+from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, EpisodeRules, prompt_room
 from textgym.kl import KL_ESTIMATORS
 from textgym.prompts.fitting import all_chat
 from textgym.prompts.rows import PromptRows
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import Vocabulary
 
-DEFAULT_MAX_TURNS = 4
-DEFAULT_MAX_REPLY_TOKENS = 32
 RENDER_MODES = ("ansi", "human", "rgb_array")
 
 
@@ -132,9 +130,25 @@ class TextGenOptions:
         :param max_actions: Gymnasium's limit of the policy's tokens in an episode
         :raises ValueError: if there is not so much room in the model's context
         """
-        turns = self._turn_limits(vocabulary.context_limit)
-        total, name = self.max_new_tokens, "max_new_tokens"
-        if turns is not None:
+        sampling = SamplingSettings(
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            temperature=float(self.temperature),
+            stop=self.stop_strings,
+            action_masking=self.action_masking,
+            top_k=self.top_k,
+            top_p=float(self.top_p),
+            chat=rows is not None and all_chat(rows, vocabulary),
+            max_turns=self.max_turns,
+            max_reply_tokens=self.max_reply_tokens,
+            max_total_tokens=self.max_total_tokens,
+            reply_overflow=self.reply_overflow,
+        )
+        turns, total, name = None, self.max_new_tokens, "max_new_tokens"
+        if self.reply is not None:
+            prompt_tokens = self.max_prompt_tokens or DEFAULT_MAX_PROMPT_TOKENS
+            turns = sampling.turn_limits(vocabulary.context_limit, prompt_tokens)
+            sampling = sampling.with_turns(turns)
             total, name = turns.max_total_tokens, "max_total_tokens"
         room = prompt_room(self.max_prompt_tokens, total, vocabulary.context_limit, name)
         longest = vocabulary.completion_limit
@@ -142,40 +156,9 @@ class TextGenOptions:
             raise ValueError(
                 f"{name}={total} is more than the {longest} tokens that the model's decoder has positions for"
             )
-        sampling = SamplingSettings(
-            max_new_tokens=min(self.max_new_tokens, max_actions or self.max_new_tokens),
-            min_new_tokens=self.min_new_tokens,
-            max_prompt_tokens=room,
-            temperature=float(self.temperature),
-            stop=self.stop_strings,
-            action_masking=self.action_masking,
-            top_k=self.top_k,
-            top_p=float(self.top_p),
-            chat=rows is not None and all_chat(rows, vocabulary),
-        )
+        most = min(self.max_new_tokens, max_actions or self.max_new_tokens)
+        sampling = dataclasses.replace(sampling, max_prompt_tokens=room, max_new_tokens=most)
         return EpisodeRules(vocabulary, sampling, turns, max_actions)
-
-    def _turn_limits(self, context_limit: int | None) -> TurnLimits | None:
-        """Limits of episodes of several turns; None without a reply.
-
-        :param context_limit: most tokens that the model takes, None for any number
-        :raises ValueError: if ``max_total_tokens`` is less than one turn
-        """
-        if self.reply is None:
-            return None
-        max_turns = DEFAULT_MAX_TURNS if self.max_turns is None else self.max_turns
-        max_reply_tokens = DEFAULT_MAX_REPLY_TOKENS if self.max_reply_tokens is None else self.max_reply_tokens
-        total = self.max_total_tokens
-        if total is None:
-            total = max_turns * (self.max_new_tokens + max_reply_tokens)
-            if context_limit is not None:
-                room = context_limit - (self.max_prompt_tokens or DEFAULT_MAX_PROMPT_TOKENS)
-                total = max(min(total, room), self.max_new_tokens)
-        elif total < self.max_new_tokens:
-            raise ValueError(
-                f"max_total_tokens={total} is less than max_new_tokens={self.max_new_tokens}, the budget of one turn"
-            )
-        return TurnLimits(max_turns, max_reply_tokens, total, self.reply_overflow)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from textgym.prompts.fitting import FittedPrompt
 from textgym.prompts.rows import PromptRow
 from textgym.rewards import PrefixBatch
 from textgym.sampling import SamplingSettings
-from textgym.texts import Texts, filled
+from textgym.texts import Texts
 from textgym.vocabulary import Vocabulary
 
 
@@ -32,7 +32,8 @@ def completed(model: LanguageModel, rows: Iterable[PromptRow | str], how: Any = 
 def written(vocabulary: Vocabulary, prompt: Sequence[int], tokens: Sequence[int], **settings: Any) -> Texts:
     """One text, written token by token until it ends."""
     rules = EpisodeRules(vocabulary, SamplingSettings(**settings))
-    texts = filled(rules, [FittedPrompt(PromptRow("p"), list(prompt))])
+    texts = Texts(1, len(prompt) + rules.max_total_tokens, rules)
+    texts.begin(0, PromptRow("p"), list(prompt))
     for token in tokens:
         if not texts.done[0]:
             texts.append(np.array([0]), np.array([token]))

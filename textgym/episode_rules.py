@@ -8,33 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from textgym.prompts.fitting import FittedPrompt, fit_prompt, judge_lengths
 from textgym.prompts.rows import PromptRow
 from textgym.rewards import PrefixBatch
-from textgym.sampling import SamplingSettings
+from textgym.sampling import SamplingSettings, TurnLimits
 from textgym.vocabulary import Vocabulary
 
 DEFAULT_MAX_PROMPT_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class TurnLimits:
-    """Limits of episodes in which somebody replies.
-
-    :param max_turns: turns of the policy
-    :param max_reply_tokens: tokens of what is said in a reply; longer ones are cut at their end
-    :param max_total_tokens: tokens after the prompt, of policy and replies together
-    :param overflow: ``"truncate"`` or ``"error"``, where a reply is longer
-    """
-
-    max_turns: int
-    max_reply_tokens: int
-    max_total_tokens: int
-    overflow: str = "truncate"
 
 
 class EpisodeRules:
@@ -48,6 +31,7 @@ class EpisodeRules:
     :param sampling: limits and stop strings
     :param turns: limits of episodes of several turns; None for one turn
     :param max_actions: most tokens that the policy writes in an episode, where that is less than what all this allows
+    :raises ValueError: if the settings have limits of turns, and ``turns`` is None
     """
 
     def __init__(
@@ -57,6 +41,12 @@ class EpisodeRules:
         turns: TurnLimits | None = None,
         max_actions: int | None = None,
     ) -> None:
+        if turns is None and sampling.in_turns:
+            raise ValueError(
+                f"max_turns={sampling.max_turns}, max_reply_tokens={sampling.max_reply_tokens}, "
+                f"max_total_tokens={sampling.max_total_tokens} are of texts in which somebody replies: give a reply, "
+                "too"
+            )
         self.vocabulary = vocabulary
         self.sampling = sampling
         self.turns = turns

@@ -5,35 +5,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from textgym.action_masks import ActionMasks, masks_of
+from textgym.action_masks import masks_of
 from textgym.checks import check_int
-from textgym.episode_rules import EpisodeRules
-from textgym.generation import complete_texts
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
-from textgym.prompts.fitting import FittedPrompt, as_chat
-from textgym.prompts.opening import as_prompt_source
-from textgym.prompts.rows import PromptRow, PromptRows
-from textgym.rewards import PrefixBatch, Reward
+from textgym.replies.base import Transcript, as_reply, aside
+from textgym.rewards import Reward
 from textgym.rewards.base import potentials_of, prefix_potentials_of
 from textgym.rewards.scores import payable
+from textgym.sampled_texts import (
+    Prompts,
+    SampledTexts,
+    check_reference,
+    completion_log_probs,
+    log_probs_of,
+    rows_of,
+    sampled_texts,
+    token_log_probs,
+)
 from textgym.sampling import SamplingSettings
-from textgym.teacher_forcing import forced_log_probs
-from textgym.texts import token_texts
+from textgym.token_values import ScoredCompletion, score_tokens
 
-# Also whatever else as_prompt_source takes and has an end, such as the path of a file.
-Prompts: TypeAlias = Sequence[str] | Sequence[PromptRow] | Sequence[Mapping[str, Any]] | PromptRows
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "Prompts",
+    "ScoredCompletion",
+    "TurnFigures",
+    "check_reference",
+    "completion_log_probs",
+    "evaluate",
+    "score_tokens",
+    "token_log_probs",
+]
 
 
 class Estimate(NamedTuple):
@@ -45,10 +57,30 @@ class Estimate(NamedTuple):
 
 
 @dataclass
+class TurnFigures:
+    """What there is to know of N texts of several turns, besides what every text has."""
+
+    transcripts: list[Transcript]  # N conversations after the prompts, as messages; the model's are the assistant's
+    reply_rewards: np.ndarray  # (N,) sum of what replies paid
+    turn_rewards: list[list[float]]  # N lists: Φ after each turn and its reply, less Φ before, plus what the reply paid
+
+    @property
+    def counts(self) -> np.ndarray:
+        """``(N,)`` turns of each text."""
+        return np.array([len(rewards) for rewards in self.turn_rewards])
+
+    def rewards_of(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(M,)`` which texts have a turn of that number, from 0, and what it earned in each."""
+        having = np.flatnonzero(self.counts > turn)
+        return having, np.array([self.turn_rewards[i][turn] for i in having])
+
+
+@dataclass
 class Evaluation:
     """N completions and what was measured on each.
 
-    Several completions of one prompt are next to each other.
+    Several completions of one prompt are next to each other. Of texts of several turns, a completion is what the model
+    said, a line for each turn, and ``length``, KL and log-probabilities are of its tokens alone.
     """
 
     prompts: list[str]
@@ -57,8 +89,9 @@ class Evaluation:
     kl: np.ndarray  # (N,) Σ_t log π − log π_ref over the completion, nats
     ref_log_prob: np.ndarray  # (N,) log π_ref of the completion, nats
     lengths: np.ndarray  # (N,) tokens, with the end-of-sequence token
-    finish_reasons: list[str]  # "eos", "stop" (a stop string) or "length"
+    finish_reasons: list[str]  # "eos", "stop" (a stop string) or "length"; in turns "reply", "turns" or "length"
     settings: dict[str, Any] = field(default_factory=dict)  # how it was sampled: plain data, for the record
+    turns: TurnFigures | None = None  # where somebody replied
 
     def __post_init__(self) -> None:
         for name in ("completions", "scores", "kl", "ref_log_prob", "lengths", "finish_reasons"):
@@ -74,8 +107,13 @@ class Evaluation:
 
     @property
     def ended(self) -> np.ndarray:
-        """``(N,)`` bool, whether the completion ended by itself and not because its budget was used up."""
-        return np.array([reason != "length" for reason in self.finish_reasons])
+        """``(N,)`` bool, whether the text ended by itself, or with a reply, and not because a budget was used up."""
+        return np.array([reason not in ("length", "turns") for reason in self.finish_reasons])
+
+    @property
+    def returns(self) -> np.ndarray:
+        """``(N,)`` what each text is worth: its score, and what replies paid."""
+        return self.scores if self.turns is None else self.scores + self.turns.reply_rewards
 
     @property
     def perplexity(self) -> float:
@@ -99,6 +137,10 @@ class Evaluation:
         something only where the reward's zero does; ``kl`` in nats per completion; ``perplexity`` per token under the
         reference; ``distinct_1``, ``distinct_2`` and ``repetition`` (of word pairs within a text); ``length`` in
         tokens; ``eos_rate``, the share that ended with the end-of-sequence token.
+
+        Where somebody replied there is no ``eos_rate``, but ``turns``; ``reply_reward``, the sum of what replies paid,
+        and ``return``, the score with it; ``turn_1_reward``, ``turn_2_reward`` ..., what the turn earned in the texts
+        that have it; ``ended_by_reply``, ``ended_by_turns`` and ``ended_by_length``, shares of the texts.
         """
         return {
             "score": float(self.scores.mean()),
@@ -110,7 +152,7 @@ class Evaluation:
             "distinct_2": self.distinct_2,
             "repetition": repetition(self.completions, 2),
             "length": float(self.lengths.mean()),
-            "eos_rate": float(self._at_eos().mean()),
+            **{name: float(values.mean()) for name, (values, _) in self._of_the_end().items()},
         }
 
     def summary(self, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
@@ -142,13 +184,19 @@ class Evaluation:
             "distinct_2": distinct_n_interval(self.completions, 2, confidence, groups),
             "repetition": interval(repetitions(self.completions, 2)),
             "length": interval(self.lengths),
-            "eos_rate": interval(self._at_eos()),
         }
+        for name, (values, texts) in self._of_the_end().items():
+            of_these = None if groups is None else [groups[i] for i in texts]
+            intervals[name] = bootstrap_interval(values, confidence, n_resamples, seed, groups=of_these)
         figures = self.figures()
         return {name: Estimate(figures[name], *ends) for name, ends in intervals.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, a dictionary a text, with the figures for whoever reads the file."""
+        turns: list[dict[str, Any]] = [{} for _ in self.prompts]
+        if self.turns is not None:
+            parts = (self.turns.transcripts, self.turns.reply_rewards.tolist(), self.turns.turn_rewards)
+            turns = [dict(zip(_TURN_FIELDS, values, strict=True)) for values in zip(*parts, strict=True)]
         columns = zip(
             self.prompts,
             self.completions,
@@ -162,7 +210,10 @@ class Evaluation:
         return {
             "settings": self.settings,
             "figures": self.figures(),
-            "texts": [dict(zip(_TEXT_FIELDS, values, strict=True)) for values in columns],
+            "texts": [
+                {**dict(zip(_TEXT_FIELDS, values, strict=True)), **more}
+                for values, more in zip(columns, turns, strict=True)
+            ],
         }
 
     @classmethod
@@ -174,12 +225,18 @@ class Evaluation:
         texts = data.get("texts") if isinstance(data, dict) else None
         if not isinstance(texts, list) or not isinstance(data.get("settings"), dict):
             raise ValueError("this is not an evaluation: expected an object with 'settings' and a list of 'texts'")
+        in_turns = bool(texts) and isinstance(texts[0], dict) and "transcript" in texts[0]
+        fields = {**_TEXT_FIELDS, **_TURN_FIELDS} if in_turns else _TEXT_FIELDS
         for i, text in enumerate(texts):
-            for name, kind in _TEXT_FIELDS.items():
+            for name, kind in fields.items():
                 value = text.get(name) if isinstance(text, dict) else None
                 if isinstance(value, bool) or not isinstance(value, kind):
                     raise ValueError(f"this is not an evaluation: texts[{i}] has {value!r} as {name!r}")
-        columns = {name: [text[name] for text in texts] for name in _TEXT_FIELDS}
+        columns = {name: [text[name] for text in texts] for name in fields}
+        turns = None
+        if in_turns:
+            paid = np.array(columns["reply_reward"], dtype=np.float64)
+            turns = TurnFigures(columns["transcript"], paid, columns["turn_rewards"])
         return cls(
             prompts=columns["prompt"],
             completions=columns["completion"],
@@ -189,6 +246,7 @@ class Evaluation:
             lengths=np.array(columns["length"], dtype=np.int64),
             finish_reasons=columns["finish_reason"],
             settings=data["settings"],
+            turns=turns,
         )
 
     def to_json(self) -> str:
@@ -206,8 +264,24 @@ class Evaluation:
         except json.JSONDecodeError as error:
             raise ValueError(f"this is not an evaluation: broken JSON, {error}") from error
 
-    def _at_eos(self) -> np.ndarray:
-        return np.array([reason == "eos" for reason in self.finish_reasons])
+    def _of_the_end(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Figures of how texts end and of their turns: values ``(M,)`` and which M texts they are of."""
+        every = np.arange(len(self))
+
+        def ended_by(reason: str) -> tuple[np.ndarray, np.ndarray]:
+            return np.array([each == reason for each in self.finish_reasons]), every
+
+        if self.turns is None:
+            return {"eos_rate": ended_by("eos")}
+        found = {
+            "turns": (self.turns.counts, every),
+            "reply_reward": (self.turns.reply_rewards, every),
+            "return": (self.returns, every),
+        }
+        for turn in range(int(self.turns.counts.max())):
+            having, rewards = self.turns.rewards_of(turn)
+            found[f"turn_{turn + 1}_reward"] = (rewards, having)
+        return found | {f"ended_by_{reason}": ended_by(reason) for reason in ("reply", "turns", "length")}
 
 
 _TEXT_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -219,6 +293,11 @@ _TEXT_FIELDS: dict[str, type | tuple[type, ...]] = {
     "length": int,
     "finish_reason": str,
 }
+_TURN_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "transcript": list,
+    "reply_reward": (int, float),
+    "turn_rewards": list,
+}
 
 
 def evaluate(
@@ -228,6 +307,7 @@ def evaluate(
     prompts: Prompts,
     sampling: SamplingSettings | None = None,
     *,
+    reply: Any = None,
     restricting: LanguageModel | None = None,
     completions_per_prompt: int = 1,
     batch_size: int = 64,
@@ -247,6 +327,8 @@ def evaluate(
         ``as_prompt_source`` takes; each shorter than the model's context by ``max_new_tokens``
     :param sampling: how completions are sampled; an environment's ``sampling`` is how a policy is trained in it.
         Log-probabilities are those of what was sampled from: at the same temperature, under the same masks
+    :param reply: who speaks after each turn, an environment's ``reply`` or whatever it takes as that; afterwards it
+        goes on in the episodes that it was in. None for texts of one turn
     :param restricting: whose likeliest tokens top-k and top-p are; default the reference
     :param completions_per_prompt: how many of each prompt
     :param batch_size: completions written side by side
@@ -256,248 +338,84 @@ def evaluate(
     :raises ValueError: if there are no prompts, one is too long or of no token, the reference has another vocabulary
         than the model, or a number is out of range
     """
-    sampling = _with_settings(sampling, settings)
+    sampling = (sampling or SamplingSettings()).changed(**settings)
     check_reference(model, reference)
     check_int("completions_per_prompt", completions_per_prompt, low=1)
-    rows = [row for row in _as_rows(prompts, model) for _ in range(completions_per_prompt)]
-    parts, finish_reasons = [], []
+    rows = [row for row in rows_of(prompts, model) for _ in range(completions_per_prompt)]
+    speaker = None if reply is None else as_reply(reply)
     masks = masks_of(sampling, model, restricting or reference)
-    for batch, reasons in _batches(sampling, masks, model, rows, batch_size, seed):
-        log_prob, ref_log_prob = (
-            np.array([tokens.sum() for tokens in each])
-            for each in _log_probs((model, reference), batch, sampling.temperature, masks)
+    parts: list[_Measured] = []
+    with aside(speaker, seed):
+        for texts in sampled_texts(sampling, masks, model, rows, speaker, batch_size, seed):
+            parts.append(
+                _Measured.of(texts, reward, *log_probs_of((model, reference), texts.batch, sampling.temperature, masks))
+            )
+            if progress is not None:
+                progress(sum(len(part.texts.batch) for part in parts), len(rows))
+    turns = None
+    if speaker is not None:
+        turns = TurnFigures(
+            transcripts=[transcript for part in parts for transcript in part.texts.batch.transcripts],
+            reply_rewards=np.array([sum(paid) for part in parts for paid in part.texts.reply_rewards]),
+            turn_rewards=[rewards for part in parts for rewards in part.turn_rewards],
         )
-        reward.forget(batch.rows)  # what was scored before must not show, not even in the last bits
-        scores = np.nan_to_num(payable(reward, potentials_of(reward, batch), batch))
-        parts.append((batch, scores, log_prob - ref_log_prob, ref_log_prob))
-        finish_reasons += reasons
-        if progress is not None:
-            progress(len(finish_reasons), len(rows))
     return Evaluation(
-        prompts=[prompt for batch, *_ in parts for prompt in batch.prompts],
-        completions=[completion for batch, *_ in parts for completion in batch.completions],
-        scores=np.concatenate([scores for _, scores, _, _ in parts]),
-        kl=np.concatenate([kl for _, _, kl, _ in parts]),
-        ref_log_prob=np.concatenate([ref for *_, ref in parts]),
-        lengths=np.concatenate([batch.completion_lengths for batch, *_ in parts]),
-        finish_reasons=finish_reasons,
+        prompts=[prompt for part in parts for prompt in part.texts.batch.prompts],
+        completions=[completion for part in parts for completion in part.texts.batch.completions],
+        scores=np.concatenate([part.scores for part in parts]),
+        kl=np.concatenate([part.log_prob - part.ref_log_prob for part in parts]),
+        ref_log_prob=np.concatenate([part.ref_log_prob for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        finish_reasons=[reason for part in parts for reason in part.texts.finish_reasons],
         settings={
             "model": model.name,
             "reference": reference.name,
             "reward": reward.name,
+            "reply": None if speaker is None else speaker.name,
             "completions_per_prompt": completions_per_prompt,
             **sampling.as_dict(),
             "batch_size": batch_size,
             "seed": seed,
         },
+        turns=turns,
     )
 
 
-def check_reference(model: LanguageModel, reference: LanguageModel) -> None:
-    """:raises ValueError: if the two don't have the same tokens"""
-    if reference is not model and (
-        reference.vocab_size != model.vocab_size or reference.tokenizer.get_vocab() != model.tokenizer.get_vocab()
-    ):
-        raise ValueError(
-            f"the reference {reference.name} has another vocabulary than the model {model.name}: KL and perplexity "
-            "compare the same tokens; give the model that training started from"
-        )
-
-
 @dataclass
-class ScoredCompletion:
-    """A completion of T tokens and what each of them was worth.
+class _Measured:
+    """What was measured of a batch of B texts."""
 
-    ``"".join(tokens)`` is the completion; a token without text of its own, such as end-of-sequence, is ``""``. The
-    rewards telescope: they sum to ``score`` − ``prompt_score``.
-    """
+    texts: SampledTexts
+    scores: np.ndarray  # (B,)
+    turn_rewards: list[list[float]]  # of each turn, where somebody replied
+    log_prob: np.ndarray  # (B,)
+    ref_log_prob: np.ndarray  # (B,)
+    lengths: np.ndarray  # (B,)
 
-    prompt: str
-    token_ids: list[int]
-    tokens: list[str]
-    rewards: np.ndarray  # (T,) Φ(x, y_≤t) − Φ(x, y_<t), without the KL penalty
-    kl: np.ndarray | None  # (T,) log π − log π_ref, nats; None without a reference model
-    prompt_score: float  # Φ(x, ∅)
-    score: float  # Φ(x, y)
-    finish_reason: str  # "eos", "stop" (a stop string) or "length"
-
-    @property
-    def completion(self) -> str:
-        return "".join(self.tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "score": self.score,
-            "prompt_score": self.prompt_score,
-            "kl": None if self.kl is None else float(self.kl.sum()),
-            "finish_reason": self.finish_reason,
-            "token_ids": self.token_ids,
-            "tokens": self.tokens,
-            "token_rewards": self.rewards.tolist(),
-            "token_kl": None if self.kl is None else self.kl.tolist(),
-        }
-
-
-def score_tokens(
-    model: LanguageModel,
-    reference: LanguageModel | None,
-    reward: Reward,
-    prompts: Prompts,
-    sampling: SamplingSettings | None = None,
-    *,
-    restricting: LanguageModel | None = None,
-    deterministic: bool = False,
-    batch_size: int = 64,
-    seed: int = 0,
-    **settings: Any,
-) -> list[ScoredCompletion]:
-    """Complete each prompt once and say what every token was worth: its instant reward and its KL.
-
-    :param reference: what KL is measured against, or None for no KL
-    :param deterministic: take the most likely token each time instead of sampling
-
-    The other parameters and what is raised: as for :func:`evaluate`.
-    """
-    scored = []
-    sampling = _with_settings(sampling, settings)
-    if reference is not None:
-        check_reference(model, reference)
-    masks = masks_of(sampling, model, restricting or reference)
-    rows = _as_rows(prompts, model)
-    for batch, reasons in _batches(sampling, masks, model, rows, batch_size, seed, deterministic):
-        kl: list[np.ndarray] | list[None] = [None] * len(batch)
-        if reference is not None:
-            own, other = _log_probs((model, reference), batch, sampling.temperature, masks)
-            kl = [a - b for a, b in zip(own, other, strict=True)]
-        reward.forget(batch.rows)
-        every = [np.arange(n + 1) for n in batch.completion_lengths.tolist()]
-        potentials = [
-            np.nan_to_num(payable(reward, values, batch, i))
-            for i, values in enumerate(prefix_potentials_of(reward, batch, every))
-        ]
-        for i, (values, token_kl, reason) in enumerate(zip(potentials, kl, reasons, strict=True)):
-            scored.append(
-                ScoredCompletion(
-                    prompt=batch.prompts[i],
-                    token_ids=batch.completion_ids[i],
-                    tokens=token_texts(batch, i),
-                    rewards=np.diff(values),
-                    kl=token_kl,
-                    prompt_score=float(values[0]),
-                    score=float(values[-1]),
-                    finish_reason=reason,
-                )
-            )
-    return scored
-
-
-def completion_log_probs(
-    model: LanguageModel, batch: PrefixBatch, temperature: float = 1.0, masks: ActionMasks | None = None
-) -> np.ndarray:
-    """Log-probability of each completion given its prompt, ``(B,)`` in nats, from one teacher-forced pass."""
-    return np.array([log_probs.sum() for log_probs in token_log_probs(model, batch, temperature, masks)])
-
-
-def token_log_probs(
-    model: LanguageModel, batch: PrefixBatch, temperature: float = 1.0, masks: ActionMasks | None = None
-) -> list[np.ndarray]:
-    """Log-probability of each token of B completions, in nats, from one teacher-forced pass.
-
-    :param masks: what the distributions are restricted to; a token that was chosen against them is treated as allowed
-    :return: B arrays ``(T,)`` float64
-    """
-    return _log_probs((model,), batch, temperature, masks)[0]
-
-
-@torch.no_grad()
-def _log_probs(
-    models: Sequence[LanguageModel], batch: PrefixBatch, temperature: float, masks: ActionMasks | None
-) -> list[list[np.ndarray]]:
-    """:func:`token_log_probs` of several models, under the same masks."""
-    counts = batch.completion_lengths
-    rows = np.repeat(np.arange(len(batch)), counts)
-    at = np.concatenate([np.arange(p, n) for p, n in zip(batch.prompt_lengths, batch.lengths, strict=True)])
-    tokens = batch.input_ids[rows, at]  # (M,)
-
-    written = at - batch.prompt_lengths[rows]
-    restricting = None
-    if masks is not None and masks.model is not None:
-        machine = masks.model.cached(batch.input_ids.shape[1])
-        restricting = machine.hidden_at(batch.input_ids, batch.lengths, rows, at - 1, batch.prompt_lengths)  # (M, H)
-
-    def allowed(which: np.ndarray) -> np.ndarray:
-        assert masks is not None
-        return masks.at(written[which], None if restricting is None else restricting[which])
-
-    found = []
-    for model in models:
-        log_probs = forced_log_probs(
-            model,
-            batch.input_ids.shape[1],
-            batch.input_ids,
-            batch.lengths,
-            batch.prompt_lengths,
-            rows,
-            at - 1,
-            tokens,
-            temperature,
-            None if masks is None else allowed,
+    @classmethod
+    def of(
+        cls, texts: SampledTexts, reward: Reward, log_probs: list[np.ndarray], ref_log_probs: list[np.ndarray]
+    ) -> _Measured:
+        batch = texts.batch
+        reward.forget(batch.rows)  # what was scored before must not show, not even in the last bits
+        if batch.replies is None:
+            scores = np.nan_to_num(payable(reward, potentials_of(reward, batch), batch))
+            turn_rewards: list[list[float]] = []
+        else:
+            states = [batch.turn_states(row) for row in range(len(batch))]
+            potentials = [
+                np.nan_to_num(payable(reward, values, batch, row))
+                for row, values in enumerate(prefix_potentials_of(reward, batch, states))
+            ]
+            scores = np.array([values[-1] for values in potentials])
+            turn_rewards = [np.diff(values).tolist() for values in potentials]
+            for rewards, paid in zip(turn_rewards, texts.reply_rewards, strict=True):
+                rewards[: len(paid)] = [reward + more for reward, more in zip(rewards, paid, strict=False)]
+        return cls(
+            texts,
+            scores,
+            turn_rewards,
+            np.array([tokens.sum() for tokens in log_probs]),
+            np.array([tokens.sum() for tokens in ref_log_probs]),
+            np.array([len(tokens) for tokens in log_probs]),
         )
-        found.append(np.split(log_probs, np.cumsum(counts)[:-1]))
-    return found
-
-
-def _with_settings(sampling: SamplingSettings | None, settings: Mapping[str, Any]) -> SamplingSettings:
-    return dataclasses.replace(SamplingSettings() if sampling is None else sampling, **settings)
-
-
-def _batches(
-    sampling: SamplingSettings,
-    masks: ActionMasks | None,
-    model: LanguageModel,
-    rows: Sequence[PromptRow],
-    batch_size: int,
-    seed: int,
-    deterministic: bool = False,
-) -> Iterator[tuple[PrefixBatch, list[str]]]:
-    """Batches of completions, and why each of them ended."""
-    check_int("batch_size", batch_size, low=1)
-    fitted = _fitted(sampling, model, rows)  # all of them before the first is completed
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    for start in range(0, len(fitted), batch_size):
-        part = fitted[start : start + batch_size]
-        texts = complete_texts(model, part, sampling, deterministic=deterministic, masks=masks, generator=generator)
-        yield texts.batch(np.arange(len(part))), [str(reason) for reason in texts.finish_reasons]
-
-
-def _fitted(sampling: SamplingSettings, model: LanguageModel, rows: Sequence[PromptRow]) -> list[FittedPrompt]:
-    """The prompts as the model sees them."""
-    if sampling.chat:
-        rows = [as_chat(row, model.vocabulary) for row in rows]
-    rules = EpisodeRules(model.vocabulary, sampling)
-    fitted = [rules.fit(row) for row in rows]
-    limit = model.vocabulary.context_limit
-    for row, ids in fitted:
-        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are together more than "
-                f"the context of {limit} tokens that {model.name} has: {row.prompt[:60]!r}..."
-            )
-    cut = [row.prompt for row, (kept, _) in zip(rows, fitted, strict=True) if kept is not row]
-    if cut:
-        warnings.warn(
-            f"{len(cut)} of {len(rows)} prompts are longer than max_prompt_tokens={sampling.max_prompt_tokens} and "
-            f"were cut on the left, or in their oldest turns, such as {cut[0][:60]!r}...",
-            stacklevel=4,
-        )
-    return fitted
-
-
-def _as_rows(prompts: Any, model: LanguageModel) -> list[PromptRow]:
-    source = as_prompt_source(prompts, model.tokenizer)
-    if not isinstance(source, PromptRows):
-        raise TypeError(f"prompts is a {type(source).__name__}, which has no end; give a list of prompts")
-    return list(source)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from textgym.divergence import DivergedError
-from textgym.episode_rules import EpisodeRules, TurnLimits
+from textgym.episode_rules import EpisodeRules
 from textgym.language_model import LanguageModel, log_distribution
 from textgym.prompts.fitting import FittedPrompt
 from textgym.prompts.rows import PromptRow
-from textgym.replies.base import Reply
+from textgym.replies.base import Reply, ReplyResult
 from textgym.sampling import SamplingSettings
-from textgym.texts import Texts, filled
+from textgym.texts import Texts
 
 if TYPE_CHECKING:
     from textgym.action_masks import ActionMasks
@@ -43,6 +43,23 @@ def sample_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -
     return torch.searchsorted(cumulative, torch.minimum(uniform * total, below_total), right=True).squeeze(-1)
 
 
+class CompletedTexts(Texts):
+    """Texts that are written from their prompts to their ends.
+
+    ``reply_rewards`` has for each row what the reply paid for each of its turns.
+    """
+
+    def __init__(self, num_rows: int, context: int, rules: EpisodeRules, reply: Reply | None = None) -> None:
+        super().__init__(num_rows, context, rules, reply)
+        self.reply_rewards: list[list[float]] = [[] for _ in range(num_rows)]
+
+    def answer(self, rows: np.ndarray) -> list[ReplyResult]:
+        results = super().answer(rows)
+        for row, result in zip(rows.tolist(), results, strict=True):
+            self.reply_rewards[row].append(result.reward)
+        return results
+
+
 @torch.no_grad()
 def complete_texts(
     model: LanguageModel,
@@ -53,9 +70,8 @@ def complete_texts(
     forbidden: Sequence[int] = (),
     masks: ActionMasks | None = None,
     generator: torch.Generator | None = None,
-    turns: TurnLimits | None = None,
     reply: Reply | None = None,
-) -> Texts:
+) -> CompletedTexts:
     """Complete prompts, all rows side by side, each until it ends as it does in the environment.
 
     :param prompts: B of them, with their token ids
@@ -63,11 +79,18 @@ def complete_texts(
     :param deterministic: take the most likely token instead of sampling
     :param forbidden: tokens that are never produced
     :param masks: what else may not be produced, state by state
-    :param turns: limits of texts of several turns
-    :param reply: who speaks after each turn
-    :return: the B texts; they end with the token that ends a turn or completes a stop string
+    :param reply: who speaks after each turn, in the rows 0 to B-1, where episodes begin anew for it; None for texts of
+        one turn
+    :return: the B texts; they end with the token that ends a turn or completes a stop string, or with a reply
+    :raises ReplyError: if the reply fails
+    :raises ValueError: if the settings have limits of turns, and nobody replies
     """
-    texts = filled(EpisodeRules(model.vocabulary, sampling, turns), list(prompts), reply)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    limits = None if reply is None else sampling.turn_limits(model.vocabulary.context_limit, longest)
+    rules = EpisodeRules(model.vocabulary, sampling, limits)
+    texts = CompletedTexts(len(prompts), longest + rules.max_total_tokens, rules, reply)
+    for row, prompt in enumerate(prompts):
+        texts.begin(row, *prompt)
     cached = model.cached(texts.context)
     running = np.arange(len(prompts))
     cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token

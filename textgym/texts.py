@@ -11,7 +11,7 @@ from textgym.chat.between_turns import BetweenTurns
 from textgym.chat.reply_spans import ReplySpan
 from textgym.continuation import continuation_ids
 from textgym.episode_rules import EpisodeRules
-from textgym.prompts.fitting import FittedPrompt, messages_of
+from textgym.prompts.fitting import messages_of
 from textgym.prompts.layouts import stored_tools
 from textgym.prompts.rows import PromptRow, as_columns
 from textgym.replies.base import Reply, ReplyResult, ask
@@ -247,27 +247,13 @@ class Texts:
         assert self.reply is not None
         assert self.rules.turns is not None
         self.cut[row] = True
-        if self.rules.turns.overflow == "error":
+        if self.rules.turns.reply_overflow == "error":
             raise ReplyError(
                 self.reply.name,
                 f"said {tokens} tokens, more than {limit}; say less, raise the limit, or cut replies with "
                 "reply_overflow='truncate'",
                 row=row,
             )
-
-
-def filled(rules: EpisodeRules, prompts: list[FittedPrompt], reply: Reply | None = None) -> Texts:
-    """A row for each prompt, with nothing after it and room for the longest.
-
-    :param rules: of the texts
-    :param prompts: B of them
-    :param reply: who speaks after each turn
-    """
-    context = max(len(prompt.ids) for prompt in prompts) + rules.max_total_tokens
-    texts = Texts(len(prompts), context, rules, reply)
-    for row, prompt in enumerate(prompts):
-        texts.begin(row, *prompt)
-    return texts
 
 
 def token_texts(batch: PrefixBatch, row: int) -> list[str]:

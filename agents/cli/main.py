@@ -174,9 +174,11 @@ def _show_progress(evaluations: list[dict[str, Any]], held_out: bool) -> None:
     for evaluation in shown:
         table.add_column(f"{evaluation['timesteps']:,} tokens", justify="right")
     rows = [("score", "{:+.3f}"), ("kl", "{:.2f}"), ("perplexity", "{:.1f}"), ("distinct_2", "{:.3f}"),
-            ("length", "{:.1f}"), ("eos_rate", "{:.0%}")]  # fmt: skip
+            ("length", "{:.1f}"), ("eos_rate", "{:.0%}"), ("turns", "{:.2f}"), ("return", "{:+.3f}"),
+            ("ended_by_reply", "{:.0%}")]  # fmt: skip
     for name, form in rows:
-        table.add_row(name.replace("_", "-"), *(form.format(evaluation[name]) for evaluation in shown))
+        if name in shown[0]:
+            table.add_row(name.replace("_", "-"), *(form.format(evaluation[name]) for evaluation in shown))
     console.print(table)
 
 

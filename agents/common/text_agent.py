@@ -109,7 +109,7 @@ class TextAgent(SavedAgent):
 
     def _sample_as(self, environment: TextEnvironment) -> None:
         """Let the policy generate texts as the agent learns them."""
-        self.policy.sampling = environment.sampling
+        self.policy.sampling, self.policy.reply = environment.sampling, environment.reply
         self.policy.reference = environment.reference_language_model() if environment.sampling.restricted else None
 
     def _checked_environment(self, env: VecEnv) -> TextEnvironment:

@@ -17,6 +17,7 @@ from textgym.envs.returned_steps import ReturnedSteps
 from textgym.envs.sb3 import TextGenVecEnv, deferrable
 from textgym.language_model import LanguageModel
 from textgym.prompts.rows import PromptSource
+from textgym.replies import Reply
 from textgym.rewards import RewardError
 from textgym.sampling import SamplingSettings
 
@@ -54,6 +55,14 @@ class TextEnvironment:
         """How an agent samples here."""
         settings: SamplingSettings = self._get("sampling")
         return settings
+
+    @property
+    def reply(self) -> Reply | None:
+        """Who speaks after each turn; None where nobody does, or where they are in another process."""
+        if self.rows is None and not isinstance(self.vec_env.unwrapped, DummyVecEnv):
+            return None
+        found: Reply | None = self._get("reply")
+        return found
 
     @property
     def prompts(self) -> PromptSource:

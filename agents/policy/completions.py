@@ -15,6 +15,8 @@ from textgym.generation import complete_texts
 from textgym.language_model import LanguageModel
 from textgym.prompts.fitting import as_chat, fit_prompt
 from textgym.prompts.rows import PromptRow
+from textgym.replies.base import Reply, aside
+from textgym.rewards import PrefixBatch
 from textgym.sampling import SamplingSettings
 
 
@@ -24,8 +26,9 @@ def complete_prompts(
     sampling: SamplingSettings,
     masks: ActionMasks | None,
     deterministic: bool,
-    generator: torch.Generator | None,
-) -> list[str]:
+    seed: int | None,
+    reply: Reply | None = None,
+) -> PrefixBatch | None:
     """Texts that go on where the prompts end, each until a token that ends a turn, or a stop string.
 
     :param lm: what writes
@@ -33,14 +36,19 @@ def complete_prompts(
     :param sampling: how
     :param masks: tokens that may be chosen; None for all
     :param deterministic: whether to take the most likely token every time
-    :param generator: of random numbers; None for torch's global one
-    :return: B completions
+    :param seed: of the sampling; None for torch's global random state
+    :param reply: who speaks after each turn; None for texts of one turn
+    :return: B texts; None where B is 0
     """
     fitted = [fit_prompt(row, lm.vocabulary) for row in _as_rows(lm, prompts, sampling.chat)]
     if not fitted:
-        return []
-    texts = complete_texts(lm, fitted, sampling, deterministic=deterministic, masks=masks, generator=generator)
-    return texts.batch(np.arange(len(fitted))).completions
+        return None
+    generator = None if seed is None else torch.Generator(lm.device).manual_seed(seed)
+    with aside(reply, seed):
+        texts = complete_texts(
+            lm, fitted, sampling, deterministic=deterministic, masks=masks, generator=generator, reply=reply
+        )
+    return texts.batch(np.arange(len(fitted)))
 
 
 def _as_rows(lm: LanguageModel, prompts: Sequence[Any], chat: bool) -> list[PromptRow]:

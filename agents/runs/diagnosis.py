@@ -17,7 +17,11 @@ def diagnose(first: Mapping[str, float], last: Mapping[str, float]) -> list[str]
     :param last: of the newest evaluation
     """
     found = []
-    if last["score_std"] == 0 and first["score_std"] == 0:
+    paid = any(figures.get("reply_reward") for figures in (first, last))  # by replies: the score is not all that counts
+    if paid:
+        if last["return"] < first["return"]:
+            found.append(f"what a text is worth fell from {first['return']:.3g} to {last['return']:.3g}")
+    elif last["score_std"] == 0 and first["score_std"] == 0:
         found.append(
             f"all texts have the same score, {last['score']:g}, before training and after: there is nothing to learn "
             "from this reward on these prompts"
@@ -27,9 +31,9 @@ def diagnose(first: Mapping[str, float], last: Mapping[str, float]) -> list[str]
             f"{last['zero']:.0%} of the scores are 0: the reward seldom says what is better; one that rises step by "
             "step towards what you want teaches more"
         )
-    if last["score_high"] < first["score_low"]:
+    if not paid and last["score_high"] < first["score_low"]:
         found.append(f"the score fell from {first['score']:.3g} to {last['score']:.3g}")
-    if last["ended"] == 0:
+    if last.get("ended") == 0:
         found.append("no text ended by itself: all were cut off at max_new_tokens; give more, or a missing_eos_penalty")
     if last["perplexity"] >= UNLIKELY * first["perplexity"]:
         found.append(

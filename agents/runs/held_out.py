@@ -47,13 +47,14 @@ class HeldOutPrompts:
             envs.reward,
             self.rows,
             envs.sampling,
+            reply=envs.reply,
             completions_per_prompt=self.completions_per_prompt,
             seed=0,
         )
 
     def scores(self, evaluation: Evaluation) -> list[float]:
-        """The mean score of each prompt's completions."""
-        means: list[float] = evaluation.scores.reshape(len(self.rows), -1).mean(1).tolist()
+        """What each prompt's completions are worth in the mean: their scores, and what replies paid."""
+        means: list[float] = evaluation.returns.reshape(len(self.rows), -1).mean(1).tolist()
         return means
 
 
@@ -63,7 +64,9 @@ def held_out_figures(evaluation: Evaluation) -> dict[str, float]:
     low, high = bootstrap_interval(evaluation.scores, n_resamples=1000, rng=0, groups=groups)
     figures = {name: float(value) for name, value in evaluation.figures().items()}
     zero = float((evaluation.scores == 0).mean())
-    return {**figures, "score_low": low, "score_high": high, "zero": zero, "ended": float(evaluation.ended.mean())}
+    if evaluation.turns is None:
+        figures["ended"] = float(evaluation.ended.mean())
+    return {**figures, "score_low": low, "score_high": high, "zero": zero}
 
 
 class BestEvaluation:

@@ -134,15 +134,16 @@ class RunRecorder(BaseCallback):
             self.logger.record(f"eval/{names.get(name, name)}", value)
         every = self.held_out.completions_per_prompt
         for i in range(0, every * min(self.config.samples, len(self.held_out.rows)), every):
-            self.sample_file.append(
-                {
-                    "timesteps": steps,
-                    "prompt": evaluation.prompts[i],
-                    "completion": evaluation.completions[i],
-                    "score": float(evaluation.scores[i]),
-                    "kl": float(evaluation.kl[i]),
-                }
-            )
+            sample = {
+                "timesteps": steps,
+                "prompt": evaluation.prompts[i],
+                "completion": evaluation.completions[i],
+                "score": float(evaluation.scores[i]),
+                "kl": float(evaluation.kl[i]),
+            }
+            if (turns := evaluation.turns) is not None:
+                sample |= {"reply_reward": float(turns.reply_rewards[i]), "transcript": turns.transcripts[i]}
+            self.sample_file.append(sample)
         for name in ("score", "kl"):
             if not math.isfinite(figures[name]):
                 raise DivergedError(f"{name} of held-out completions is {figures[name]}", steps)
@@ -204,6 +205,8 @@ class RunRecorder(BaseCallback):
 def sample_table(rows: list[dict[str, Any]]) -> str:
     """Samples as a Markdown table: a prompt a row, its completions at the first, the middle and the last evaluation.
 
+    Of a conversation each message has a line, with who said it; below is its score, and what replies paid.
+
     :param rows: the lines of ``samples.jsonl``
     """
     steps = sorted({row["timesteps"] for row in rows})
@@ -216,9 +219,17 @@ def sample_table(rows: list[dict[str, Any]]) -> str:
     ]
     for prompt in prompts:
         cells = [found.get((prompt, step)) for step in shown]
-        texts = ["" if cell is None else f"{_cell(cell['completion'])} **{cell['score']:+.2f}**" for cell in cells]
+        texts = ["" if cell is None else _sample(cell) for cell in cells]
         lines.append(f"| {_cell(prompt)} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _sample(row: dict[str, Any]) -> str:
+    if "transcript" not in row:
+        return f"{_cell(row['completion'])} **{row['score']:+.2f}**"
+    lines = [f"**{_cell(message['role'])}** {_cell(message['content'])}" for message in row["transcript"]]
+    paid = f", replies {row['reply_reward']:+.2f}" if row["reply_reward"] else ""
+    return "<br>".join([*lines, f"**{row['score']:+.2f}**{paid}"])
 
 
 def _cell(text: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from textgym.agents.runs.plots import new_figure, plain_text, run_colours, save_figure, style_axes
 from textgym.envs.rendering import RenderedEpisode, render_ansi
@@ -36,6 +39,16 @@ FIGURES: dict[str, _Figure] = {
 }
 """What the tables and the picture show of an evaluation, in this order."""
 
+TURN_FIGURES: dict[str, _Figure] = {
+    "turns": _Figure("Turns", ".2f", "of the model"),
+    "reply_reward": _Figure("Replies' reward", "+.3f", "sum of what replies pay"),
+    "return": _Figure("Score and replies' reward", "+.3f", "mean"),
+    "ended_by_reply": _Figure("Ended by the reply", ".0%", "share of texts"),
+    "ended_by_turns": _Figure("Ended after the last turn", ".0%", "share of texts"),
+    "ended_by_length": _Figure("Ended without room", ".0%", "share of texts"),
+}
+"""What the tables show besides where somebody replied; and what each turn earned."""
+
 _MARK: dict[str, Any] = {"fmt": "o", "capsize": 3, "markersize": 6}
 
 
@@ -56,8 +69,8 @@ def comparison_table(evaluations: Mapping[str, Evaluation], confidence: float = 
     table.add_column("")
     for name in summaries:
         table.add_column(Text(name), justify="right", overflow="fold")
-    for key, figure in FIGURES.items():
-        cells = [_cell(summary[key], figure.form, dim=True) for summary in summaries.values()]
+    for key, figure in _figures_of(summaries).items():
+        cells = [_cell(summary.get(key), figure.form, dim=True) for summary in summaries.values()]
         table.add_row(f"{figure.label}\n[dim]{figure.unit}[/dim]", *cells)
     return table
 
@@ -72,8 +85,8 @@ def comparison_markdown(evaluations: Mapping[str, Evaluation], confidence: float
         "| | " + " | ".join(_escaped(name) for name in summaries) + " |",
         "|---|" + "---:|" * len(summaries),
     ]
-    for key, figure in FIGURES.items():
-        cells = [_cell(summary[key], figure.form) for summary in summaries.values()]
+    for key, figure in _figures_of(summaries).items():
+        cells = [_cell(summary.get(key), figure.form) for summary in summaries.values()]
         lines.append(f"| {figure.label}, {figure.unit} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _caption(evaluations, confidence, "brackets") + ".", ""])
 
@@ -106,11 +119,12 @@ def draw_comparison(
     figure = new_figure(13, 3 * (1.3 + 0.34 * rows) + 0.4)
     grid = figure.subplots(3, 3)
     *panels, against = grid.flatten().tolist()
-    # The share of positive scores has no room here and is in the tables.
-    shown = [key for key in FIGURES if key != "positive"]
+    # What has no room here is in the tables.
+    figures = _figures_of(summaries)
+    shown = [key for key in figures if key != "positive"][: len(panels)]
     labels = [plain_text(_short(name)) for name in names]
     for place, (axes, key) in enumerate(zip(panels, shown, strict=True)):
-        _draw_panel(axes, [summaries[name][key] for name in names], FIGURES[key], colours)
+        _draw_panel(axes, [summaries[name].get(key) for name in names], figures[key], colours)
         if place % 3 == 0:
             axes.set_yticks(range(len(names)), labels)
         else:
@@ -138,14 +152,14 @@ def coloured_completion(scored: ScoredCompletion) -> Text:
 
 
 def _as_episode(scored: ScoredCompletion) -> RenderedEpisode:
-    rewards = scored.rewards.tolist()
+    rewards = [None if math.isnan(reward) else reward for reward in scored.rewards.tolist()]
     return RenderedEpisode(
         prompt=scored.prompt,
         tokens=scored.tokens,
         rewards=rewards,
         score=scored.score,
-        kl=None if scored.kl is None else float(scored.kl.sum()),
-        ret=float(sum(rewards)),
+        kl=None if scored.kl is None else float(np.nansum(scored.kl)),
+        ret=float(np.nansum(scored.rewards)),
         finish_reason=scored.finish_reason,
     )
 
@@ -167,8 +181,21 @@ def _caption(evaluations: Mapping[str, Evaluation], confidence: float, marks: st
     return f"{measured}; {marks} are {100 * confidence:.3g}% confidence intervals"
 
 
-def _cell(estimate: Estimate, form: str, dim: bool = False) -> str:
+def _figures_of(summaries: Mapping[str, Mapping[str, Estimate]]) -> dict[str, _Figure]:
+    """What there is to show of some evaluations."""
+    known = {key for summary in summaries.values() for key in summary}
+    figures = {key: figure for key, figure in (FIGURES | TURN_FIGURES).items() if key in known}
+    turn = 1
+    while (key := f"turn_{turn}_reward") in known:
+        figures[key] = _Figure(f"Turn {turn}", "+.3f", "what it earns, where there is one")
+        turn += 1
+    return figures
+
+
+def _cell(estimate: Estimate | None, form: str, dim: bool = False) -> str:
     """``+0.457 [+0.431, +0.482]``; the brackets hold together where the cell is broken into lines."""
+    if estimate is None:
+        return ""
     low, high = (f"{end:{form}}" for end in (estimate.low, estimate.high))
     interval = f"[{low},\N{NO-BREAK SPACE}{high}]"
     if dim:
@@ -181,8 +208,10 @@ def _reach(estimate: Estimate) -> list[list[float]]:
     return [[max(estimate.value - estimate.low, 0.0)], [max(estimate.high - estimate.value, 0.0)]]
 
 
-def _draw_panel(axes: Axes, estimates: list[Estimate], figure: _Figure, colours: list[Any]) -> None:
+def _draw_panel(axes: Axes, estimates: list[Estimate | None], figure: _Figure, colours: list[Any]) -> None:
     for place, (estimate, colour) in enumerate(zip(estimates, colours, strict=True)):
+        if estimate is None:
+            continue
         axes.errorbar(estimate.value, place, xerr=_reach(estimate), color=colour, **_MARK)
     style_axes(axes, figure.label)
     axes.set_xlabel(figure.unit)

@@ -40,6 +40,12 @@ def action_positions(spans: Sequence[ReplySpan], start: int, end: int) -> np.nda
     return np.concatenate([np.arange(*turn) for turn in turns_between(spans, start, end)]).astype(np.int64)
 
 
+def tokens_before_in_turn(spans: Sequence[ReplySpan], start: int, end: int) -> np.ndarray:
+    """``(S,)`` how many tokens its turn has before each of those that :func:`action_positions` names."""
+    turns = turns_between(spans, start, end)
+    return np.concatenate([np.arange(last - first) for first, last in turns]).astype(np.int64)
+
+
 def before(spans: Sequence[ReplySpan], length: int) -> list[ReplySpan]:
     """The spans in the first ``length`` tokens of a text."""
     return [span for span in spans if span.start < length]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,9 @@ class Reply(ABC):
 
     def begin(self, rows: np.ndarray) -> None:  # noqa: B027 (most replies remember nothing)
         """Episodes begin anew in these rows, ``(B,)``: forget the old ones."""
+
+    def seed(self, seed: int) -> None:  # noqa: B027 (most replies draw nothing)
+        """Draw random numbers anew: after the same seed the same is said to the same turns."""
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered of the running episodes, as arrays and plain data."""
@@ -145,6 +150,25 @@ def as_reply(obj: Any) -> Reply:
         "reply must be a function reply(prompts, transcripts, **columns) -> list[str | None], or a "
         f"textgym.replies.Reply; got {type(obj).__name__} {obj!r}"
     )
+
+
+@contextmanager
+def aside(reply: Reply | None, seed: int | None = None) -> Iterator[None]:
+    """Let a reply speak in other episodes than those it is in. Afterwards it is as it was before.
+
+    :param reply: who speaks; None for nobody
+    :param seed: of what is drawn there
+    """
+    if reply is None:
+        yield
+        return
+    state = copy.deepcopy(reply.state_dict())
+    if seed is not None:
+        reply.seed(seed)
+    try:
+        yield
+    finally:
+        reply.load_state_dict(state)
 
 
 def ask(

@@ -92,6 +92,9 @@ class LanguageModelReply(Reply):
             most = min(limit - self.sampling.max_new_tokens, most or limit)
         return FittedPrompt(PromptRow(text), ids if most is None else ids[-most:])
 
+    def seed(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state().cpu().numpy()}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.chat.reply_spans import ReplySpan, action_positions, before, turns_between
+from textgym.chat.reply_spans import ReplySpan, action_positions, before, tokens_before_in_turn, turns_between
 from textgym.chat.turns import TurnTokens
 
 if TYPE_CHECKING:
@@ -63,6 +63,22 @@ class PrefixBatch:
     def action_positions(self, row: int) -> np.ndarray:
         """``(S,)`` where in a row the tokens stand that the policy wrote."""
         return action_positions(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
+
+    def tokens_before_in_turn(self, row: int) -> np.ndarray:
+        """``(S,)`` how many tokens its turn has before each token of a row that the policy wrote."""
+        return tokens_before_in_turn(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
+
+    def states(self, row: int) -> np.ndarray:
+        """``(S + 1,)`` tokens after the prompt of the states between which the policy's S tokens lead: where it writes
+        them, and the text's end."""
+        return np.append(self.action_positions(row), self.lengths[row]) - self.prompt_lengths[row]
+
+    def turn_states(self, row: int) -> np.ndarray:
+        """``(K + 1,)`` tokens after the prompt of the states in which the policy's K turns begin, and of the text's
+        end."""
+        bounds = turns_between(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
+        begins = [start for start, end in bounds if end > start]
+        return np.array([*begins, self.lengths[row]]) - self.prompt_lengths[row]
 
     @cached_property
     def texts(self) -> list[str]:
