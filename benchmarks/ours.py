@@ -58,6 +58,7 @@ class Textgym:
         of its own, and the update is left out
     :param whole_episodes: whether what is trained on is whole completions, as it is for everyone else, where rollouts
         are long enough for that
+    :param options: further ones of the environment
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Textgym:
         setting: Setting | None = None,
         scoring: str = "deferred",
         whole_episodes: bool = True,
+        **options: Any,
     ) -> None:
         self.covers = ("rollout", "score", "update") if scoring == "deferred" else ("rollout", "score")
         self.workload = workload
@@ -90,6 +92,7 @@ class Textgym:
             max_new_tokens=workload.new_tokens,
             # In the fixed work the end-of-sequence token ends nothing.
             min_new_tokens=0 if workload.ragged else workload.new_tokens,
+            **options,
         )
         self.model = PPO(
             "LanguageModelPolicy",

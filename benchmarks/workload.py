@@ -53,6 +53,7 @@ class Workload:
     :param steps: tokens that a row of a continuous batch generates in an iteration; 0 for the budget T, PPO's default:
         where completions end early, the row goes on with the next one. ``T // 4`` gives ragged iterations as many real
         tokens as those have who wait for the longest row
+    :param context: most tokens of a text; 0 for prompt and completion
     :param dtype: ``float32`` or ``bfloat16``
     :param device: ``cpu`` or ``cuda``
     :param threads: of torch
@@ -76,6 +77,7 @@ class Workload:
     lr: float = 3e-6
     ragged: bool = False
     steps: int = 0
+    context: int = 0
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 2
@@ -83,7 +85,10 @@ class Workload:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, low = getattr(self, field.name), {"steps": 0, "new_tokens": 2, "vocab": 8}.get(field.name, 1)
+            value, low = (
+                getattr(self, field.name),
+                {"steps": 0, "context": 0, "new_tokens": 2, "vocab": 8}.get(field.name, 1),
+            )
             if field.type == "int" and (not isinstance(value, int) or value < low):
                 raise ValueError(f"{field.name}={value!r} must be a whole number, at least {low}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -223,7 +228,7 @@ def model_config(workload: Workload, **more: Any) -> LlamaConfig:
         num_hidden_layers=workload.layers,
         num_attention_heads=workload.heads,
         num_key_value_heads=workload.kv_heads,
-        max_position_embeddings=workload.prompt_tokens + workload.new_tokens,
+        max_position_embeddings=workload.context or workload.prompt_tokens + workload.new_tokens,
         tie_word_embeddings=workload.tied,
         pad_token_id=PAD,
         eos_token_id=EOS,

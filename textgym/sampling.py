@@ -127,6 +127,7 @@ class SamplingSettings:
 
         :param context_limit: most tokens that the model takes, None for any number
         :param prompt_tokens: most tokens of a prompt
+        :raises ValueError: if the model's context has no room for a reply
         """
         max_turns = DEFAULT_MAX_TURNS if self.max_turns is None else self.max_turns
         max_reply_tokens = DEFAULT_MAX_REPLY_TOKENS if self.max_reply_tokens is None else self.max_reply_tokens
@@ -134,7 +135,14 @@ class SamplingSettings:
         if total is None:
             total = max_turns * (self.max_new_tokens + max_reply_tokens)
             if context_limit is not None:
-                total = max(min(total, context_limit - prompt_tokens), self.max_new_tokens)
+                total = min(total, context_limit - prompt_tokens)
+                if total <= self.max_new_tokens < max_turns * self.max_new_tokens:
+                    raise ValueError(
+                        f"a context of {context_limit} tokens has room for {max(total, 0)} after a prompt, which is "
+                        f"no more than one turn of max_new_tokens={self.max_new_tokens}, and leaves none for a reply: "
+                        "take a smaller max_new_tokens or max_prompt_tokens, or max_turns=1"
+                    )
+                total = max(total, self.max_new_tokens)
         return TurnLimits(max_turns, max_reply_tokens, total, self.reply_overflow)
 
     def with_turns(self, limits: TurnLimits) -> SamplingSettings:

@@ -14,7 +14,7 @@ from textgym.episode_rules import EpisodeRules
 from textgym.prompts.fitting import messages_of
 from textgym.prompts.layouts import stored_tools
 from textgym.prompts.rows import PromptRow, as_columns
-from textgym.replies.base import Reply, ReplyResult, ask
+from textgym.replies.base import Reply, ReplyResult, Transcript, ask
 from textgym.replies.errors import ReplyError
 from textgym.rewards import PrefixBatch
 
@@ -106,18 +106,22 @@ class Texts:
         assert self.reply is not None
         keys = [(row, self.ids[row, : self.lengths[row]].tobytes()) for row in rows.tolist()]
         missing = [i for i, key in enumerate(keys) if key not in self._said]
+        batch = self.batch(rows)
+        transcripts = batch.transcripts
         if missing:
-            batch = self.batch(rows[missing])
-            said = ask(self.reply, batch.rows, batch.prompts, batch.transcripts, batch.columns)
+            columns = {name: [column[i] for i in missing] for name, column in batch.columns.items()}
+            asked = [transcripts[i] for i in missing]
+            said = ask(self.reply, rows[missing], [batch.prompts[i] for i in missing], asked, columns)
             self._said.update(zip((keys[i] for i in missing), said, strict=True))
         results = [self._said[key] for key in keys]
-        spoken = [self._reply_ids(row, result) for row, result in zip(rows.tolist(), results, strict=True)]
-        for row, (ids, content), result in zip(rows.tolist(), spoken, results, strict=True):
+        spoken = [self._reply_ids(*one) for one in zip(rows.tolist(), results, transcripts, strict=True)]
+        for row, (ids, content), result, transcript in zip(rows.tolist(), spoken, results, transcripts, strict=True):
             start = int(self.lengths[row])
             self.ids[row, start : start + len(ids)] = ids
             self.lengths[row] += len(ids)
             if content is not None:
-                self.replies[row] = [*self.replies[row], ReplySpan(start, start + len(ids), self.reply.role, content)]
+                span = ReplySpan(start, start + len(ids), self.reply.role, content, transcript[-1]["content"])
+                self.replies[row] = [*self.replies[row], span]
             self.turn_starts[row] = self.lengths[row]
             self.turn_numbers[row] += 1
             self._searched[row] = 0
@@ -199,7 +203,7 @@ class Texts:
             return "turns"
         return "length" if not self._room(row) or self.taken[row] >= self.rules.max_actions else None
 
-    def _reply_ids(self, row: int, result: ReplyResult) -> tuple[list[int], str | None]:
+    def _reply_ids(self, row: int, result: ReplyResult, transcript: Transcript) -> tuple[list[int], str | None]:
         """The tokens that a reply adds to a row, and what of its text they say; None where it says nothing."""
         limits = self.rules.turns
         assert self.reply is not None
@@ -216,7 +220,6 @@ class Texts:
         if messages is None:
             ids = self._plain_ids(row, content)
         else:
-            transcript = self.batch(np.array([row])).transcripts[0]
             opens = not result.done and self.turn_numbers[row] + 1 < limits.max_turns
             tools = stored_tools(self.prompts[row].columns.get("tools"))
             reply = {"role": self.reply.role, "content": content}

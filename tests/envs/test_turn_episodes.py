@@ -267,6 +267,7 @@ def test_a_reply_longer_than_its_room_is_cut_and_said_so_or_refused():
         ({"reply": "hello"}, "reply must be a function reply"),
         ({"reply_overflow": "cut"}, "reply_overflow='cut' must be"),
         ({"reward_every": "turns"}, "or 'turn' or 'end'"),
+        ({"max_new_tokens": 120, "max_prompt_tokens": 8}, "is no more than one turn of max_new_tokens=120"),
     ],
 )
 def test_impossible_options_are_named(options, complaint):

@@ -15,12 +15,14 @@ class ReplySpan(NamedTuple):
     :param end: the place after its last token
     :param role: who spoke, as messages name them: ``"user"``, ``"tool"``
     :param content: what they said
+    :param turn: the text of the policy's turn before it
     """
 
     start: int
     end: int
     role: str
     content: str
+    turn: str
 
 
 def turns_between(spans: Sequence[ReplySpan], start: int, end: int) -> list[tuple[int, int]]:
@@ -58,4 +60,4 @@ def as_data(spans: Sequence[ReplySpan]) -> list[list[Any]]:
 
 def from_data(data: Sequence[Sequence[Any]]) -> list[ReplySpan]:
     """What :func:`as_data` gave."""
-    return [ReplySpan(int(start), int(end), str(role), str(content)) for start, end, role, content in data]
+    return [ReplySpan(int(start), int(end), *map(str, texts)) for start, end, *texts in data]

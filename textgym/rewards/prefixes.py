@@ -126,12 +126,17 @@ class PrefixBatch:
     @cached_property
     def _turn_texts(self) -> list[list[str]]:
         """The texts of each row's turns, the policy's."""
-        rows = []
-        for row, ids in enumerate(self.input_ids.tolist()):
-            between = turns_between(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))
-            decoded = self._decode([ids[:place] for turn in between for place in turn])
-            rows.append([_without_prefix(text, start) for start, text in zip(decoded[::2], decoded[1::2], strict=True)])
-        return rows
+        newest = [
+            turns_between(self._spans(row), int(self.prompt_lengths[row]), int(self.lengths[row]))[-1]
+            for row in range(len(self))
+        ]
+        ids = self.input_ids.tolist()
+        texts = self._decode([ids[row][:end] for row, (_, end) in enumerate(newest)])
+        before = self._decode([ids[row][:start] for row, (start, _) in enumerate(newest)])
+        return [
+            [*(span.turn for span in self._spans(row)), _without_prefix(text, start)]
+            for row, (text, start) in enumerate(zip(texts, before, strict=True))
+        ]
 
     def at(self, indices: Sequence[int] | np.ndarray, completion_lengths: Sequence[int] | np.ndarray) -> PrefixBatch:
         """Rows of this batch, cut to shorter completions.
