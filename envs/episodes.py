@@ -282,6 +282,8 @@ class Episodes:
         self.scorer.forget(rows)
         if self._masks is not None:
             self._masks.forget(rows, self.texts.context)
+        if self.texts.reply is not None:
+            self.texts.reply.forget_cached()
 
     def state_dict(self) -> dict[str, Any]:
         """Where every episode stands, and β, as arrays and plain data."""

@@ -71,6 +71,7 @@ def complete_texts(
     masks: ActionMasks | None = None,
     generator: torch.Generator | None = None,
     reply: Reply | None = None,
+    slots: np.ndarray | None = None,
 ) -> CompletedTexts:
     """Complete prompts, all rows side by side, each until it ends as it does in the environment.
 
@@ -81,6 +82,8 @@ def complete_texts(
     :param masks: what else may not be produced, state by state
     :param reply: who speaks after each turn, in the rows 0 to B-1, where episodes begin anew for it; None for texts of
         one turn
+    :param slots: ``(B,)`` where the rows live in the model's cache, for prompts that go on from what was read and
+        written there before; None for rows that are read from their first token
     :return: the B texts; they end with the token that ends a turn or completes a stop string, or with a reply
     :raises ReplyError: if the reply fails
     :raises ValueError: if the settings have limits of turns, and nobody replies
@@ -93,22 +96,24 @@ def complete_texts(
         texts.begin(row, *prompt)
     cached = model.cached(texts.context)
     running = np.arange(len(prompts))
-    cached.forget(running)  # what was cached before would show in the last bits, and so now and then in a token
-    if masks is not None:
-        masks.forget(running, texts.context)
+    if slots is None:
+        slots = running
+        cached.forget(slots)  # what was cached before would show in the last bits, and so now and then in a token
+        if masks is not None:
+            masks.forget(slots, texts.context)
     if reply is not None:
         reply.begin(running)
     reordered = model.reordered_weights(len(prompts), sampling.max_new_tokens)
     while len(running):
         ids, lengths, prompt_lengths = texts.ids[running], texts.lengths[running], texts.prompt_lengths[running]
         with reordered:
-            logits = model.head(cached.last_hidden(ids, lengths, running, prompt_lengths))
+            logits = model.head(cached.last_hidden(ids, lengths, slots[running], prompt_lengths))
         if forbidden:
             logits[:, list(forbidden)] = -torch.inf
         allowed: Tensor | None = None
         if masks is not None:
             allowed = torch.as_tensor(
-                masks.of(ids, lengths, prompt_lengths, running, texts.turn_tokens[running]), device=logits.device
+                masks.of(ids, lengths, prompt_lengths, slots[running], texts.turn_tokens[running]), device=logits.device
             )
         log_probs = log_distribution(logits, sampling.temperature, allowed)
         tokens = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs, generator)

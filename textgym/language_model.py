@@ -174,6 +174,10 @@ class LanguageModel:
         """
         return self._stepping.machine(context)
 
+    def forget_cached(self) -> None:
+        """Drop what :meth:`cached` machinery has of all rows."""
+        self._stepping.forget()
+
     def compile(self, *, decoding: bool, learning: bool = False) -> None:
         """Run steps from the cache through ``torch.compile``, and teacher-forced passes with gradients, or no longer.
 

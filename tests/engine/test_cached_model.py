@@ -87,14 +87,29 @@ KINDS = ("one more", "several more", "shorter", "another", "as a neighbour", "ot
 def test_a_random_walk_of_rows_equals_the_plain_forward(architecture, attention):
     model = tiny_model(architecture)
     model.set_attn_implementation(attention)
-    machine, walk = CachedModel(model, 40), Walk(rows=6, width=40, seed=1)
+    machine, walk = CachedModel(model, 12), Walk(rows=6, width=40, seed=1)
     for step in range(24):
         most = 2 + step // 4  # the number of rows grows
         rows = walk.rng.permutation(min(most, 6))[: walk.rng.integers(1, min(most, 6) + 1)]
         for row in rows:
             walk.change(int(row), str(walk.rng.choice(KINDS)))
+        if walk.lengths[rows].max() > machine.context:  # what is cached stays where it is
+            machine.widen(int(walk.lengths[rows].max()))
         got = machine.last_hidden(walk.ids[rows], walk.lengths[rows], rows)
         assert difference(model, got, walk.ids[rows], walk.lengths[rows]) < 2e-4, (step, rows)
+
+
+def test_rows_that_outgrow_the_context_are_not_read_again():
+    machine, forwards = CachedModel(LLAMA, 8), Forwards(LLAMA)
+    ids = random_ids(np.random.default_rng(0), 2, 20)
+    machine.last_hidden(ids, np.array([8, 5]))
+    machine.widen(20)
+    with pytest.raises(ValueError, match="context=100000 tokens is more than"):
+        machine.widen(100_000)
+    forwards.take()
+    got = machine.last_hidden(ids, np.array([20, 6]))
+    assert sorted(forwards.take()) == [(1, 1), (1, 12)]
+    assert difference(LLAMA, got, ids, np.array([20, 6])) < 1e-4
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

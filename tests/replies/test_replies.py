@@ -1,4 +1,4 @@
-"""The replies that ship: scripts, tools, models, people."""
+"""The replies that ship: scripts, tools, people."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_agents import tiny_language_model, tiny_vector_env
-from tiny_models import chat_tokenizer, save_chat_model
+from tiny_agents import tiny_vector_env
 
-from textgym.language_model import load_language_model
 from textgym.replies import (
     HumanReply,
-    LanguageModelReply,
     ReplyError,
     ScriptedReply,
     ToolReply,
@@ -163,58 +159,6 @@ def test_a_person_sees_the_turn_and_ends_with_an_empty_line():
     assert "p" in shown[0]
     assert "hello" in shown[0]
     assert answer(human, " well") is None
-
-
-# --- models
-
-
-def test_a_model_without_a_template_goes_on_with_the_text():
-    model = tiny_language_model(seed=3)
-    reply = LanguageModelReply(model, max_new_tokens=4, temperature=1e-4)
-    transcript = [said(" good"), {"role": "user", "content": " and"}, said(" bad")]
-    text = ask(reply, np.arange(1), ["the film"], [transcript], {})[0].text
-    ids = model.encode("the film good and bad")
-    generated = model.model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=4, do_sample=False
-    )[0, len(ids) :]
-    assert text == model.tokenizer.decode([*ids, *generated], skip_special_tokens=True).removeprefix(
-        "the film good and bad"
-    )
-
-
-def test_a_chat_model_hears_the_policy_as_its_user(tmp_path, monkeypatch):
-    save_chat_model(tmp_path, chat_tokenizer())
-    model = load_language_model(tmp_path)
-    seen = []
-    monkeypatch.setattr(model, "encode", lambda text: seen.append(text) or model.vocabulary.encode(text))
-    reply = LanguageModelReply(model, system="be kind", max_new_tokens=3)
-    messages = [{"role": "system", "content": "ask"}, {"role": "user", "content": "hi"}]
-    ask(reply, np.arange(1), ["p"], [[said("how are you")]], {"messages": [messages]})
-    assert seen == [
-        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n<|im_start|>user\nhow are you"
-        "<|im_end|>\n<|im_start|>assistant\n"
-    ]
-
-
-def test_what_a_model_says_goes_on_exactly_from_its_state():
-    model = tiny_language_model()
-    one, other = (LanguageModelReply(model, max_new_tokens=6, seed=4) for _ in range(2))
-    first = answer(one, " good")
-    state = one.state_dict()
-    rest = [answer(one, " good") for _ in range(3)]
-    other.load_state_dict(state)
-    assert [answer(other, " good") for _ in range(3)] == rest
-    assert first != rest[0] or rest[0] != rest[1]
-
-
-def test_self_play_speaks_with_the_weights_of_the_policy():
-    from textgym.agents import PPO
-
-    model = tiny_language_model()
-    env = tiny_vector_env(2, language_model=model, reply=LanguageModelReply(model, max_new_tokens=3), max_new_tokens=3)
-    agent = PPO("LanguageModelPolicy", env, n_steps=12, batch_size=12, seed=0, device="cpu")
-    agent.learn(24)
-    assert agent.num_timesteps == 24
 
 
 def test_an_environment_with_a_tool_has_the_result_in_its_next_observation():

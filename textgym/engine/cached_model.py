@@ -59,14 +59,7 @@ class CachedModel:
         self._compiled_pass = torch.compile(self._pass, dynamic=True) if compile_learning else None
         self.trunk: nn.Module = trunk_of(model)
         self._weights = WeightsVersion(self.trunk)
-        limit = position_limit(model.config)
-        if limit is not None and context > limit:
-            raise ValueError(
-                f"context={context} tokens is more than {type(model).__name__} can attend to exactly ({limit}): "
-                "use fewer prompt or completion tokens, or a model with a longer context"
-            )
-        self.context = context
-        self._reach = attention_reach(model.config, context)
+        self._take(context)
         self._lengths = np.zeros(0, dtype=np.int64)  # (S,) how many cached tokens of each row are valid
         self.forget()
 
@@ -91,6 +84,30 @@ class CachedModel:
         self._lengths = np.zeros(0, dtype=np.int64)
         self._hidden: Tensor | None = None  # (S, H) hidden state at each row's last token
         self._version: int | None = None
+
+    def _take(self, context: int) -> None:
+        """:raises ValueError: if the model has fewer positions"""
+        limit = position_limit(self.model.config)
+        if limit is not None and context > limit:
+            raise ValueError(
+                f"context={context} tokens is more than {type(self.model).__name__} can attend to exactly ({limit}): "
+                "use fewer prompt or completion tokens, or a model with a longer context"
+            )
+        self.context = context
+        self._reach = attention_reach(self.model.config, context)
+
+    @torch.inference_mode(False)
+    def widen(self, context: int) -> None:
+        """Make room for longer rows and keep what is cached.
+
+        :param context: most tokens of a row from now on
+        :raises ValueError: if the model has fewer positions
+        """
+        more = context - self.context
+        self._take(context)
+        self._ids = np.pad(self._ids, ((0, 0), (0, more)))
+        if self._cache is not None:
+            self._cache.widen(context)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it
     @torch.no_grad()

@@ -133,6 +133,11 @@ class EncoderDecoder(CachedModel):
     def _has_states(self) -> bool:
         return False  # these decoders keep keys and values
 
+    def widen(self, context: int) -> None:
+        """See :meth:`CachedModel.widen`; of rows whose prompts grow nothing cached is of use."""
+        self._take(context)
+        self.forget()
+
     def last_hidden(
         self,
         input_ids: np.ndarray | Tensor,

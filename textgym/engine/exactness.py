@@ -115,7 +115,9 @@ class Stepping:
             self._found[beyond] = machine_beyond_windows(stepped)
         kind, reason = self._found[beyond]
         machine = self._machines.get(beyond)
-        if machine is None or machine.context < context:
+        if machine is not None and machine.context < context:
+            machine.widen(context)
+        elif machine is None:
             if kind is CachedModel:
                 machine = CachedModel(stepped.model, context, self.compile, self.compile_learning)
             else:

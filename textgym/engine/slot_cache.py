@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
@@ -82,6 +83,11 @@ class SlotLayer(CacheLayerMixin):
             more = slots - self.keys.shape[0]
             self.keys = torch.cat([self.keys, self.keys.new_zeros(more, *self.keys.shape[1:])])
             self.values = torch.cat([self.values, self.values.new_zeros(more, *self.values.shape[1:])])
+
+    def widen(self, more: int) -> None:
+        """Make room for ``more`` positions and keep what is there; the place that was scratch becomes one."""
+        if self.is_initialized and self.keys is not None and self.values is not None:
+            self.keys, self.values = (F.pad(strip, (0, 0, 0, more)) for strip in (self.keys, self.values))
 
     def copy(self, source: Tensor, target: Tensor, used: int) -> None:
         """Give the slots ``target`` the first ``used`` places of the slots ``source``, ``(B,)`` both."""
@@ -205,6 +211,12 @@ class IndexedSlotLayer(SlotLayer):
             more = slots - len(self.index_keys)
             self.index_keys = torch.cat([self.index_keys, self.index_keys.new_zeros(more, *self.index_keys.shape[1:])])
 
+    def widen(self, more: int) -> None:
+        """See :class:`SlotLayer`."""
+        super().widen(more)
+        if self.index_keys is not None:
+            self.index_keys = F.pad(self.index_keys, (0, 0, 0, more))
+
     def copy(self, source: Tensor, target: Tensor, used: int) -> None:
         """See :class:`SlotLayer`."""
         super().copy(source, target, used)
@@ -289,6 +301,13 @@ class SlotCache(Cache):
             layer.grow(slots)
         self.slots = slots
         self.all_rows = torch.arange(slots, device=self.device)
+
+    def widen(self, positions: int) -> None:
+        """Enlarge to ``positions`` tokens a row and keep what is cached."""
+        for layer in self._filled():
+            if isinstance(layer, SlotLayer):
+                layer.widen(positions - self.positions)
+        self.positions = positions
 
     def copy(self, source: Tensor, target: Tensor, used: int) -> None:
         """Give the slots ``target`` what the slots ``source`` hold, ``(B,)`` both.

@@ -69,6 +69,9 @@ class Reply(ABC):
     def seed(self, seed: int) -> None:  # noqa: B027 (most replies draw nothing)
         """Draw random numbers anew: after the same seed the same is said to the same turns."""
 
+    def forget_cached(self) -> None:  # noqa: B027
+        """Drop what models have cached, so that what is said next does not depend, in its last bits, on when."""
+
     def state_dict(self) -> dict[str, Any]:
         """What is remembered of the running episodes, as arrays and plain data."""
         return {}

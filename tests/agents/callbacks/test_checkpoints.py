@@ -12,7 +12,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.logger import Logger
 from stopped_trainings import Log, StopAfter
-from tiny_agents import KeepRollouts, tiny_env, tiny_ppo, tiny_vector_env
+from tiny_agents import KeepRollouts, tiny_env, tiny_language_model, tiny_ppo, tiny_vector_env
 from tiny_models import tiny_causal_reward_model, tiny_tokenizer
 
 from textgym.agents import PPO, AdaptiveKLCallback
@@ -26,6 +26,7 @@ from textgym.agents.callbacks.checkpoints import (
     write_checkpoint,
 )
 from textgym.agents.callbacks.state_files import read_state, write_state
+from textgym.replies import LanguageModelReply
 from textgym.rewards.models.causal import CausalRewardModel
 
 ROLLOUT = 48  # 12 steps of 4 rows
@@ -44,7 +45,6 @@ def causal_reward() -> CausalRewardModel:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "deferred": {},
     "instant": {"reward": causal_reward, "arguments": {"scoring": "instant"}},
     "masked": {"action_masking": True, "top_k": 12, "min_new_tokens": 2, "reward": causal_reward},
     "adapter": {"arguments": {"policy_kwargs": {"lora": {"r": 2}}}},
@@ -57,6 +57,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole episodes of a copy": {
         "arguments": {"whole_episodes": True, "policy_kwargs": {"rollout_dtype": "bfloat16"}},
     },
+    "deferred, a model replies": {
+        "reply": lambda: LanguageModelReply(tiny_language_model(seed=3), max_new_tokens=4),
+        "max_turns": 3,
+        "max_new_tokens": 3,
+    },
     "normalized": {"reward": lambda: causal_reward().normalized(), "arguments": {"target_kl": 0.003}},
 }
 
@@ -66,8 +71,9 @@ def test_a_resumed_training_equals_one_that_was_not_stopped(setting: str, tmp_pa
     def options() -> dict[str, Any]:
         made = dict(SETTINGS[setting])
         made["arguments"] = dict(made.get("arguments", {}))
-        if "reward" in made:
-            made["reward"] = made["reward"]()
+        for name in ("reward", "reply"):
+            if name in made:
+                made[name] = made[name]()
         return made
 
     def callbacks(folder: str, *more: BaseCallback) -> list[BaseCallback]:
