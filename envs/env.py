@@ -161,6 +161,11 @@ class TextGenEnv(gym.Env):
         return self._rows.token_ids[0]
 
     @property
+    def transcript(self) -> list[dict[str, Any]]:
+        """The messages after the prompt so far: the policy's have the role ``"assistant"``."""
+        return self._rows._episodes.texts.batch(np.zeros(1, dtype=np.int64)).transcripts[0]
+
+    @property
     def temperature(self) -> float:
         """Divides the logits of reference and policy alike."""
         return self._rows.temperature

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from textgym.checks import check_text, shown
+from textgym.checks import check_bool, check_text, shown
 from textgym.continuation import continuation_ids, decode
 from textgym.envs.arguments import log_probabilities
 from textgym.envs.env import TextGenEnv
@@ -22,6 +23,18 @@ from textgym.envs.text_space import UnicodeText
 from textgym.vocabulary import Vocabulary
 
 SUMMED = ("reward_model", "kl", "ref_log_prob", "missing_eos_penalty")  # infos of a token that add up over a text
+
+
+@dataclass
+class _Text:
+    """A text that is being written: the tokens before it and of it, and what those that are written have earned."""
+
+    action: str
+    before: list[int]
+    tokens: list[int]
+    log_probs: list[float] | None
+    rewards: list[float] = field(default_factory=list)
+    infos: list[dict[str, Any]] = field(default_factory=list)
 
 
 class TextActions(gym.Wrapper, RecordConstructorArgs):
@@ -51,25 +64,34 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
     - ``reward_model``, ``kl``, ``ref_log_prob``, ``missing_eos_penalty``: summed over those tokens
     - ``unused``: the rest of the text, ``""`` where all of it was appended
 
+    With a reply an action is a turn: the text, then a token that ends a turn, unless the text has ended it already,
+    with a stop string or the last token of its budget. Then, too, the rest of the text is not used, and the next text
+    begins the next turn. Where reward or reply fail within a text, the step can be taken again with the same text.
+
     A text that the tokenizer can't write (a few know certain words only) is a ``ValueError`` that changes nothing.
     Texts longer than the action space says are tolerated, as the budget ends them.
 
     :param env: ``TextGen-v0``, bare or in wrappers that leave its actions alone
-    :param end_of_turn: append the token that ends a turn after every action: an action is a whole turn
+    :param end_of_turn: append the token that ends a turn after every action: an action is a whole turn. By default
+        where the environment has a reply, and there always
     """
 
-    def __init__(self, env: gym.Env[Any, Any], end_of_turn: bool = False) -> None:
-        if not isinstance(end_of_turn, bool):
-            raise TypeError(f"end_of_turn={end_of_turn!r} must be True or False")
+    def __init__(self, env: gym.Env[Any, Any], end_of_turn: bool | None = None) -> None:
+        if end_of_turn is not None:
+            check_bool("end_of_turn", end_of_turn)
         RecordConstructorArgs.__init__(self, end_of_turn=end_of_turn)
         gym.Wrapper.__init__(self, env)
-        self.end_of_turn = end_of_turn
         self._base = base_env("TextActions", env)
+        replied = self._base.reply is not None
+        if replied and end_of_turn is False:
+            raise ValueError("end_of_turn=False, but the environment has a reply, and an action is a whole turn there")
+        self.end_of_turn = replied or bool(end_of_turn)
         if env.action_space != self._base.action_space:
             raise ValueError(f"env={env} has the actions {env.action_space}; TextActions writes tokens to TextGen-v0")
         vocabulary = self._base.vocabulary
         self.action_space: Any = UnicodeText(self._base.max_new_tokens * longest_token(vocabulary))
         self._reported: np.ndarray | None = None
+        self._begun: _Text | None = None
 
     def encode(self, action: str) -> list[int]:
         """The tokens that ``step(action)`` would append in the current state, the budget aside.
@@ -101,31 +123,51 @@ class TextActions(gym.Wrapper, RecordConstructorArgs):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; see :meth:`TextGenEnv.reset`."""
-        self._reported = None
+        self._reported = self._begun = None
         return super().reset(seed=seed, options=options)
 
     def step(self, action: str) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Append a piece of text, token by token, or as much of it as the episode lasts."""
-        tokens = self.encode(action)
-        log_probs = self._log_probs(len(tokens))
-        before = decode(self._base.vocabulary, self._base.token_ids)
-        rewards: list[float] = []
-        infos: list[dict[str, Any]] = []
-        for i, token in enumerate(tokens):
-            if log_probs is not None:
-                self._base.report_log_prob(log_probs[i])
-            observation, reward, terminated, truncated, info = self.env.step(token)
-            rewards.append(float(reward))
-            infos.append(info)
-            if terminated or truncated:
-                break
-        written = decode(self._base.vocabulary, self._base.token_ids)[len(before) :]
+        """Append a piece of text, token by token, or as much of it as the episode or the turn lasts.
+
+        :raises ValueError: if it isn't the text of the step before, which an error has interrupted
+        """
+        text = self._text(action)
+        ended = False
+        while not ended and len(text.rewards) < len(text.tokens):
+            at = len(text.rewards)
+            if text.log_probs is not None:
+                self._base.report_log_prob(text.log_probs[at])
+            self._begun = text  # until it is written: a reward or a reply may fail
+            observation, reward, terminated, truncated, info = self.env.step(text.tokens[at])
+            text.rewards.append(float(reward))
+            text.infos.append(info)
+            ended = terminated or truncated or "turn" in info
+        self._begun = None
+        tokens, infos = text.tokens[: len(text.rewards)], text.infos
+        before = decode(self._base.vocabulary, text.before)
+        written = decode(self._base.vocabulary, text.before + tokens)[len(before) :]
         summed = {name: sum(info[name] for info in infos) for name in SUMMED if name in infos[-1]}
         # A character whose last bytes found no room any more is decoded as another one and is treated as unused.
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(written, action, strict=False))
         unused = action[sum(1 for _ in same) :]
-        more = {"tokens": tokens[: len(rewards)], "token_rewards": rewards, "unused": unused}
-        return observation, sum(rewards), terminated, truncated, {**infos[-1], **summed, **more}
+        more = {"tokens": tokens, "token_rewards": text.rewards, "unused": unused}
+        return observation, sum(text.rewards), terminated, truncated, {**infos[-1], **summed, **more}
+
+    def _text(self, action: str) -> _Text:
+        """A text that is to be written; what is left of it, where an error has interrupted it."""
+        begun = self._begun
+        if begun is not None and self._base.token_ids != begun.before + begun.tokens[: len(begun.rewards)]:
+            begun = None  # whoever has the environment has begun anew
+        if begun is None or (action != begun.action and not begun.rewards):
+            tokens = self.encode(action)
+            return _Text(action, self._base.token_ids, tokens, self._log_probs(len(tokens)))
+        if action != begun.action:
+            raise ValueError(
+                f"action={shown(action)}, but an error has interrupted the text {shown(begun.action)}: write that one "
+                "again, which goes on where it was, or reset()"
+            )
+        self._reported = None
+        return begun
 
     def _log_probs(self, count: int) -> list[float] | None:
         """What was reported, one for each of the tokens."""

@@ -1,9 +1,9 @@
-"""``TextWrite-v0``: one text, written piece by piece by an agent that sees and writes strings."""
+"""``TextWrite-v0``: one text, or a conversation, written piece by piece by an agent that sees and writes strings."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -15,8 +15,11 @@ from textgym.checks import check_int, check_text, shown
 from textgym.envs.arguments import reset_options, seeds_of_rows
 from textgym.envs.env import TextGenEnv
 from textgym.envs.sharing import unshare
-from textgym.envs.text_actions import TextActions, TextObservations
+from textgym.envs.text_actions import TextActions, TextObservations, longest_token
+from textgym.envs.text_space import UnicodeText
 from textgym.envs.vector_env import TextGenVectorEnv
+from textgym.replies import Reply, ReplyResult
+from textgym.replies.base import Transcript
 
 
 class TextWriteEnv(TextGenEnv):
@@ -39,15 +42,35 @@ class TextWriteEnv(TextGenEnv):
         (True, 'eos', True)
         >>> env.close()
 
+    ## Turns
+    With ``reply`` an action is a whole turn, and the observation is what was said to it: the episodes are those of
+    ``TextGen-v0`` with the same reply. ::
+
+        >>> def critic(transcripts, **columns):
+        ...     return [" Why?" if len(transcript) == 1 else None for transcript in transcripts]
+        >>> env = gym.make("TextWrite-v0", reply=critic)
+        >>> env.reset(options={"prompt": "the film is"})[0]
+        'the film is'
+        >>> observation, reward, terminated, truncated, info = env.step(" a great joy.")
+        >>> observation, terminated
+        (' Why?', False)
+        >>> observation, reward, terminated, truncated, info = env.step(" It is funny.")
+        >>> observation, terminated, info["finish_reason"]
+        ('', True, 'reply')
+        >>> [message["content"] for message in info["transcript"]]
+        [' a great joy.', ' Why?', ' It is funny.']
+        >>> env.close()
+
     ## Action Space
     ``UnicodeText``, a ``spaces.Text`` of any characters: what to append, exactly as it stands. ``" good"`` starts a new
     word, ``"good"`` goes on with the last one. ``""`` ends the text with a token that ends a turn; with
-    ``end_of_turn=True`` every action does. No special token is read from a text. Longer texts than the space has are
-    tolerated, as the budget of tokens ends them.
+    ``end_of_turn=True``, and with a reply, every action does. No special token is read from a text. Longer texts than
+    the space has are tolerated, as the budget of tokens ends them.
 
     ## Observation Space
     ``UnicodeText``: prompt and completion so far, without special tokens. A prompt longer than ``max_prompt_tokens`` is
-    cut on the left.
+    cut on the left. With a reply, what was said last: the prompt, then each reply as far as there was room for it;
+    ``""`` where nobody spoke.
 
     ## Starting State
     A prompt drawn from ``prompts`` with the environment's random numbers; the completion is empty.
@@ -64,7 +87,9 @@ class TextWriteEnv(TextGenEnv):
     - terminated: a token that ends a turn (after ``min_new_tokens``), or a stop string
     - truncated: ``max_new_tokens`` are used up
 
-    Either may happen within a piece; the rest of it is not used.
+    Either may happen within a piece; the rest of it is not used. With a reply both end the turn, which is then
+    answered, and the episode ends as that of ``TextGen-v0`` does. A turn shorter than ``min_new_tokens`` goes on with
+    the next action.
 
     ## Information
     At reset ``prompt`` (text). At each step ``tokens`` (ids of the piece, as far as they were appended),
@@ -72,12 +97,12 @@ class TextWriteEnv(TextGenEnv):
     tokens ``reward_model``, ``kl`` and ``ref_log_prob`` (nats; left out where ``kl_coef=0`` has loaded no reference
     model) and ``missing_eos_penalty`` where that is set. At the end ``finish_reason`` (``"eos"``, ``"stop"`` or
     ``"length"``), ``prompt``, ``completion`` (texts), ``score`` (Φ(x, y)) and
-    ``applies`` (False where the reward is None, "not applicable").
+    ``applies`` (False where the reward is None, "not applicable"). With a reply also what ``TextGen-v0`` says of it.
 
     ## Arguments
     | option | default | meaning |
     |---|---|---|
-    | ``end_of_turn`` | ``False`` | append the token that ends a turn after every action: an action is a whole turn |
+    | ``end_of_turn`` | ``False``; ``True`` with a reply | append the token that ends a turn after every action |
 
     and those of ``TextGen-v0``, see :class:`~textgym.envs.env.TextGenEnv`.
 
@@ -85,13 +110,17 @@ class TextWriteEnv(TextGenEnv):
     * v0: first version
     """
 
-    def __init__(self, *, end_of_turn: bool = False, **options: Any) -> None:
+    def __init__(self, *, end_of_turn: bool | None = None, **options: Any) -> None:
         tokens = TextGenEnv(**options)
         self._rows = tokens._rows
         self._actions = TextActions(tokens, end_of_turn=end_of_turn)
         self._text = TextObservations(self._actions)
         self.action_space = self._actions.action_space
         self.observation_space = self._text.observation_space
+        limits = self._rows.turn_limits
+        if limits is not None:
+            said = limits.max_reply_tokens * longest_token(tokens.vocabulary)
+            self.observation_space = UnicodeText(max(self._text.observation_space.max_length, said))
         self.render_mode = tokens.render_mode
 
     def encode(self, text: str) -> list[int]:
@@ -124,8 +153,11 @@ class TextWriteEnv(TextGenEnv):
         return text, info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:  # type: ignore[override]
-        """Append a piece of text."""
+        """Append a piece of text; with a reply, a turn."""
         text, reward, terminated, truncated, info = self._text.step(action)
+        if self.reply is not None:
+            # As the model sees it: a reply that was too long is cut there, and not in the infos.
+            text = "" if info.get("reply") is None else self.transcript[-1]["content"]
         return text, float(reward), terminated, truncated, info
 
 
@@ -166,6 +198,7 @@ class TextWriteVectorEnv(SyncVectorEnv):
         options = {name: unshare(value) for name, value in options.items()}
         first = TextWriteEnv(**options)
         rows = first._rows
+        reply = rows.reply
         # The model is opened once; what belongs to opening it isn't asked for again.
         if rows._language_model.held is not None:
             options.pop("tokenizer", None)
@@ -177,6 +210,8 @@ class TextWriteVectorEnv(SyncVectorEnv):
         make = [functools.partial(_limited, first, limit)]
         for row in range(1, num_envs):
             mine = {**options, "seed": None if seed is None else seed + row}
+            if reply is not None:
+                mine["reply"] = _OneRow(reply, row)
             make.append(functools.partial(_limited, mine, limit))
         super().__init__(make, autoreset_mode=autoreset_mode)
 
@@ -205,6 +240,37 @@ class TextWriteVectorEnv(SyncVectorEnv):
         if len(actions) != self.num_envs:
             raise ValueError(f"actions={shown(actions)} has {len(actions)} entries, expected {self.num_envs} texts")
         return super().step(tuple(check_text(f"actions[{row}]", text) for row, text in enumerate(actions)))
+
+
+class _OneRow(Reply):
+    """What a reply says to a single environment, which is one of the rows that it speaks to.
+
+    :param reply: speaks to all rows
+    :param row: which one the environment is
+    """
+
+    def __init__(self, reply: Reply, row: int) -> None:
+        self._reply = reply
+        self._row = row
+        self.role = reply.role
+
+    @property
+    def name(self) -> str:
+        return self._reply.name
+
+    def reply(
+        self, rows: np.ndarray, prompts: list[str], transcripts: list[Transcript], columns: Mapping[str, list[Any]]
+    ) -> Sequence[str | ReplyResult | None]:
+        return self._reply.reply(rows + self._row, prompts, transcripts, columns)
+
+    def begin(self, rows: np.ndarray) -> None:
+        self._reply.begin(rows + self._row)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._reply.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reply.load_state_dict(state)
 
 
 def _limited(env: TextWriteEnv | dict[str, Any], limit: int | None) -> gym.Env:
