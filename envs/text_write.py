@@ -117,7 +117,7 @@ class TextWriteEnv(TextGenEnv):
         self._text = TextObservations(self._actions)
         self.action_space = self._actions.action_space
         self.observation_space = self._text.observation_space
-        limits = self._rows.turn_limits
+        limits = self._rows._rules.turns
         if limits is not None:
             said = limits.max_reply_tokens * longest_token(tokens.vocabulary)
             self.observation_space = UnicodeText(max(self._text.observation_space.max_length, said))
@@ -265,6 +265,9 @@ class _OneRow(Reply):
 
     def begin(self, rows: np.ndarray) -> None:
         self._reply.begin(rows + self._row)
+
+    def seed(self, seed: int) -> None:
+        self._reply.seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
         return self._reply.state_dict()

@@ -244,6 +244,7 @@ class TextGenVectorEnv(VectorEnv):
                 self._stream.source,
                 self.sampling,
                 self._stream.fit,
+                self.reply,
             )
         fixed = self._stream.read(prompt, rows)
         self._episodes.scorer.forget(rows)

@@ -178,16 +178,17 @@ def test_with_a_reply_an_action_is_never_a_part_of_a_turn():
 # --- Gymnasium, and many rows
 
 
-@pytest.mark.parametrize("reply_tokens", [4, 400])
-def test_gymnasiums_checker_has_nothing_to_say(reply_tokens):
-    said = " ok" * reply_tokens
-    env = gym.make(
-        "TextWrite-v0", reward=REWARDS["function"], kl_coef=0, reply=lambda transcripts: [said],
-        max_reply_tokens=reply_tokens, max_total_tokens=40, max_new_tokens=8,
-    )  # fmt: skip
-    check_env(env.unwrapped)
-    env.reset(seed=0)
-    assert env.step(" well")[0] in env.observation_space
+def test_gymnasiums_checker_has_nothing_to_say():
+    options = {"reward": REWARDS["function"], "kl_coef": 0, "max_new_tokens": 8}
+    check_env(gym.make("TextWrite-v0", reply=lambda transcripts: [" Why?"], **options).unwrapped)
+
+
+def test_a_reply_longer_than_all_that_the_model_reads_is_in_the_space():
+    env = write(reply=lambda transcripts: [" good" * 30], max_reply_tokens=30, max_total_tokens=6)
+    env.reset(options=STORY)
+    observation, _, _, truncated, info = env.step(" fine")
+    assert observation in env.observation_space
+    assert (truncated, info["finish_reason"], info["reply_truncated"]) == (True, "length", True)
 
 
 class Counting(Reply):

@@ -13,7 +13,7 @@ from text_envs import LANGUAGE_MODEL, REWARDS, ids, make, make_vec, phi, play, r
 from tiny_models import EOS
 
 from textgym.replies import Reply, ReplyError, ReplyResult
-from textgym.rewards import RewardError
+from textgym.rewards import FunctionReward, RewardError
 
 TURNS: dict[str, Any] = {"max_new_tokens": 3, "max_turns": 3, "max_reply_tokens": 4, "max_prompt_tokens": 12}
 
@@ -370,3 +370,59 @@ def test_wrappers_and_specs_share_the_reply():
     )
     assert env.unwrapped.reply is reply
     assert gym.make(env.spec).unwrapped.reply is reply
+
+
+class Patient(Reply):
+    """Says less in each turn, differently in each episode that it has begun, and remembers all that."""
+
+    def __init__(self) -> None:
+        self.episodes = 0
+        self.asked: dict[int, int] = {}
+
+    def begin(self, rows: np.ndarray) -> None:
+        self.episodes += len(rows)
+        self.asked |= dict.fromkeys(rows.tolist(), self.episodes % 3)
+
+    def reply(self, rows: np.ndarray, prompts: Any, transcripts: Any, columns: Any) -> list[str]:
+        said = [" good" * (4 - self.asked[row]) for row in rows.tolist()]
+        for row in rows.tolist():
+            self.asked[row] = min(self.asked[row] + 1, 3)
+        return said
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"episodes": self.episodes, "asked": dict(self.asked)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.episodes, self.asked = state["episodes"], dict(state["asked"])
+
+
+def test_normalized_rewards_are_calibrated_on_whole_conversations():
+    judged: list[list[list[dict[str, Any]]]] = []
+
+    def words_of_others(transcripts: list[list[dict[str, Any]]]) -> list[float]:
+        judged.append(transcripts)
+        return [sum(len(m["content"].split()) for m in t if m["role"] == "user") for t in transcripts]
+
+    numbers = []
+    for _ in range(2):
+        judged.clear()
+        patient = Patient()
+        reward = FunctionReward(words_of_others).normalized()
+        envs = make_vec(2, reply=patient, reward=reward, reward_every="end", kl_coef=0, **TURNS)
+        envs.reset(seed=0)
+        conversations = [conversation for batch in judged for conversation in batch]
+        assert len(conversations) == 256
+        assert {len(conversation) for conversation in conversations} == {6}  # three turns, three replies
+        words = [sum(len(m["content"].split()) for m in c[1::2]) for c in conversations]
+        assert (reward.mean, reward.std) == pytest.approx((np.mean(words), np.std(words)))
+        assert patient.state_dict() == {"episodes": 2, "asked": {0: 2, 1: 2}}  # only of the environment's episodes
+        numbers.append((reward.mean, reward.std))
+    assert numbers[0] == numbers[1]
+    assert numbers[0][1] > 0
+
+
+def test_a_reply_that_fails_while_a_reward_is_calibrated_is_named():
+    reward = FunctionReward(lambda completions: [len(text) for text in completions]).normalized()
+    env = make(reply=lambda transcripts: [None], reward=reward, **TURNS)
+    with pytest.raises(ReplyError, match="returned 1 replies for"):
+        env.reset()
