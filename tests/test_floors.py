@@ -20,7 +20,7 @@ FLOORS = [
     ["textgym.agents.policy"],
     ["textgym.agents.buffers"],
     ["textgym.envs"],
-    ["textgym", "textgym.hyperparams", "textgym.replies", "textgym.reward_training"],
+    ["textgym", "textgym.hyperparams", "textgym.replies", "textgym.reward_training", "textgym.tasks"],
     [
         "textgym.rewards",
         "textgym.rewards.combining",

@@ -9,6 +9,7 @@ from textgym.replies.base import FunctionReply, Reply, ReplyResult, as_reply
 from textgym.replies.errors import ReplyError
 
 if TYPE_CHECKING:  # what __getattr__ does, for type checkers
+    from textgym.replies.games import Game, GameReply
     from textgym.replies.human import HumanReply
     from textgym.replies.language_model import LanguageModelReply
     from textgym.replies.remote import RemoteReply
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # what __getattr__ does, for type checkers
 
 __all__ = [
     "FunctionReply",
+    "Game",
+    "GameReply",
     "HumanReply",
     "LanguageModelReply",
     "RemoteReply",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Game": "games",
+    "GameReply": "games",
     "HumanReply": "human",
     "LanguageModelReply": "language_model",
     "RemoteReply": "remote",
