@@ -25,18 +25,19 @@ from textgym.agents.common.rollout_log_probs import evaluate_anew, reference_log
 from textgym.agents.common.text_agent import TextAgent
 from textgym.agents.common.text_environment import TextEnvironment
 from textgym.divergence import DivergedError
+from textgym.replies import ReplyError
 from textgym.rewards import RewardError
 
 
 @dataclasses.dataclass
 class _TakenSteps:
-    """The steps of a rollout that are in the buffer, and what a rollout whose reward failed goes on from.
+    """The steps of a rollout that are in the buffer, and what a rollout whose reward or reply failed goes on from.
 
     :param timesteps: tokens trained on before them
     :param bootstrap: ``(T, N)`` what is added to their rewards
     :param steps: of each row
     :param counted: tokens trained on, these included
-    :param drawn: actions, values and log-probabilities of the step whose reward failed; None where it was not a step's
+    :param drawn: actions, values and log-probabilities of the step that failed; None where it was not a step's
     :param observation: in which they were drawn
     """
 
@@ -82,6 +83,7 @@ class CollectingAgent(TextAgent):
         :raises DivergedError: if something in it is not finite
         :raises RewardError: if the reward fails; the next call then goes on with these steps. In single environments it
             begins anew, as some of them have taken a step that others have not
+        :raises ReplyError: if the reply fails; likewise
         """
         environment = self._environment
         taken, self._unscored = self._unscored, None
@@ -244,10 +246,10 @@ class CollectingAgent(TextAgent):
         """After an error of a step, or of its scores: let the next rollout go on with it, or begin anew."""
         if environment.rows is None:
             self._last_obs = None  # of single environments some have taken the step
-        elif isinstance(error, RewardError):
+        elif isinstance(error, RewardError | ReplyError):
             taken.counted, taken.observation = self.num_timesteps, self._last_obs
             self._unscored = taken
-        if isinstance(error, RewardError):
+        if isinstance(error, RewardError | ReplyError):
             self.num_timesteps = taken.timesteps  # tokens count once they are scored
 
     def _count_of_all(self, active: np.ndarray) -> int:

@@ -12,7 +12,7 @@ from tiny_agents import tiny_vector_env
 
 from textgym import agents
 from textgym.agents.callbacks.checkpoints import TrainingCheckpoints, resume
-from textgym.replies import Reply, ReplyResult
+from textgym.replies import Reply, ReplyError, ReplyResult
 
 SAID = ("", " very good", " story", " a great movie")
 # How each is made, where it is stopped, and where it ends, in tokens.
@@ -27,14 +27,19 @@ AGENTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
 class Moody(Reply):
     """Speaks by chance, and pays what its mood in an episode is."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: int | None = None) -> None:
         self.rng = np.random.default_rng(3)
         self.moods: dict[int, float] = {}
+        self.fails_in = fails_at
 
     def begin(self, rows: np.ndarray) -> None:
         self.moods |= {row: float(self.rng.random()) for row in rows.tolist()}
 
     def reply(self, rows: np.ndarray, prompts: Any, transcripts: Any, columns: Any) -> list[ReplyResult]:
+        if self.fails_in is not None:
+            self.fails_in -= 1
+            if self.fails_in == 0:
+                raise ConnectionError("busy")
         return [
             ReplyResult(SAID[self.rng.integers(4)], self.moods[row], done=bool(self.rng.random() < 0.2))
             for row in rows.tolist()
@@ -48,12 +53,13 @@ class Moody(Reply):
         self.moods = {int(row): mood for row, mood in state["moods"].items()}
 
 
-def make(name: str) -> Any:
+def make(name: str, reply: Reply | None = None, **more: Any) -> Any:
     agent, arguments, _, _ = AGENTS[name]
     turns = {"max_turns": 4, "max_reply_tokens": 4, "reward_every": "turn"}
     # Turns have four tokens each, whatever is drawn.
-    env = tiny_vector_env(4, reply=Moody(), max_new_tokens=4, min_new_tokens=4, action_masking=True, **turns)
-    return getattr(agents, agent)("LanguageModelPolicy", env, seed=0, device="cpu", learning_rate=1e-2, **arguments)
+    env = tiny_vector_env(4, reply=reply or Moody(), max_new_tokens=4, min_new_tokens=4, action_masking=True, **turns)
+    arguments = {"seed": 0, "device": "cpu", "learning_rate": 1e-2, **arguments, **more}
+    return getattr(agents, agent)("LanguageModelPolicy", env, **arguments)
 
 
 def where(model: Any) -> set[str]:
@@ -83,3 +89,17 @@ def test_a_training_resumed_amid_conversations_ends_with_the_same_weights(name: 
             assert torch.equal(ours, theirs)
     if name == "PPO":  # the rollouts of the others end with episodes
         assert stopped_in >= {"a turn", "between turns"}
+
+
+@pytest.mark.parametrize(("name", "scoring"), [("PPO", "deferred"), ("PPO", "instant"), ("RLOO, turns", "deferred")])
+def test_a_training_whose_reply_failed_goes_on_with_the_same_step(name: str, scoring: str) -> None:
+    weights = []
+    for reply in (Moody(), Moody(fails_at=3)):
+        model = make(name, reply, scoring=scoring)
+        if reply.fails_in is not None:
+            with pytest.raises(ReplyError, match="reply 'Moody': raised ConnectionError: busy"):
+                model.learn(60)
+        model.learn(60 - model.num_timesteps, reset_num_timesteps=False)
+        weights.append([model.num_timesteps, *model.policy.state_dict().values()])
+    assert weights[0][0] == weights[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(weights[0][1:], weights[1][1:], strict=True))
