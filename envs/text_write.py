@@ -69,8 +69,8 @@ class TextWriteEnv(TextGenEnv):
 
     ## Observation Space
     ``UnicodeText``: prompt and completion so far, without special tokens. A prompt longer than ``max_prompt_tokens`` is
-    cut on the left. With a reply, what was said last: the prompt, then each reply as far as there was room for it;
-    ``""`` where nobody spoke.
+    cut on the left. With a reply, what was said last: the prompt, then each reply, cut where it was too long; ``""``
+    where nobody spoke.
 
     ## Starting State
     A prompt drawn from ``prompts`` with the environment's random numbers; the completion is empty.

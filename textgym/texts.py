@@ -231,6 +231,8 @@ class Texts:
         if len(ids) > self._room(row):
             self._too_long(row, len(ids), f"the {self._room(row)} tokens that are left of the episode")
             ids = ids[: self._room(row)]
+            if messages is None:
+                content = "".join(whole[: len(ids)])
         return ids, content
 
     def _plain_ids(self, row: int, content: str) -> list[int]:

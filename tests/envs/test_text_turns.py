@@ -188,6 +188,7 @@ def test_a_reply_longer_than_all_that_the_model_reads_is_in_the_space():
     env.reset(options=STORY)
     observation, _, _, truncated, info = env.step(" fine")
     assert observation in env.observation_space
+    assert observation == " good" * 4  # as many as there was room for after a turn of two tokens
     assert (truncated, info["finish_reason"], info["reply_truncated"]) == (True, "length", True)
 
 
