@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -119,6 +120,29 @@ def _coloured(token: str, reward: float, scale: float, plain: bool) -> str:
         codes = f"38;2;{_joined(_foreground(background))};48;2;{_joined(background)}"
         return f"{space}\x1b[{codes}m{body}\x1b[0m"
     return space + body
+
+
+def render_turn(tokens: Sequence[str], rewards: Sequence[float] | None) -> str:
+    """What somebody wrote, for a terminal: line breaks as they are, tokens on the colours of their rewards.
+
+    Without rewards, or where ``NO_COLOR`` is set, there are no colours.
+
+    >>> render_turn(["Two", "\\n", "lines", ""], None)
+    'Two\\nlines'
+
+    :param tokens: S of them as text
+    :param rewards: ``(S,)`` of them; None where there are none
+    """
+    plain = rewards is None or bool(os.environ.get("NO_COLOR"))
+    given = [0.0] * len(tokens) if rewards is None else rewards
+    scale = max([SMALLEST_SCALE, *map(abs, given)])
+    parts = []
+    for token, reward in zip(tokens, given, strict=True):
+        lines = token.split("\n")
+        parts.append(
+            "\n".join(visible(line) if plain or not line else _coloured(line, reward, scale, False) for line in lines)
+        )
+    return "".join(parts)
 
 
 def render_rgb(episode: RenderedEpisode, width: int = 640, height: int = 240) -> npt.NDArray[np.uint8]:

@@ -17,7 +17,8 @@ from textgym.action_masks import masks_of
 from textgym.checks import check_int
 from textgym.language_model import LanguageModel
 from textgym.metrics import bootstrap_interval, distinct_n, distinct_n_interval, repetition, repetitions
-from textgym.replies.base import Transcript, as_reply, aside
+from textgym.replies.base import Transcript, aside
+from textgym.replies.opening import as_reply
 from textgym.rewards import Reward
 from textgym.rewards.base import potentials_of, prefix_potentials_of
 from textgym.rewards.scores import payable

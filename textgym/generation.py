@@ -60,6 +60,32 @@ class CompletedTexts(Texts):
         return results
 
 
+def append_tokens(
+    texts: Texts,
+    rows: np.ndarray,
+    logits: Tensor,
+    slots: np.ndarray,
+    masks: ActionMasks | None = None,
+    generator: torch.Generator | None = None,
+    deterministic: bool = False,
+) -> None:
+    """Write the next token of some texts.
+
+    :param rows: ``(B,)`` which of them
+    :param logits: ``(B, V)`` of the model
+    :param slots: ``(B,)`` where the rows live in the cache of the model that masks
+    """
+    allowed: Tensor | None = None
+    if masks is not None:
+        ids, lengths, prompt_lengths = texts.ids[rows], texts.lengths[rows], texts.prompt_lengths[rows]
+        allowed = torch.as_tensor(
+            masks.of(ids, lengths, prompt_lengths, slots, texts.turn_tokens[rows]), device=logits.device
+        )
+    log_probs = log_distribution(logits, texts.rules.sampling.temperature, allowed)
+    tokens = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs, generator)
+    texts.append(rows, tokens.cpu().numpy())
+
+
 @torch.no_grad()
 def complete_texts(
     model: LanguageModel,
@@ -110,14 +136,7 @@ def complete_texts(
             logits = model.head(cached.last_hidden(ids, lengths, slots[running], prompt_lengths))
         if forbidden:
             logits[:, list(forbidden)] = -torch.inf
-        allowed: Tensor | None = None
-        if masks is not None:
-            allowed = torch.as_tensor(
-                masks.of(ids, lengths, prompt_lengths, slots[running], texts.turn_tokens[running]), device=logits.device
-            )
-        log_probs = log_distribution(logits, sampling.temperature, allowed)
-        tokens = log_probs.argmax(-1) if deterministic else sample_tokens(log_probs, generator)
-        texts.append(running, tokens.cpu().numpy())
+        append_tokens(texts, running, logits, slots[running], masks, generator, deterministic)
         ended = [row for row in running.tolist() if texts.turn_reasons[row] is not None and not texts.done[row]]
         if reply is not None and ended:
             texts.answer(np.array(ended))

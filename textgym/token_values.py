@@ -9,7 +9,8 @@ import numpy as np
 
 from textgym.action_masks import masks_of
 from textgym.language_model import LanguageModel
-from textgym.replies.base import Transcript, as_reply, aside
+from textgym.replies.base import Transcript, aside
+from textgym.replies.opening import as_reply
 from textgym.rewards import Reward
 from textgym.rewards.base import prefix_potentials_of
 from textgym.rewards.scores import payable

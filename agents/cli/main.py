@@ -1,4 +1,4 @@
-"""The command ``textgym``: train, resume, generate, evaluate, plot, list environments, rewards and imitation.
+"""The command ``textgym``: train, resume, generate, chat, evaluate, plot, list environments, rewards and imitation.
 
 It is a thin layer: options become a :class:`~textgym.agents.runs.RunConfig` or the arguments of a function, and what
 can go wrong with them is said in one line.
@@ -25,6 +25,7 @@ except ModuleNotFoundError as missing:
         f"the command line needs the package {missing.name}: pip install 'textgym[extra]'"
     ) from missing
 
+from textgym.agents.cli.chat import add_chat
 from textgym.agents.cli.options import with_run_options
 from textgym.agents.cli.sft import add_warm_start
 from textgym.agents.cli.texts import add_texts, unescaped
@@ -58,10 +59,11 @@ def _plain_errors() -> Iterator[None]:
         from textgym.agents.distributed.processes import ProcessError
         from textgym.checkpoint_folders import CheckpointError
         from textgym.divergence import DivergedError
+        from textgym.replies import ReplyError
         from textgym.rewards import RewardError
     except KeyboardInterrupt:
         raise _interrupted() from None
-    said = (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, ProcessError, RewardError)
+    said = (ValueError, TypeError, OSError, ModuleNotFoundError, CheckpointError, ProcessError, RewardError, ReplyError)
     try:
         yield
     except KeyboardInterrupt:
@@ -102,7 +104,7 @@ def train(
         from textgym.agents.distributed.processes import ProcessError, Processes
         from textgym.agents.runs.folder import next_free
         from textgym.agents.runs.training import Run, run_config
-        from textgym.agents.runs.trust import check_code, check_model_code
+        from textgym.agents.runs.trust import check_code, check_model_code, code_of
         from textgym.divergence import DivergedError
 
         if resume is not None:
@@ -116,7 +118,7 @@ def train(
                 )
             begun_with, begun = run_config(resume)
             check_model_code(begun, resume, trust_code)
-            check_code([begun.reward, begun_with], resume, trust_code)
+            check_code(code_of(begun, begun_with), resume, trust_code)
             run = Run.resumed(resume, given.get("timesteps"))
         else:
             from_file = {} if config is None else read_config(config)
@@ -183,6 +185,7 @@ def _show_progress(evaluations: list[dict[str, Any]], held_out: bool) -> None:
 
 
 add_texts(app, console, _plain_errors)
+add_chat(app, console, _plain_errors)
 
 
 @app.command()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EVALUATED = 256  # prompts, where nobody says how many
 
 _Reward = Annotated[str | None, typer.Option("--reward", help="as for train; default the run's")]
-_Reference = Annotated[
+Reference = Annotated[
     str | None,
     typer.Option(
         "--reference",
@@ -34,30 +34,30 @@ _Reference = Annotated[
         "started from, and for a model of no run itself",
     ),
 ]
-_TrustCode = Annotated[
+TrustCode = Annotated[
     bool,
     typer.Option(
         "--trust-code", help="run Python code that somebody else's run has as its reward, or that comes with the model"
     ),
 ]
-_Column = Annotated[
+Column = Annotated[
     list[str] | None,
     typer.Option(
         "--column", help="name=value: a column that the reward reads, for every prompt; a value that is JSON is read so"
     ),
 ]
-_MaxTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
-_MinTokens = Annotated[int | None, typer.Option("--min-new-tokens", help="default the run's")]
-_Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]
-_Stop = Annotated[
+MaxTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="default the run's")]
+MinTokens = Annotated[int | None, typer.Option("--min-new-tokens", help="default the run's")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="default the run's")]
+Stop = Annotated[
     list[str] | None, typer.Option("--stop", help=r"a string that ends a text, \n for a newline; default the run's")
 ]
-_Masking = Annotated[
+Masking = Annotated[
     bool | None, typer.Option("--action-masking/--no-action-masking", help="mask special tokens; default as the run")
 ]
-_TopK = Annotated[int | None, typer.Option("--top-k", help="with masking, default the run's")]
-_TopP = Annotated[float | None, typer.Option("--top-p", help="with masking, default the run's")]
-_Template = Annotated[
+TopK = Annotated[int | None, typer.Option("--top-k", help="with masking, default the run's")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="with masking, default the run's")]
+Template = Annotated[
     bool,
     typer.Option(
         "--template",
@@ -65,12 +65,21 @@ _Template = Annotated[
         "conversations",
     ),
 ]
-_Raw = Annotated[bool, typer.Option("--raw", help="texts are not conversations, whatever the run's prompts were")]
-_TemplateArguments = Annotated[
+Raw = Annotated[bool, typer.Option("--raw", help="texts are not conversations, whatever the run's prompts were")]
+TemplateArguments = Annotated[
     list[str] | None,
     typer.Option("--chat-template-kwargs", help="name=value, for variables of the chat template; default the run's"),
 ]
-_Seed = Annotated[int, typer.Option("--seed", help="of the sampling")]
+_Reply = Annotated[
+    str | None,
+    typer.Option(
+        "--reply", help="who speaks after each turn, as for train; default the run's; none: a text is one turn"
+    ),
+]
+MaxTurns = Annotated[int | None, typer.Option("--max-turns", help="default the run's")]
+MaxReplyTokens = Annotated[int | None, typer.Option("--max-reply-tokens", help="default the run's")]
+MaxTotalTokens = Annotated[int | None, typer.Option("--max-total-tokens", help="default the run's")]
+Seed = Annotated[int, typer.Option("--seed", help="of the sampling")]
 
 
 def unescaped(text: str) -> str:
@@ -97,40 +106,47 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         ] = None,
         prompts: Annotated[str | None, typer.Option(help="complete those of this file; default held-out ones")] = None,
         number: Annotated[int, typer.Option("--number", "-n", min=1, help="prompts to complete, without --prompt")] = 8,
-        column: _Column = None,
+        column: Column = None,
         reward: _Reward = None,
-        reference: _Reference = None,
-        trust_code: _TrustCode = False,
-        max_new_tokens: _MaxTokens = None,
-        min_new_tokens: _MinTokens = None,
-        temperature: _Temperature = None,
-        stop: _Stop = None,
-        action_masking: _Masking = None,
-        top_k: _TopK = None,
-        top_p: _TopP = None,
-        template: _Template = False,
-        raw: _Raw = False,
+        reference: Reference = None,
+        trust_code: TrustCode = False,
+        max_new_tokens: MaxTokens = None,
+        min_new_tokens: MinTokens = None,
+        temperature: Temperature = None,
+        stop: Stop = None,
+        action_masking: Masking = None,
+        top_k: TopK = None,
+        top_p: TopP = None,
+        template: Template = False,
+        raw: Raw = False,
         system: Annotated[str | None, typer.Option(help="what the system says before each --prompt")] = None,
-        chat_template_kwargs: _TemplateArguments = None,
+        reply: _Reply = None,
+        max_turns: MaxTurns = None,
+        max_reply_tokens: MaxReplyTokens = None,
+        max_total_tokens: MaxTotalTokens = None,
+        chat_template_kwargs: TemplateArguments = None,
         deterministic: Annotated[bool, typer.Option(help="take the most likely token each time")] = False,
-        seed: _Seed = 0,
+        seed: Seed = 0,
         as_json: Annotated[bool, typer.Option("--json", help="print JSON instead, a line a completion")] = False,
         *,
         file: FileOptions,
     ) -> None:
         """Complete prompts as the run does, with every token on the colour of its reward."""
-        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
+        settings = sampling_settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
         with plain_errors():
-            settings["chat"] = _chat(template, raw)
+            settings["chat"] = in_template(template, raw)
+            settings |= {"max_turns": max_turns, "max_reply_tokens": max_reply_tokens}
+            settings["max_total_tokens"] = max_total_tokens
             from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.reports import coloured_completion
             from textgym.agents.runs.subjects import open_subject
             from textgym.evaluation import score_tokens
 
             subject = open_subject(model, trust_code, template_arguments(chat_template_kwargs))
-            phi = _reward(subject, reward, trust_code)
-            columns = _columns(column)
-            sampling = subject.sampling_with(settings)
+            phi = reward_of(subject, reward, trust_code)
+            columns = columns_of(column)
+            speaker = subject.reply(reply, max_reply_tokens, trust_code)
+            sampling = subject.sampling_with(settings, speaker is not None)
             if system is not None and (raw or not prompt):
                 raise ValueError(f"--system {system!r} is said before each --prompt, in the chat template (not --raw)")
             _check_of_file(file, prompts)
@@ -150,13 +166,14 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             alone = reference is None and subject.run is None and not sampling.restricted
             base = None if alone else subject.reference(reference)
             completions = score_tokens(
-                subject.model, base, phi, rows, sampling, deterministic=deterministic, seed=seed,
-                restricting=_restricting(subject, base, reference) if sampling.restricted else None,
+                subject.model, base, phi, rows, sampling, deterministic=deterministic, seed=seed, reply=speaker,
+                restricting=restricting(subject, base, reference) if sampling.restricted else None,
             )  # fmt: skip
             said = {
                 "model": subject.name,
                 "reference": None if base is None else base.name,
                 "reward": phi.name,
+                "reply": None if speaker is None else speaker.name,
                 **sampling.as_dict(),
                 "deterministic": deterministic,
                 "seed": seed,
@@ -170,7 +187,9 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             if not as_json:
                 against = "no reference" if base is None else f"KL against {base.name}"
                 greedy = "the likeliest tokens, " * deterministic
-                console.print(f"{greedy}{sampling.said()}; reward {phi.name}; {against}", style="dim", highlight=False)
+                replies = "" if speaker is None else f"; reply {speaker.name}"
+                said_so = f"{greedy}{sampling.said()}; reward {phi.name}{replies}; {against}"
+                console.print(said_so, style="dim", highlight=False, markup=False)
 
     @app.command()
     @with_file_options
@@ -184,35 +203,41 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
         ] = None,
         completions: Annotated[int, typer.Option(min=1, help="completions of each prompt")] = 1,
         reward: _Reward = None,
-        reference: _Reference = None,
+        reference: Reference = None,
         no_reference: Annotated[bool, typer.Option("--no-reference", help="don't evaluate the reference, too")] = False,
-        trust_code: _TrustCode = False,
+        trust_code: TrustCode = False,
         prompts: Annotated[
             str | None, typer.Option(help="evaluate on the prompts of this file; default the first run's held-out ones")
         ] = None,
-        column: _Column = None,
-        max_new_tokens: _MaxTokens = None,
-        min_new_tokens: _MinTokens = None,
-        temperature: _Temperature = None,
-        stop: _Stop = None,
-        action_masking: _Masking = None,
-        top_k: _TopK = None,
-        top_p: _TopP = None,
-        template: _Template = False,
-        raw: _Raw = False,
-        chat_template_kwargs: _TemplateArguments = None,
-        seed: _Seed = 0,
+        column: Column = None,
+        max_new_tokens: MaxTokens = None,
+        min_new_tokens: MinTokens = None,
+        temperature: Temperature = None,
+        stop: Stop = None,
+        action_masking: Masking = None,
+        top_k: TopK = None,
+        top_p: TopP = None,
+        template: Template = False,
+        raw: Raw = False,
+        reply: _Reply = None,
+        max_turns: MaxTurns = None,
+        max_reply_tokens: MaxReplyTokens = None,
+        max_total_tokens: MaxTotalTokens = None,
+        chat_template_kwargs: TemplateArguments = None,
+        seed: Seed = 0,
         *,
         file: FileOptions,
     ) -> None:
         """Measure models on prompts that none of them was trained on, side by side, with bootstrap 95 % intervals.
 
-        Prompts, reward, reference, token budget and stop strings are those of the first model's run; temperature and
-        masks are each model's own.
+        Prompts, reward, reference, reply, budgets and stop strings are those of the first model's run; temperature
+        and masks are each model's own.
         """
-        settings = _settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
+        settings = sampling_settings(max_new_tokens, min_new_tokens, temperature, stop, action_masking, top_k, top_p)
         with plain_errors():
-            settings["chat"] = _chat(template, raw)
+            settings["chat"] = in_template(template, raw)
+            settings |= {"max_turns": max_turns, "max_reply_tokens": max_reply_tokens}
+            settings["max_total_tokens"] = max_total_tokens
             from textgym.agents.runs import reports
             from textgym.agents.runs.config import template_arguments
             from textgym.agents.runs.subjects import Subject, open_subject
@@ -223,7 +248,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             arguments = template_arguments(chat_template_kwargs)
             subjects = [open_subject(path, trust_code, arguments) for path in dict.fromkeys(models)]
             first = subjects[0]
-            phi = _reward(first, reward, trust_code)
+            phi = reward_of(first, reward, trust_code)
             base = first.reference(reference)
             for subject in subjects:
                 check_reference(subject.model, base)
@@ -232,25 +257,28 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
             else:
                 rows = _from_file(prompts, file, first)
                 _warn_of_seen(console, subjects, rows, prompts)
-            rows = _with_columns(rows, _columns(column))
+            rows = _with_columns(rows, columns_of(column))
             if number is not None:
                 _say_how_many(console, len(rows), number)
             rows = rows[: (EVALUATED if prompts is None else None) if number is None else number]
-            task = {
-                "max_new_tokens": first.sampling.max_new_tokens,
-                "stop": first.sampling.stop,
-                "chat": first.sampling.chat,
-            }
+            speaker = first.reply(reply, max_reply_tokens, trust_code)
+            of_task = ["max_new_tokens", "stop", "chat"]
+            if speaker is not None:
+                of_task += ["max_turns", "max_reply_tokens", "max_total_tokens", "reply_overflow"]
+            task = {name: getattr(first.sampling, name) for name in of_task}
+            if any(settings[name] for name in ("max_new_tokens", "max_turns", "max_reply_tokens")):
+                task.pop("max_total_tokens", None)  # it follows from these
             given = {**task, **{name: value for name, value in settings.items() if value is not None}}
             if not no_reference and base is not first.model and base.name not in models:
                 subjects.insert(0, Subject(base.name, base, first.config, first.run, first.sampling))
             evaluations: dict[str, Evaluation] = {}
             for subject in subjects:
-                sampling = subject.sampling_with(given)
+                sampling = subject.sampling_with(given, speaker is not None)
                 with console.status(f"{subject.name}: {len(rows)} prompts"):
                     evaluations[subject.name] = measure(
                         subject.model, base, phi, rows, sampling, completions_per_prompt=completions, seed=seed,
-                        restricting=_restricting(subject, base, reference) if sampling.restricted else None,
+                        reply=speaker,
+                        restricting=restricting(subject, base, reference) if sampling.restricted else None,
                     )  # fmt: skip
             console.print(reports.comparison_table(evaluations))
             _say_settings(console, evaluations)
@@ -262,7 +290,7 @@ def add_texts(app: typer.Typer, console: Console, plain_errors: Callable[[], Abs
                 console.print(f"Wrote evaluation.json, evaluation.md and evaluation.png to [bold]{output}[/bold]")
 
 
-def _settings(
+def sampling_settings(
     max_new_tokens: int | None,
     min_new_tokens: int | None,
     temperature: float | None,
@@ -283,14 +311,14 @@ def _settings(
     }
 
 
-def _chat(template: bool, raw: bool) -> bool | None:
+def in_template(template: bool, raw: bool) -> bool | None:
     """Whether texts are said in the chat template; None where no flag says it."""
     if template and raw:
         raise ValueError("--template and --raw say opposite things; give one of them")
     return True if template else False if raw else None
 
 
-def _reward(subject: Subject, given: str | None, trusted: bool) -> Reward:
+def reward_of(subject: Subject, given: str | None, trusted: bool) -> Reward:
     """What is given, or the run's reward, whose code may need trust."""
     from textgym.agents.runs.trust import check_code
     from textgym.rewards.opening import load_reward
@@ -300,7 +328,7 @@ def _reward(subject: Subject, given: str | None, trusted: bool) -> Reward:
     return load_reward(subject.config.reward if given is None else given, subject.config.trust_remote_code)
 
 
-def _restricting(subject: Subject, base: LanguageModel | None, given: str | None) -> LanguageModel | None:
+def restricting(subject: Subject, base: LanguageModel | None, given: str | None) -> LanguageModel | None:
     """Whose likeliest tokens a subject's masks are: what is given, else the model that its own run started from."""
     if given is None and subject.run is not None:
         return base if base is not None and base.name == subject.config.model else subject.reference()
@@ -312,7 +340,7 @@ def _restricting(subject: Subject, base: LanguageModel | None, given: str | None
     return base
 
 
-def _columns(given: list[str] | None) -> dict[str, Any]:
+def columns_of(given: list[str] | None) -> dict[str, Any]:
     """Columns from ``name=value``."""
     columns: dict[str, Any] = {}
     for text in given or []:
@@ -417,6 +445,6 @@ def _say_settings(console: Console, evaluations: dict[str, Evaluation]) -> None:
         whose = f"{', '.join(of)}: " if len(said) > 1 else ""
         console.print(f"{whose}{text}", style="dim", highlight=False)
     settings = next(iter(evaluations.values())).settings
-    console.print(
-        f"reward {settings['reward']}; KL and perplexity against {settings['reference']}", style="dim", highlight=False
-    )
+    replies = "" if settings["reply"] is None else f"; reply {settings['reply']}"
+    said_so = f"reward {settings['reward']}{replies}; KL and perplexity against {settings['reference']}"
+    console.print(said_so, style="dim", highlight=False, markup=False)

@@ -41,7 +41,8 @@ from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.model_sources import resolve_dtype
-from textgym.replies.base import Reply, Transcript, as_reply
+from textgym.replies.base import Reply, Transcript
+from textgym.replies.opening import as_reply
 from textgym.rewards import PrefixBatch
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder

@@ -109,7 +109,7 @@ def resolved(algorithm: str | type[TextOnPolicyAlgorithm], config: RunConfig) ->
     _check_own_options(algorithm, config)
     own = options_of(algorithm)
     if "n_steps" in own:
-        own["n_steps"] = config.max_new_tokens  # a rollout of whole episodes, more or less
+        own["n_steps"] = config.longest_episode  # a rollout of whole episodes, more or less
     values = config.as_dict()
     for field in sections()[ALGORITHM]:
         if field.name in _GENERAL:
@@ -124,7 +124,7 @@ def resolved(algorithm: str | type[TextOnPolicyAlgorithm], config: RunConfig) ->
             )
     if config.stats_window_size is None:
         # Training's figures stand beside held-out ones of the same weights: older episodes are of older weights.
-        whole = (values["n_steps"] or config.max_new_tokens) // config.max_new_tokens
+        whole = (values["n_steps"] or config.longest_episode) // config.longest_episode
         values["stats_window_size"] = values["episodes"] or config.rows * max(1, whole)
     return RunConfig(**_with_kl_target(values))
 
@@ -134,12 +134,12 @@ def _with_kl_target(values: dict[str, Any]) -> dict[str, Any]:
 
     A fixed β keeps a policy as near as the reward is small; one that rises above a target does whatever the reward.
     """
-    found = dict(values)
+    found, longest = dict(values), RunConfig(**values).longest_episode
     if found["kl_target"] is None:
         found["kl_target"] = 0.0
         if found["model"] != "embedded" and found["kl_coef"] > 0:
-            found["kl_target"] = round(KL_PER_TOKEN * found["max_new_tokens"], 6)
-            completions = found["timesteps"] / found["max_new_tokens"]
+            found["kl_target"] = round(KL_PER_TOKEN * longest, 6)
+            completions = found["timesteps"] / longest
             # By a factor of 1.2 in a rollout of whole episodes, or more slowly in a long run.
             horizon = max(completions / 20, float(found["rows"]))
             defaults = {"kl_coef_min": found["kl_coef"], "kl_horizon": horizon}

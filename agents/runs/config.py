@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from textgym.checks import check_choice, check_int, check_number, check_seed, shown
+from textgym.sampling import DEFAULT_MAX_TURNS
 
 
 def _option(default: Any, section: str, text: str) -> Any:
@@ -26,6 +27,7 @@ def _option(default: Any, section: str, text: str) -> Any:
 
 
 MODEL, DATA, REWARD, EPISODE, ALGORITHM, RUN = "Model", "Prompts", "Reward and KL", "Episodes", "Agent", "Run"
+TURNS = "Turns"
 FURTHER = "Further arguments of the agent"
 
 
@@ -88,14 +90,16 @@ class RunConfig:
         "embedded, a formula of rewards such as '0.5*coherence + 0.5*grammar' (textgym rewards lists them), "
         "file.py:function, module:object, or a directory or hub id of a reward model",
     )
-    reward_every: str = _option("1", REWARD, "score every so many tokens and at the end; end: only the finished text")
+    reward_every: str = _option(
+        "1", REWARD, "score every so many tokens and at the end; turn: at each turn's end; end: only the finished text"
+    )
     kl_coef: float = _option(0.05, REWARD, "weight of the KL penalty; 0 for none")
     kl_estimator: Literal["k1", "k2", "k3"] = _option("k1", REWARD, "estimator of the KL per token")
     kl_target: float | None = _option(
         None,
         REWARD,
         "adapt kl_coef so that the KL per completion approaches this, nats; 0: kl_coef stays. Default 0 for the "
-        "embedded model, for others 0.2 times max_new_tokens, with kl_coef as kl_coef_min",
+        "embedded model, for others 0.2 times the tokens of the longest episode, with kl_coef as kl_coef_min",
     )
     kl_coef_min: float | None = _option(None, REWARD, "adapting makes kl_coef no less than this; default 0")
     kl_horizon: float | None = _option(
@@ -108,7 +112,7 @@ class RunConfig:
     missing_eos_penalty: float = _option(0.0, REWARD, "subtracted where the token budget ran out")
 
     rows: int = _option(64, EPISODE, "texts written side by side, by each process")
-    max_new_tokens: int = _option(32, EPISODE, "budget of a completion, tokens")
+    max_new_tokens: int = _option(32, EPISODE, "budget of a completion, tokens; with a reply, of a turn")
     min_new_tokens: int = _option(0, EPISODE, "an end before that many tokens ends nothing")
     max_prompt_tokens: int | None = _option(
         None, EPISODE, "longer texts are cut on the left, conversations in their oldest turns; default 64 or what fits"
@@ -124,9 +128,23 @@ class RunConfig:
     top_k: int = _option(0, EPISODE, "with masking: only the reference's k most likely tokens; 0 for all")
     top_p: float = _option(1.0, EPISODE, "with masking: only the reference's likeliest tokens up to this probability")
 
+    reply: str | None = _option(
+        None,
+        TURNS,
+        "who speaks after each turn: file.py:function or module:object, model:NAME (a language model), tool:calculate, "
+        "tool:file.py:function (several with commas), script:FILE (a line after another), http://... (a server); "
+        "default nobody, and a text is one turn",
+    )
+    max_turns: int | None = _option(None, TURNS, "turns of an episode; default 4")
+    max_reply_tokens: int | None = _option(None, TURNS, "of what a reply says; longer ones are cut; default 32")
+    max_total_tokens: int | None = _option(
+        None, TURNS, "budget of an episode; default max_turns times max_new_tokens and max_reply_tokens, or what fits"
+    )
+    reply_overflow: Literal["truncate", "error"] = _option("truncate", TURNS, "what to do with longer replies")
+
     learning_rate: float | None = _option(None, ALGORITHM, "of Adam; default 1e-4, and 1e-3 of TRPO's value head")
     lr_schedule: Literal["constant", "linear"] = _option("constant", ALGORITHM, "linear: falls to 0 at the end")
-    n_steps: int | None = _option(None, ALGORITHM, "tokens per row and rollout; default max_new_tokens")
+    n_steps: int | None = _option(None, ALGORITHM, "tokens per row and rollout; default those of the longest episode")
     episodes: int | None = _option(None, ALGORITHM, "whole episodes in a rollout; default one for each row")
     group_size: int | None = _option(
         None, ALGORITHM, "completions of each prompt, which are compared; default 4, with DPO 2"
@@ -277,11 +295,26 @@ class RunConfig:
             raise ValueError(
                 f"kl_target={self.kl_target} adapts kl_coef by factors, but kl_coef={self.kl_coef}: make it positive"
             )
-        if self.reward_every != "end" and not (self.reward_every.isdigit() and int(self.reward_every) >= 1):
-            raise ValueError(f"reward_every={self.reward_every!r} must be a whole number of at least 1, or 'end'")
+        every = self.reward_every
+        if every not in ("turn", "end") and not (every.isdigit() and int(every) >= 1):
+            raise ValueError(f"reward_every={every!r} must be a whole number of at least 1, 'turn' or 'end'")
+        for name in ("max_turns", "max_reply_tokens", "max_total_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                check_int(name, value, low=1)
+                if self.reply is None:
+                    raise ValueError(f"{name}={value} is of episodes in which somebody replies: give a reply, too")
 
         self.template_arguments()  # wrong ones are errors now
         self.agent_arguments()
+
+    @property
+    def longest_episode(self) -> int:
+        """Most tokens that the policy writes in an episode."""
+        if self.reply is None:
+            return self.max_new_tokens
+        turns = DEFAULT_MAX_TURNS if self.max_turns is None else self.max_turns
+        return min(turns * self.max_new_tokens, self.max_total_tokens or turns * self.max_new_tokens)
 
     def template_arguments(self) -> dict[str, Any]:
         """The variables of the chat template that ``chat_template_kwargs`` names, with their values.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from textgym.agents.runs.config import RunConfig
+from textgym.replies.opening import code_of_reply
 from textgym.rewards.code_names import code_in
 
 _NAMES = ("train", "test", "auto", "embedded", "smollm2", "gemma3")
@@ -19,6 +20,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         for name in ("model", "tokenizer", "prompts", "held_out")
         if (value := getattr(config, name)) is not None
     }
+    if config.reply is not None:
+        changed["reply"] = _absolute_reply(config.reply)
     return dataclasses.replace(config, **changed, reward=_absolute_reward(config.reward))
 
 
@@ -36,6 +39,18 @@ def _absolute_reward(text: str) -> str:
     for code in code_in(text):
         where, colon, name = code.rpartition(":")
         if where.endswith(".py") and not _needs_quotes(_absolute(where), code == text.strip()):
+            text = text.replace(code, f"{_absolute(where)}{colon}{name}")
+    return text
+
+
+def _absolute_reply(text: str) -> str:
+    """A reply with the absolute paths of its files: of code, of a script, or of a model."""
+    kind, _, what = text.strip().partition(":")
+    if kind in ("model", "script"):
+        return f"{kind}:{_absolute(what)}"
+    for code in code_of_reply(text):
+        where, colon, name = code.rpartition(":")
+        if where.endswith(".py"):
             text = text.replace(code, f"{_absolute(where)}{colon}{name}")
     return text
 

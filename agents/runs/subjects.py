@@ -12,11 +12,13 @@ from textgym.agents.common.pretrained import AGENT, read_sampling
 from textgym.agents.runs.config import RunConfig
 from textgym.agents.runs.folder import RunFolder
 from textgym.agents.runs.prompt_record import prompt_hash, trained_on
-from textgym.agents.runs.training import policy_of, run_config
-from textgym.agents.runs.trust import check_code, check_model_code
-from textgym.episode_rules import prompt_room
+from textgym.agents.runs.training import policy_of, reply_of, run_config
+from textgym.agents.runs.trust import check_code, check_model_code, code_in_reply, code_of
+from textgym.envs.options import TextGenOptions
+from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, prompt_room
 from textgym.language_model import LanguageModel, load_language_model
 from textgym.prompts.rows import PromptRow
+from textgym.replies.base import Reply
 from textgym.sampling import SamplingSettings
 
 
@@ -50,20 +52,41 @@ class Subject:
             return load(self.config.model, self.config, self.config.tokenizer)
         return load(given, self.config)
 
-    def sampling_with(self, settings: dict[str, Any]) -> SamplingSettings:
+    def sampling_with(self, settings: dict[str, Any], replies: bool = False) -> SamplingSettings:
         """Its settings, but for those that are given.
 
+        :param replies: whether somebody replies
         :raises ValueError: if they are impossible together, or too long for the model
         """
         given = {name: value for name, value in settings.items() if value is not None}
         if given.get("action_masking") is False:
             given = {"top_k": 0, "top_p": 1.0, **given}
-        sampling = dataclasses.replace(self.sampling, **given)
-        if given.get("max_prompt_tokens") is None and "max_new_tokens" in given:
-            limit = self.model.vocabulary.context_limit
-            room = prompt_room(self.config.max_prompt_tokens, sampling.max_new_tokens, limit)
-            sampling = dataclasses.replace(sampling, max_prompt_tokens=room)
+        sampling = (self.sampling if replies else self.sampling.one_turn()).changed(**given)
+        if given.get("max_prompt_tokens") is None and given.keys() & _BUDGETS:
+            limit, most = self.model.vocabulary.context_limit, self.config.max_prompt_tokens
+            budget, name = sampling.max_new_tokens, "max_new_tokens"
+            if replies:
+                limits = sampling.turn_limits(limit, most or DEFAULT_MAX_PROMPT_TOKENS)
+                sampling, budget, name = sampling.with_turns(limits), limits.max_total_tokens, "max_total_tokens"
+            sampling = dataclasses.replace(sampling, max_prompt_tokens=prompt_room(most, budget, limit, name))
         return sampling
+
+    def reply(self, given: str | None, max_reply_tokens: int | None, trusted: bool) -> Reply | None:
+        """Who speaks after its turns: who is given, or who does so in its run; None for nobody, or ``"none"``.
+
+        :param max_reply_tokens: most that a language model says; default the run's
+        :param trusted: whether the user has said that code of the run may run
+        :raises UntrustedCodeError: if the run's is code, and they haven't
+        """
+        name = self.config.reply if given is None else given
+        if name is None or name == "none":
+            return None
+        if given is None:
+            check_code(code_in_reply(name), self.run or self.name, trusted)
+        return reply_of(name, self.config, max_reply_tokens or self.config.max_reply_tokens)
+
+
+_BUDGETS = {"max_new_tokens", "max_turns", "max_reply_tokens", "max_total_tokens"}
 
 
 def open_subject(path: str, trusted: bool, template: Mapping[str, Any] | None = None) -> Subject:
@@ -81,7 +104,7 @@ def open_subject(path: str, trusted: bool, template: Mapping[str, Any] | None = 
         for part in (folder.model, folder.best):
             if part.is_dir():
                 return _subject(path, load(str(part), config), config, folder.path, part)
-        check_code([config.reward, algorithm], path, trusted)
+        check_code(code_of(config, algorithm), path, trusted)
         policy = policy_of(path)  # no agent was written yet, but a checkpoint
         model = load_language_model(policy.language_model, chat_template_kwargs=config.template_arguments())
         subject = _subject(path, model, config, folder.path, None)
@@ -125,13 +148,11 @@ def _subject(path: str, model: LanguageModel, config: RunConfig, run: Path | Non
 
 def sampling_of_run(config: RunConfig, model: LanguageModel) -> SamplingSettings:
     """How texts are sampled in a run's environment."""
-    return SamplingSettings(
-        max_new_tokens=config.max_new_tokens,
-        min_new_tokens=config.min_new_tokens,
-        max_prompt_tokens=prompt_room(config.max_prompt_tokens, config.max_new_tokens, model.vocabulary.context_limit),
-        temperature=config.temperature,
-        stop=tuple(config.stop or ()),
-        action_masking=config.action_masking,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
+    options = TextGenOptions(**{name: getattr(config, name) for name in _SAMPLING}, reply=config.reply)
+    return options.episode_rules(model.vocabulary, None).sampling
+
+
+_SAMPLING = (
+    "max_new_tokens min_new_tokens max_prompt_tokens temperature stop action_masking top_k top_p max_turns "
+    "max_reply_tokens max_total_tokens reply_overflow"
+).split()

@@ -35,15 +35,18 @@ from textgym.agents.runs.plots import plot_runs
 from textgym.agents.runs.prompt_record import check_same_prompts, write_prompt_record
 from textgym.agents.runs.prompts import load_prompts
 from textgym.agents.runs.recorder import RunRecorder, StopRun, sample_table
-from textgym.agents.runs.trust import seals
+from textgym.agents.runs.trust import code_of, seals
 from textgym.checkpoint_folders import CheckpointError, FolderLock, is_whole, write_text_whole
 from textgym.divergence import DivergedError
 from textgym.envs import TextGenVectorEnv
 from textgym.prompts.fitting import judge_lengths
 from textgym.prompts.rows import PromptRow
+from textgym.replies.base import Reply
+from textgym.replies.opening import load_reply
 from textgym.rewards.errors import RewardValueError
 from textgym.rewards.learning import has_learning_parts
 from textgym.rewards.opening import load_reward
+from textgym.sampling import DEFAULT_MAX_REPLY_TOKENS
 
 # From options to objects
 
@@ -59,6 +62,10 @@ def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = Non
     options["device"] = device_of(config, processes)
     options["chat_template_kwargs"] = config.template_arguments()
     every = config.reward_every
+    reply = None
+    if config.reply is not None:
+        seed = processes.seed(config.seed) or 0
+        reply = reply_of(config.reply, config, config.max_reply_tokens, str(options["device"]), seed)
     envs = gym.make_vec(
         "TextGen-v0",
         num_envs=config.rows,
@@ -67,7 +74,8 @@ def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = Non
         tokenizer=config.tokenizer,
         prompts=prompts,
         reward=load_reward(config.reward, config.trust_remote_code),
-        reward_every=every if every == "end" else int(every),
+        reward_every=every if every in ("turn", "end") else int(every),
+        reply=reply,
         seed=processes.seed(config.seed),
         **options,
     )
@@ -77,8 +85,30 @@ def make_envs(config: RunConfig, prompts: Any, processes: Processes | None = Non
 
 _ENV_OPTIONS = (
     "kl_coef kl_estimator max_new_tokens min_new_tokens max_prompt_tokens prompt_overflow stop missing_eos_penalty "
-    "temperature action_masking top_k top_p device dtype trust_remote_code"
+    "temperature action_masking top_k top_p device dtype trust_remote_code max_turns max_reply_tokens max_total_tokens "
+    "reply_overflow"
 ).split()
+
+
+def reply_of(
+    name: str, config: RunConfig, max_reply_tokens: int | None, device: str | None = None, seed: int = 0
+) -> Reply:
+    """Who an option names, opened for a run.
+
+    :param name: as ``load_reply`` takes it
+    :param config: how a language model is loaded
+    :param max_reply_tokens: most that it says
+    :param device: where it goes; default the run's
+    :param seed: of what it says
+    """
+    return load_reply(
+        name,
+        seed,
+        max_new_tokens=max_reply_tokens or DEFAULT_MAX_REPLY_TOKENS,
+        device=device or config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def device_of(config: RunConfig, processes: Processes) -> str:
@@ -208,7 +238,7 @@ class Run:
             write_text_whole(self.folder.config, text)
             write_prompt_record(self.folder.held_out, train, recorded)
             if not resume:
-                self._note({"code": seals([config.reward, self.algorithm])})
+                self._note({"code": seals(code_of(config, self.algorithm))})
         self._note({"status": "running", "reason": None, "processes": self.processes.world_size})
 
     def _create(self) -> None:

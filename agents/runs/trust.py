@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textgym.replies.opening import code_of_reply, is_address
 from textgym.rewards.code_names import code_in, names_code
 from textgym.rewards.expressions import reaches_out
 
@@ -30,6 +31,18 @@ KEY_BYTES = 32
 
 class UntrustedCodeError(ValueError):
     """A run names code that was not yours when the run began, or isn't what it was then."""
+
+
+def code_of(config: RunConfig, algorithm: str) -> list[str]:
+    """What a run's options name that may be code: its reward, its agent, and who replies in it."""
+    return [config.reward, algorithm, *code_in_reply(config.reply)]
+
+
+def code_in_reply(reply: str | None) -> list[str]:
+    """The code that a reply's name has in it, and the server that it is sent to."""
+    if reply is None:
+        return []
+    return [reply] if is_address(reply) else code_of_reply(reply)
 
 
 def seals(names: Iterable[str]) -> list[str]:
@@ -67,13 +80,17 @@ def check_code(names: Iterable[str], run: str | Path, trusted: bool) -> None:
             raise UntrustedCodeError(
                 f"the run {run} names {name}, which {does} and would be used now, and either the run was not begun by "
                 "you on this machine, or the code has changed or moved since. Look at it, then give --trust-code; or "
-                "name a reward with --reward"
+                "name others with --reward and --reply"
             )
 
 
 def _to_be_trusted(names: Iterable[str]) -> list[str]:
     """The parts of what options name that run code, write files or reach other machines."""
-    return [part for name in names for part in [*code_in(name), *([name] if reaches_out(name) else [])]]
+    found = []
+    for name in names:
+        found += [] if is_address(name) else code_in(name)
+        found += [name] if is_address(name) or reaches_out(name) else []
+    return found
 
 
 def check_model_code(config: RunConfig, run: str | Path, trusted: bool) -> None:

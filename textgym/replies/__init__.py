@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from textgym.replies.base import FunctionReply, Reply, ReplyResult, as_reply
+from textgym.replies.base import FunctionReply, Reply, ReplyResult
 from textgym.replies.errors import ReplyError
 
 if TYPE_CHECKING:  # what __getattr__ does, for type checkers
     from textgym.replies.games import Game, GameReply
     from textgym.replies.human import HumanReply
     from textgym.replies.language_model import LanguageModelReply
+    from textgym.replies.opening import as_reply
     from textgym.replies.remote import RemoteReply
     from textgym.replies.scripted import ScriptedReply
     from textgym.replies.serving import ReplyServer, reply_app, serve_reply
@@ -46,6 +47,7 @@ _MODULES = {
     "ReplyServer": "serving",
     "ScriptedReply": "scripted",
     "ToolReply": "tools",
+    "as_reply": "opening",
     "calculate": "tools",
     "lookup": "tools",
     "reply_app": "serving",

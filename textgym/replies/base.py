@@ -139,22 +139,6 @@ class FunctionReply(Reply):
         return wait_for(said) if inspect.isawaitable(said) else said
 
 
-def as_reply(obj: Any) -> Reply:
-    """Turn what a user may pass as ``reply=`` into a :class:`Reply`.
-
-    :param obj: a :class:`Reply`, or a function ``reply(prompts, transcripts, **columns)``
-    :raises TypeError: for anything else
-    """
-    if isinstance(obj, Reply):
-        return obj
-    if callable(obj):
-        return FunctionReply(obj)
-    raise TypeError(
-        "reply must be a function reply(prompts, transcripts, **columns) -> list[str | None], or a "
-        f"textgym.replies.Reply; got {type(obj).__name__} {obj!r}"
-    )
-
-
 @contextmanager
 def aside(reply: Reply | None, seed: int | None = None) -> Iterator[None]:
     """Let a reply speak in other episodes than those it is in. Afterwards it is as it was before.

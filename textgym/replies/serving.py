@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym.json_server import HOST, AppServer, BadRequest, RequestLimits, as_limits, json_app, list_of_texts, run_app
-from textgym.replies.base import Reply, ReplyResult, Transcript, as_reply, ask
+from textgym.replies.base import Reply, ReplyResult, Transcript, ask
 from textgym.replies.errors import ReplyError
+from textgym.replies.opening import as_reply
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
