@@ -76,6 +76,24 @@ def test_an_impossible_step_limit_is_refused(limit):
         TextGenVectorEnv(2, max_episode_steps=limit, **DEFAULTS)
 
 
+# --- TorchRL, where it is installed
+
+
+def test_torchrl_steps_episodes_of_turns_one_by_one_and_in_a_batch():
+    torchrl = pytest.importorskip("torchrl.envs", reason="needs torchrl")
+    turns = {"reply": lambda transcripts: [" story"] * len(transcripts), "max_turns": 2, "max_new_tokens": 2}
+    options = {**DEFAULTS, "kl_coef": 0.0, **turns}
+    env = torchrl.GymEnv("TextGen-v0", **options)
+    torchrl.check_env_specs(env)
+    steps = env.rollout(12)["next"]
+    assert steps["done"].flatten().tolist() == [False] * (len(steps) - 1) + [True]
+    assert steps["completion_mask"][-1].sum() == len(steps)  # the replies are not its tokens
+    assert steps["attention_mask"][-1].sum() == len(steps) + 2 + steps["prompt_length"][-1, 0]
+    envs = gym.make_vec("TextGen-v0", num_envs=3, autoreset_mode=AutoresetMode.DISABLED, **options)
+    many = torchrl.GymWrapper(envs).rollout(12, break_when_any_done=False)["next"]
+    assert many["done"].sum() >= 3 * 3
+
+
 # --- TorchRL
 
 

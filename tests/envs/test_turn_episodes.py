@@ -258,6 +258,39 @@ def test_a_reply_longer_than_its_room_is_cut_and_said_so_or_refused():
         env.step(EOS)
 
 
+def test_a_reply_of_no_words_is_a_message_and_the_next_turn_begins():
+    env = make(reply=lambda transcripts: [""], kl_coef=0.0, **TURNS)
+    env.reset(options={"prompt": "the film"})
+    env.step(ids("good")[0])
+    *_, info = env.step(EOS)
+    assert (info["reply"], info["reply_truncated"], info["turn"]) == ("", False, 1)
+    env.step(ids("bad")[0])
+    *_, terminated, truncated, info = env.step(EOS)
+    assert not terminated
+    assert not truncated
+    assert [message["content"] for message in env.unwrapped.transcript] == [" good", "", " bad", ""]
+
+
+def test_rows_that_are_over_are_not_replied_to():
+    asked = []
+
+    class Asked(Reply):
+        def reply(self, rows: np.ndarray, prompts: Any, transcripts: Any, columns: Any) -> list[str | None]:
+            asked.append(rows.tolist())
+            return [None if row == 1 else " story" for row in rows.tolist()]
+
+    envs = make_vec(3, reply=Asked(), kl_coef=0.0, **{**TURNS, "max_new_tokens": 1})
+    envs.reset(seed=0)
+    envs.begin_round(3, 1)
+    for _ in range(3):
+        envs.step(np.array(ids("good good good")))
+    assert asked == [[0, 1, 2], [0, 2], [0, 2]]
+    refused = make(reply=lambda transcripts: [" story"] * 2, kl_coef=0.0, **TURNS)
+    refused.reset(options={"prompt": "the film"})
+    with pytest.raises(ReplyError, match="returned 2 replies for 1 turns; expected one for each"):
+        refused.step(EOS)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

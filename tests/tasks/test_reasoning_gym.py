@@ -41,7 +41,7 @@ def test_an_answer_may_stand_in_a_tag():
     assert [score(task, [row], [text])[0] == 1.0 for text in texts] == [True, True, False, False, False]
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"composite"}))
 def test_every_task_asks_and_scores_whatever_is_answered(name):
     task = ReasoningGym(name, size=1, seed=1)

@@ -56,7 +56,8 @@ class GameReply(Reply):
     A game is known by its seed and the words in the transcript. So nothing of it is in checkpoints: where a row goes on
     with another game than the one that it has, that one is played again from its beginning.
 
-    :param make: makes a :class:`Game`
+    :param make: makes a :class:`Game` for a row, which is reset for each of the row's games. One that fails is left; if
+        it has a method ``close``, that is called then
     :param games: how many there are
     :param seed: of the first; the others have the numbers that follow
     :param role: whose message it is in a chat template
@@ -74,7 +75,11 @@ class GameReply(Reply):
     def prompts(self) -> list[dict[str, Any]]:
         """A prompt row for each game: its opening, and its seed in the column ``game``."""
         seeds = range(self.first_seed, self.first_seed + self.games)
-        return [{"prompt": self.make().reset(seed), GAME: seed} for seed in seeds]
+        game = self.make()
+        try:
+            return [{"prompt": game.reset(seed), GAME: seed} for seed in seeds]
+        finally:
+            _close(game)
 
     def reply(
         self, rows: np.ndarray, prompts: list[str], transcripts: list[Transcript], columns: Mapping[str, list[Any]]
@@ -84,18 +89,28 @@ class GameReply(Reply):
         said = []
         for row, transcript, seed in zip(rows.tolist(), transcripts, columns[GAME], strict=True):
             words = [str(message["content"]) for message in transcript if message["role"] == "assistant"]
-            # A game that fails amid a move is not gone on with.
-            played = self._played.pop(row, None)
-            if played is None or (played.seed, played.words) != (int(seed), words[:-1]):
-                played = self._again(int(seed), words[:-1])
-            said.append(played.game.step(words[-1]))
-            self._played[row] = played._replace(words=words)
+            said.append(self._play(row, int(seed), words))
         return said
 
-    def _again(self, seed: int, words: list[str]) -> _Played:
-        """A game in which these words were said."""
-        game = self.make()
-        game.reset(seed)
-        for text in words:
-            game.step(text)
-        return _Played(game, seed, words)
+    def _play(self, row: int, seed: int, words: list[str]) -> ReplyResult:
+        """What a row's game says to the last words."""
+        # A game that fails amid a move is not gone on with.
+        played = self._played.pop(row, None)
+        game = self.make() if played is None else played.game
+        try:
+            if played is None or (played.seed, played.words) != (seed, words[:-1]):
+                game.reset(seed)
+                for text in words[:-1]:
+                    game.step(text)
+            result = game.step(words[-1])
+        except BaseException:
+            _close(game)
+            raise
+        self._played[row] = _Played(game, seed, words)
+        return result
+
+
+def _close(game: Game) -> None:
+    close = getattr(game, "close", None)
+    if close is not None:
+        close()

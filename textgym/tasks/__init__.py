@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ does, for type checkers
+    from textgym.tasks.openenv import OpenEnvGame
     from textgym.tasks.reasoning_gym import ReasoningGym
     from textgym.tasks.textarena import TextArenaGame
 
-__all__ = ["ReasoningGym", "TextArenaGame"]
+__all__ = ["OpenEnvGame", "ReasoningGym", "TextArenaGame"]
 
-_MODULES = {"ReasoningGym": "reasoning_gym", "TextArenaGame": "textarena"}
+_MODULES = {"OpenEnvGame": "openenv", "ReasoningGym": "reasoning_gym", "TextArenaGame": "textarena"}
 
 
 def __getattr__(name: str) -> Any:
