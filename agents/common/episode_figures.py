@@ -14,11 +14,12 @@ def logged_figures(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: e[name] for name in _LOGGED if name in e} for e in episodes if "r" in e]
 
 
-def rollout_figures(episodes: list[dict[str, Any]]) -> dict[str, float]:
+def rollout_figures(episodes: list[dict[str, Any]], in_turns: bool = False) -> dict[str, float]:
     """Means over episodes of what is known of them: ``kl_ref`` and ``kl_ref_per_token`` in nats, ``score_mean``,
-    ``eos_rate``, ``success_rate``.
+    ``eos_rate``, or in turns ``ended_by_reply``, and ``success_rate``.
 
     :param episodes: from :func:`logged_figures`
+    :param in_turns: whether somebody replies in them
     """
 
     def values(name: str) -> np.ndarray:
@@ -34,7 +35,8 @@ def rollout_figures(episodes: list[dict[str, Any]]) -> dict[str, float]:
         figures["score_mean"] = float(np.nanmean(score))
     reasons = [e["finish_reason"] for e in episodes if "finish_reason" in e]
     if reasons:
-        figures["eos_rate"] = float(np.mean([reason == "eos" for reason in reasons]))
+        name, ended = ("ended_by_reply", "reply") if in_turns else ("eos_rate", "eos")
+        figures[name] = float(np.mean([reason == ended for reason in reasons]))
     successes = values("is_success")  # SB3's name for what some environments and wrappers say at an episode's end
     if np.isfinite(successes).any():
         figures["success_rate"] = float(np.nanmean(successes))

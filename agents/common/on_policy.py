@@ -269,7 +269,9 @@ class TextOnPolicyAlgorithm(CollectingAgent):
         for name, value in self._pending_log.items():
             self.logger.record(name, value)
         self._pending_log = {}
-        for name, value in rollout_figures(list(self.ep_info_buffer or [])).items():
+        for name, value in rollout_figures(
+            list(self.ep_info_buffer or []), self._environment.sampling.in_turns
+        ).items():
             self.logger.record(f"rollout/{name}", value)
         self.logger.record("train/kl_coef", self._environment.kl_coef)
         super().dump_logs(iteration)

@@ -110,6 +110,9 @@ def test_a_run_reports_turns_and_shows_who_spoke(finished: RunFolder, paid: RunF
         assert row["eval/return"] == row["eval/score_mean"]  # this reply pays nothing
         assert "eval/turn_1_reward" in row
         assert "eval/eos_rate" not in row
+    rollouts = [row for row in rows(finished.metrics) if "rollout/ep_len_mean" in row]
+    assert all(0 <= row["rollout/ended_by_reply"] <= 1 and "rollout/eos_rate" not in row for row in rollouts)
+    assert rollouts
     sample = rows(finished.samples)[0]
     assert [message["role"] for message in sample["transcript"]][:2] == ["assistant", "user"]
     assert "**assistant** " in finished.samples_table.read_text()
