@@ -12,7 +12,6 @@ import pytest
 from fake_servers import Fake, said
 from tiny_agents import tiny_vector_env
 
-from textgym.json_server import RequestLimits
 from textgym.replies import RemoteReply, Reply, ReplyError, ReplyResult, ReplyServer, as_reply
 from textgym.replies.base import ask
 
@@ -78,9 +77,32 @@ def test_a_served_game_knows_the_episodes_of_all_clients_apart():
         one.begin(rows[:1])
         assert one.reply(rows, ["p", "q"], [turn("c"), later("b")], {}) == [" 1", " 2"]
         assert other.reply(rows, ["p", "q"], [later("a"), later("b")], {}) == [" 2", " 2"]
-        # The server kept no more rows than there were episodes at a time, and began each of them once.
-        assert set(counting.turns) == {0, 1, 2, 3}
+        assert resumed.reply(rows[:1], ["p"], [later("a")], {}) == [" 2"]  # said already, and not counted again
         assert len(counting.begun) == 5
+
+
+def test_a_server_forgets_what_is_over_first_and_then_what_is_oldest():
+    def request(episode: str, talk: Any) -> Any:
+        return {"episodes": [episode], "prompts": ["p"], "transcripts": [talk]}
+
+    class Ending(Counting):
+        def reply(self, rows: np.ndarray, prompts: Any, transcripts: Any, columns: Any) -> list[Any]:
+            said = super().reply(rows, prompts, transcripts, columns)
+            return [ReplyResult(one, done=t[-1]["content"] == "end") for one, t in zip(said, transcripts, strict=True)]
+
+    ending = Ending()
+    with ReplyServer(ending, max_episodes=2) as server:
+        _post(server.url, request("a", turn("x")))
+        _post(server.url, request("b", turn("end")))
+        _post(server.url, request("c", turn("x")))  # instead of b
+        assert _post(server.url, request("a", later("x"))) == {"replies": [" 2"]}
+        _post(server.url, request("d", turn("x")))  # instead of c
+        assert _post(server.url, request("a", [*later("x"), *later("y")])) == {"replies": [" 3"]}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _post(server.url, request("c", later("x")))
+        with refused.value as error:
+            assert "episode 'c' goes on, but is not known here" in json.load(error)["error"]
+        assert set(ending.turns) == {0, 1}
 
 
 def test_an_episode_goes_on_where_a_checkpoint_was_taken():
@@ -97,10 +119,9 @@ def test_a_request_whose_answer_was_lost_does_not_move_a_game_twice():
         content = {"episodes": ["e"], "prompts": ["p"], "transcripts": [turn("a")]}
         assert [_post(server.url, content) for _ in range(3)] == [{"replies": [" 1"]}] * 3
         assert _post(server.url, content | {"transcripts": [later("b")]}) == {"replies": [" 2"]}
-        # Without episodes each turn is one of its own, and nothing is kept of it.
+        # Without episodes each turn is one of its own.
         for _ in range(3):
-            assert _post(server.url, {"prompts": ["p"], "transcripts": [later("a")]}) == {"replies": [" 1"]}
-        assert set(counting.turns) == {0, 1}
+            assert _post(server.url, {"prompts": ["p"], "transcripts": [turn("a")]}) == {"replies": [" 1"]}
 
 
 def _post(url: str, content: Any) -> Any:
@@ -117,13 +138,12 @@ def test_requests_have_the_form_that_the_manual_says():
         remote.reply(np.array([3]), ["p"], [turn("b")], {"k": [None]})
     (_, headers, first), (_, _, second) = fake.requests
     assert headers["Authorization"] == "Bearer b"
-    assert {name: first[name] for name in ("prompts", "transcripts", "columns", "ended")} == {
+    assert {name: first[name] for name in ("prompts", "transcripts", "columns")} == {
         "prompts": ["p"],
         "transcripts": [turn("a")],
         "columns": {"k": [{"n": 1}]},
-        "ended": [],
     }
-    assert second["ended"] == first["episodes"] != second["episodes"]
+    assert first["episodes"] != second["episodes"]
 
 
 @pytest.mark.parametrize(
@@ -163,12 +183,12 @@ def test_a_busy_server_is_asked_again_and_one_that_stays_away_is_an_error():
         ({"prompts": ["p"], "transcripts": [turn("a")], "columns": [1]}, 400, "'columns' must be an object"),
         ({"prompts": ["p"], "transcripts": [turn("a")], "columns": {"k": []}}, 400, "'k' must be a list of 1"),
         ({"prompts": ["p"] * 2, "transcripts": [turn("a")] * 2, "episodes": ["e", "e"]}, 400, "names one twice"),
-        ({"prompts": ["p"] * 4, "transcripts": [turn("a")] * 4}, 413, "at most 3 can be sent"),
+        ({"prompts": ["p"] * 4, "transcripts": [turn("a")] * 4}, 413, "at most 3 can be answered"),
         ({"prompts": ["p"], "transcripts": [turn("a")]}, 422, "returned int 7"),
     ],
 )
 def test_the_server_answers_wrong_requests_with_what_is_wrong(content, status, complaint):
-    with ReplyServer(lambda transcripts: [7], limits=RequestLimits(max_texts=3)) as server:
+    with ReplyServer(lambda transcripts: [7], max_episodes=3) as server:
         with pytest.raises(urllib.error.HTTPError) as refused:
             _post(server.url, content)
         with refused.value as error:

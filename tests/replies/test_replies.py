@@ -106,6 +106,22 @@ def test_calls_in_json_are_those_that_chat_models_write():
     assert answer(tools, call.replace('"b": 3', '"c": 3')).startswith("error: ")
 
 
+def test_whatever_a_policy_calls_and_a_tool_does_becomes_text():
+    def leave(**arguments: Any) -> str:
+        raise SystemExit(3)
+
+    tools = ToolReply({"leave": leave, "echo": lambda text: text}, calls="json", result="{}")
+    calls = {
+        '{"name": ["leave"]}': "error: there is no tool ['leave']; there are leave, echo",
+        '{"name": {}}': "error: there is no tool {}; there are leave, echo",
+        '{"name": "leave"}': "error: 3",
+        '{"name": "leave", "arguments": [1]}': "error: arguments must be an object",
+        '{"name": "echo", "arguments": {"text": "\\ud800"}}': "\ufffd",
+        '[1, 2]': 'error: a call is {"name": ..., "arguments": {...}}',
+    }  # fmt: skip
+    assert {call: answer(tools, f"<tool_call>{call}</tool_call>") for call in calls} == calls
+
+
 def test_a_tool_that_never_returns_and_one_that_says_too_much_end():
     assert answer(ToolReply({"shout": lambda text: "a" * 5000}, max_characters=9), "<shout>x</shout>") == (
         "<result>aaaaaaaaa</result>"

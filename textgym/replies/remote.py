@@ -19,13 +19,13 @@ _FIELDS = {"text", "reward", "done"}
 class RemoteReply(Reply):
     """Replies from a server, in JSON.
 
-    POST ``{"episodes": [...], "prompts": [...], "transcripts": [[{"role": ..., "content": ...}]], "columns": {...},
-    "ended": [...]}`` is answered by ``{"replies": [...]}``: for each transcript a text, ``{"text": ..., "reward": 0.0,
-    "done": false}``, or null, which ends the episode. :func:`~textgym.replies.serve_reply` is such a server.
+    POST ``{"episodes": [...], "prompts": [...], "transcripts": [[{"role": ..., "content": ...}]], "columns": {...}}``
+    is answered by ``{"replies": [...]}``: for each transcript a text, ``{"text": ..., "reward": 0.0, "done": false}``,
+    or null, which ends the episode. :func:`~textgym.replies.serve_reply` is such a server.
 
     A server needs no memory, as transcripts are whole. One that keeps some, such as the state of a game, knows an
-    episode by its entry of ``episodes``, a text of its own, and learns from ``ended`` which ones are over. A request
-    may be sent twice where its answer was lost: then the transcript is as long as before.
+    episode by its entry of ``episodes``, a text of its own. A request may be sent twice where its answer was lost: then
+    the transcript is as long as before.
 
     Turns go out in batches, several at once. A server that is busy or can't be reached is asked again, as
     :class:`~textgym.rewards.RemoteReward` does it; one that stays away raises :class:`ReplyError`, and the step can be
@@ -79,15 +79,15 @@ class RemoteReply(Reply):
             max_bytes=max_bytes,
             headers=headers,
         )
-        self._episodes: dict[int, str] = {}
-        self._ended: list[str] = []  # which the server has not been told of
+        self._episodes: dict[int, str] = {}  # of the rows
 
     @property
     def name(self) -> str:
         return f"remote {self._client.host}"
 
     def begin(self, rows: np.ndarray) -> None:
-        self._ended += [self._episodes.pop(row) for row in rows.tolist() if row in self._episodes]
+        for row in rows.tolist():
+            self._episodes.pop(row, None)
 
     def reply(
         self, rows: np.ndarray, prompts: list[str], transcripts: list[Transcript], columns: Mapping[str, list[Any]]
@@ -98,13 +98,12 @@ class RemoteReply(Reply):
         episodes = [self._episodes.setdefault(row, uuid.uuid4().hex) for row in rows.tolist()]
         batches = [slice(start, start + self.batch_size) for start in range(0, len(rows), self.batch_size)]
         bodies = []
-        for number, batch in enumerate(batches):
+        for batch in batches:
             content = {
                 "episodes": episodes[batch],
                 "prompts": prompts[batch],
                 "transcripts": transcripts[batch],
                 "columns": {name: columns[name][batch] for name in self.columns},
-                "ended": [] if number else self._ended,
             }
             try:
                 bodies.append(as_json(content))
@@ -118,7 +117,6 @@ class RemoteReply(Reply):
             said = self._client.ask_all(bodies, read)
         except RemoteError as error:
             raise ReplyError(self.name, str(error)) from error
-        self._ended = []
         return [one for part in said for one in part]
 
     def _read(self, answer: Any, rows: np.ndarray) -> list[str | ReplyResult | None]:
@@ -139,8 +137,7 @@ class RemoteReply(Reply):
         return ReplyResult(**reply)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": list(self._episodes), "episodes": list(self._episodes.values()), "ended": list(self._ended)}
+        return {"rows": list(self._episodes), "episodes": list(self._episodes.values())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._episodes = dict(zip(map(int, state["rows"]), map(str, state["episodes"]), strict=True))
-        self._ended = [str(episode) for episode in state["ended"]]

@@ -6,10 +6,12 @@ who can reach it. Needs the extra ``serve`` (Starlette and uvicorn).
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.checks import check_int
 from textgym.json_server import HOST, AppServer, BadRequest, RequestLimits, as_limits, json_app, list_of_texts, run_app
 from textgym.replies.base import Reply, ReplyResult, Transcript, ask
 from textgym.replies.errors import ReplyError
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 PORT = 8701
+MAX_EPISODES = 256
 _WHAT = "serving a reply"
 
 
-def reply_app(reply: Any, limits: RequestLimits | None = None) -> Starlette:
+def reply_app(reply: Any, limits: RequestLimits | None = None, max_episodes: int = MAX_EPISODES) -> Starlette:
     """An ASGI application that serves a reply.
 
     - ``POST /get_reply`` or ``/``: see :class:`~textgym.replies.remote.RemoteReply`. Only ``prompts`` and
@@ -33,15 +36,22 @@ def reply_app(reply: Any, limits: RequestLimits | None = None) -> Starlette:
 
     :param reply: a function, or a :class:`Reply`. Its rows are those of all clients together
     :param limits: of requests; None for the defaults
+    :param max_episodes: that are remembered at once. Room for others is made where the reply has ended one, then where
+        nobody has asked for longest. A reply that keeps track of episodes refuses to go on with one that was forgotten
     :raises ModuleNotFoundError: if Starlette is not installed
     """
     limits = as_limits(limits)
-    episodes = _Episodes(as_reply(reply), limits.max_texts)
+    episodes = _Episodes(as_reply(reply), check_int("max_episodes", max_episodes, low=1))
     return json_app(episodes.answer, ["/get_reply", "/"], {"reply": episodes.reply.name}, ReplyError, limits, _WHAT)
 
 
 def serve_reply(
-    reply: Any, host: str = HOST, port: int = PORT, log_level: str = "info", limits: RequestLimits | None = None
+    reply: Any,
+    host: str = HOST,
+    port: int = PORT,
+    log_level: str = "info",
+    limits: RequestLimits | None = None,
+    max_episodes: int = MAX_EPISODES,
 ) -> None:
     """Serve a reply until the process is interrupted, see :func:`reply_app`.
 
@@ -50,9 +60,10 @@ def serve_reply(
     :param port: TCP port
     :param log_level: of uvicorn
     :param limits: of requests; None for the defaults
+    :param max_episodes: that are remembered at once
     :raises ModuleNotFoundError: if Starlette or uvicorn is not installed
     """
-    run_app(reply_app(reply, limits), host, port, log_level, limits, _WHAT)
+    run_app(reply_app(reply, limits, max_episodes), host, port, log_level, limits, _WHAT)
 
 
 class ReplyServer(AppServer):
@@ -62,75 +73,83 @@ class ReplyServer(AppServer):
     :param host: address to listen on
     :param port: TCP port; 0 takes a free one
     :param limits: of requests; None for the defaults
+    :param max_episodes: that are remembered at once
     :raises ModuleNotFoundError: if Starlette or uvicorn is not installed
     :raises OSError: at the beginning of the block, if the port is taken
     """
 
-    def __init__(self, reply: Any, host: str = HOST, port: int = 0, limits: RequestLimits | None = None) -> None:
-        super().__init__(reply_app(reply, limits), "/get_reply", host, port, limits, _WHAT)
+    def __init__(
+        self,
+        reply: Any,
+        host: str = HOST,
+        port: int = 0,
+        limits: RequestLimits | None = None,
+        max_episodes: int = MAX_EPISODES,
+    ) -> None:
+        super().__init__(reply_app(reply, limits, max_episodes), "/get_reply", host, port, limits, _WHAT)
 
 
 class _Episodes:
     """The episodes of all clients, each in a row of one reply.
 
     :param reply: who replies
-    :param most: episodes that may run at once
+    :param most: episodes that are remembered at once
     """
 
     def __init__(self, reply: Reply, most: int) -> None:
         self.reply = reply
         self.most = most
-        self._rows: dict[str, int] = {}
-        self._free: list[int] = []
+        self._keeps_track = type(reply).begin is not Reply.begin
+        self._rows: dict[str, int] = {}  # the one that was asked for longest ago comes first
         # Each one's newest turn and what was said to it: a client whose answer was lost asks again.
         self._said: dict[str, tuple[int, ReplyResult]] = {}
 
     def answer(self, content: dict[str, Any]) -> dict[str, Any]:
         """What is said to a request."""
         prompts, transcripts, columns, episodes = self._read(content)
-        for episode in _texts_of(content, "ended"):
-            self._end(episode)
-        kept = content.get("episodes") is not None
-        try:
-            return {"replies": self._said_to(prompts, transcripts, columns, episodes)}
-        finally:
-            for episode in () if kept else episodes:
-                self._end(episode)
-
-    def _said_to(
-        self, prompts: list[str], transcripts: list[Transcript], columns: dict[str, list[Any]], episodes: list[str]
-    ) -> list[Any]:
-        begun = [episode for episode in episodes if episode not in self._rows]
-        if len(self._rows) + len(begun) > self.most:
-            raise BadRequest(f"{len(self._rows)} episodes are here already, at most {self.most} can be", 413)
-        for episode in begun:
-            self._rows[episode] = self._free.pop() if self._free else len(self._rows)
-        if begun:
-            self.reply.begin(np.array([self._rows[episode] for episode in begun]))
+        self._begin(episodes, transcripts)
         new = [i for i, e in enumerate(episodes) if e not in self._said or self._said[e][0] != len(transcripts[i])]
         if new:
             rows = np.array([self._rows[episodes[i]] for i in new])
             own = {name: [values[i] for i in new] for name, values in columns.items()}
             said = ask(self.reply, rows, [prompts[i] for i in new], [transcripts[i] for i in new], own)
             self._said.update({episodes[i]: (len(transcripts[i]), one) for i, one in zip(new, said, strict=True)})
-        return [_plain(self._said[episode][1]) for episode in episodes]
+        return {"replies": [_plain(self._said[episode][1]) for episode in episodes]}
 
-    def _end(self, episode: str) -> None:
-        if episode in self._rows:
-            self._free.append(self._rows.pop(episode))
-            self._said.pop(episode, None)
+    def _begin(self, episodes: list[str], transcripts: list[Transcript]) -> None:
+        """Give each episode a row."""
+        begun = [i for i, episode in enumerate(episodes) if episode not in self._rows]
+        for i in begun if self._keeps_track else ():
+            if len(transcripts[i]) > 1:
+                raise BadRequest(
+                    f"episode {episodes[i]!r} goes on, but is not known here: the server was started anew, or has had "
+                    f"more than max_episodes={self.most} since"
+                )
+        for episode in episodes:
+            if episode in self._rows:
+                self._rows[episode] = self._rows.pop(episode)
+        others = [episode for episode in self._rows if episode not in set(episodes)]
+        over = [episode for episode in others if episode in self._said and self._said[episode][1].done]
+        free = set(range(self.most)) - set(self._rows.values())
+        for episode in [*over, *others]:
+            if len(free) < len(begun) and episode in self._rows:
+                free.add(self._rows.pop(episode))
+                self._said.pop(episode, None)
+        for i, row in zip(begun, sorted(free), strict=False):
+            self._rows[episodes[i]] = row
+        if begun:
+            self.reply.begin(np.array([self._rows[episodes[i]] for i in begun]))
 
     def _read(self, content: dict[str, Any]) -> tuple[list[str], list[Transcript], dict[str, list[Any]], list[str]]:
         prompts = list_of_texts("prompts", content.get("prompts"))
         if len(prompts) > self.most:
-            raise BadRequest(f"'prompts' has {len(prompts)} texts, at most {self.most} can be sent at once", 413)
+            raise BadRequest(f"'prompts' has {len(prompts)} texts, at most {self.most} can be answered at once", 413)
         transcripts: Any = content.get("transcripts")
         columns = content.get("columns") or {}
         if not isinstance(columns, dict):
             raise BadRequest(f"'columns' must be an object of lists, got {type(columns).__name__}")
-        episodes = [f"turn {i}" for i in range(len(prompts))]
-        if content.get("episodes") is not None:
-            episodes = _texts_of(content, "episodes")
+        given = content.get("episodes")
+        episodes = [uuid.uuid4().hex for _ in prompts] if given is None else list_of_texts("episodes", given)
         for name, values in [("transcripts", transcripts), ("episodes", episodes), *columns.items()]:
             if not isinstance(values, list) or len(values) != len(prompts):
                 raise BadRequest(f"{name!r} must be a list of {len(prompts)} entries, one for each prompt")
@@ -140,10 +159,6 @@ class _Episodes:
             if not isinstance(transcript, list) or not transcript or not all(map(_is_message, transcript)):
                 raise BadRequest("each of 'transcripts' must be a list of messages with a text 'role' and 'content'")
         return prompts, transcripts, columns, episodes
-
-
-def _texts_of(content: dict[str, Any], name: str) -> list[str]:
-    return list_of_texts(name, content.get(name) or [])
 
 
 def _is_message(message: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from textgym.checks import check_choice, check_int, check_number, check_text
+from textgym.encodable_text import well_formed
 from textgym.replies.base import Reply, Transcript
 from textgym.replies.calculator import calculate
 
@@ -75,7 +76,7 @@ class ToolReply(Reply):
             output = self._run(name, (text.strip(),), {})
         else:
             output = self._called(found[-1])
-        return self.result.replace("{}", output[: self.max_characters])
+        return self.result.replace("{}", well_formed(output[: self.max_characters]))
 
     def _called(self, text: str) -> str:
         """The result of a call in JSON."""
@@ -86,7 +87,7 @@ class ToolReply(Reply):
                 arguments = json.loads(arguments)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return 'error: a call is {"name": ..., "arguments": {...}}'
-        if name not in self.tools:
+        if not isinstance(name, str) or name not in self.tools:
             return f"error: there is no tool {name!r:.60}; there are {', '.join(self.tools)}"
         if not isinstance(arguments, dict):
             return "error: arguments must be an object"
@@ -99,7 +100,7 @@ class ToolReply(Reply):
         def run() -> None:
             try:
                 outcome.append(str(self.tools[name](*positional, **named)))
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too, is of the tool and not of the training
                 outcome.append(f"error: {error}" if str(error) else f"error: {type(error).__name__}")
 
         thread = threading.Thread(target=run, name=f"tool-{name}", daemon=True)
