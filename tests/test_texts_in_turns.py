@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from textgym.agents import PPO
 from textgym.evaluation import Evaluation, evaluate, score_tokens
 from textgym.language_model import LanguageModel
-from textgym.replies import Reply, ReplyResult
+from textgym.replies import RemoteReply, Reply, ReplyResult, ReplyServer
 from textgym.sampling import SamplingSettings
 
 LIMITS: dict[str, Any] = {"max_turns": 3, "max_new_tokens": 4, "max_reply_tokens": 3}
@@ -112,9 +112,20 @@ def test_figures_of_turns_are_those_of_the_texts_and_come_back_from_json() -> No
     assert again.turns.transcripts == result.turns.transcripts
 
 
-def test_a_reply_goes_on_in_the_environment_as_if_nobody_had_evaluated() -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_reply_goes_on_in_the_environment_as_if_nobody_had_evaluated(
+    elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
     def episodes(evaluated: bool) -> list[Any]:
-        reply = Counting()
+        if not elsewhere:
+            return played(Counting(), evaluated)
+        with ReplyServer(Counting()) as server:
+            return played(RemoteReply(server.url), evaluated)
+
+    def played(reply: Reply, evaluated: bool) -> list[Any]:
         envs = make_vec(3, reply=reply, kl_coef=0.0, **LIMITS)
         envs.reset(seed=0)
         rng, seen = np.random.default_rng(0), []

@@ -297,7 +297,7 @@ def test_rows_that_are_over_are_not_replied_to():
         ({"max_turns": 0}, "max_turns=0 must be"),
         ({"max_turns": 2, "reply": None}, "max_turns=2 is of episodes in which somebody replies: give a reply"),
         ({"max_total_tokens": 2}, "max_total_tokens=2 is less than max_new_tokens=3"),
-        ({"reply": "hello"}, "reply must be a function reply"),
+        ({"reply": "hello"}, "reply='hello' must be file.py:function"),
         ({"reply_overflow": "cut"}, "reply_overflow='cut' must be"),
         ({"reward_every": "turns"}, "or 'turn' or 'end'"),
         ({"max_new_tokens": 120, "max_prompt_tokens": 8}, "is no more than one turn of max_new_tokens=120"),
