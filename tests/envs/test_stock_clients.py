@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -189,46 +191,57 @@ def test_videos_have_a_frame_for_every_state(env_id, tmp_path):
 
 # --- RL Baselines3 Zoo
 
+ZOO_ALGORITHMS = ["ppo", "textgym_ppo"]
 
-def run(folder: Path, *arguments: str) -> str:
-    """What a command prints, run as a user would in a folder of their own."""
-    environment = {**os.environ, "PYTHONWARNINGS": "default", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+
+def zoo_command(algorithm: str, script: str, *arguments: str) -> list[str]:
+    """How a user starts a script of the zoo: our agents with our command, stock ones with the zoo's own."""
+    common = ["--algo", algorithm, "--env", "TextGen-v0", "--seed", "1", "--device", "cpu", *arguments]
+    if algorithm == "ppo":
+        return [f"rl_zoo3.{script}", "--gym-packages", "textgym", *common]
+    return ["textgym.agents.cli.zoo", script, *common]
 
 
 @pytest.fixture(scope="module")
-def tiny_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Environment options for the zoo's command line: a tiny model, and a reward of a stock client's kind."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return [
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the zoo has trained and shown an agent of each kind on a tiny model."""
+    folder = tmp_path_factory.mktemp("zoo")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    # A tiny model, and a reward of a stock client's kind.
+    options = [
         "--env-kwargs",
-        f"language_model:{str(folder)!r}",
+        f"language_model:{str(folder / 'model')!r}",
         "reward:__import__('text_envs').text_score",
         "prompts:['the film', 'story']",
         "max_new_tokens:4",
         "max_prompt_tokens:8",
     ]
+    small = ["-params", "n_envs:2", "n_steps:8", "batch_size:8", "n_epochs:1"]
+    checkpoints = ["-n", "32", "--eval-freq", "16", "--eval-episodes", "2", "--save-freq", "16"]
+    commands = []
+    for algorithm in ZOO_ALGORITHMS:
+        settings = ["--conf-file", str(hyperparams_file("ppo"))] if algorithm == "ppo" else []
+        commands += [
+            zoo_command(algorithm, "train", *settings, *checkpoints, *small, *options),
+            zoo_command(algorithm, "enjoy", "-f", "logs", "-n", "12", "--load-best", "--stochastic"),
+        ]
+    described = [{"folder": str(folder), "module": module, "arguments": rest} for module, *rest in commands]
+    (folder / "commands.json").write_text(json.dumps(described))
+    environment = {**os.environ, "PYTHONWARNINGS": "default", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, str(TESTS / "zoo_commands.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return folder
 
 
 # Not importorskip: importing the zoo puts its own TimeLimit into Gymnasium.
 @pytest.mark.skipif(importlib.util.find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["ppo", "textgym_ppo"])
-def test_the_zoo_trains_evaluates_saves_and_enjoys(algorithm, tiny_options, tmp_path):
+@pytest.mark.parametrize("algorithm", ZOO_ALGORITHMS)
+def test_the_zoo_trains_evaluates_saves_and_enjoys(algorithm, zoo_folder):
     ours = algorithm == "textgym_ppo"
-    script = ["textgym.agents.cli.zoo", "train"] if ours else ["rl_zoo3.train"]
-    configuration = [] if ours else ["--conf-file", str(hyperparams_file("ppo")), "--gym-packages", "textgym"]
-    common = ["--algo", algorithm, "--env", "TextGen-v0", "--seed", "1", "--device", "cpu"]
-    small = ["-params", "n_envs:2", "n_steps:8", "batch_size:8", "n_epochs:1"]
-    checkpoints = ["-n", "32", "--eval-freq", "16", "--eval-episodes", "2", "--save-freq", "16"]
-    run(tmp_path, *script, *common, *configuration, *checkpoints, *small, *tiny_options)
-
-    folder = tmp_path / "logs" / algorithm / "TextGen-v0_1"
+    folder = zoo_folder / "logs" / algorithm / "TextGen-v0_1"
     for name in ("best_model.zip", "TextGen-v0.zip", "rl_model_16_steps.zip", "evaluations.npz"):
         assert (folder / name).is_file(), name
     assert np.load(folder / "evaluations.npz")["results"].shape == (2, 2)
@@ -236,11 +249,9 @@ def test_the_zoo_trains_evaluates_saves_and_enjoys(algorithm, tiny_options, tmp_
     saved = yaml.unsafe_load((folder / "TextGen-v0" / "config.yml").read_text())
     assert dict(saved)["gamma"] == yaml.safe_load(hyperparams_file(algorithm).read_text())["TextGen-v0"]["gamma"]
     assert (folder / "TextGen-v0" / "vecnormalize.pkl").is_file() is not ours
-
-    script = ["textgym.agents.cli.zoo", "enjoy"] if ours else ["rl_zoo3.enjoy", "--gym-packages", "textgym"]
     model = PPO.load(folder / "TextGen-v0.zip", trust=True) if ours else sb3.PPO.load(folder / "TextGen-v0.zip")
     assert model.num_timesteps == 32
-    shown = run(tmp_path, *script, *common, "-f", "logs", "-n", "12", "--load-best", "--stochastic")
+    shown = (zoo_folder / f"{2 * ZOO_ALGORITHMS.index(algorithm) + 1}.txt").read_text()
     assert "Mean reward" in shown
     assert "nats" in shown  # the text, drawn in the terminal at each step
 
@@ -316,8 +327,10 @@ def test_an_algorithm_without_hyperparameters_is_an_error():
         hyperparams_file("sac")
 
 
-def test_a_command_prints_where_the_hyperparameters_are(tmp_path):
-    assert run(tmp_path, "textgym.hyperparams", "ppo").strip() == str(hyperparams_file("ppo"))
+def test_a_command_prints_where_the_hyperparameters_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "ppo"])
+    runpy.run_module("textgym.hyperparams", run_name="__main__")
+    assert capsys.readouterr().out.strip() == str(hyperparams_file("ppo"))
 
 
 def test_what_the_zoo_samples_are_arguments_of_the_agent():

@@ -24,7 +24,10 @@ def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_quickstart_leaves_a_table_a_plot_and_an_ordinary_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    narrow_embedded_models: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run("quickstart.py", "--timesteps", "1536", "--output", str(tmp_path), monkeypatch=monkeypatch)
     shown = capsys.readouterr().out

@@ -15,7 +15,7 @@ ROLLOUT = 12 * 16
 def learning(patience: int = 1, max_kl: float = 0.2, rollouts: int = 12, **options):
     keep = KeepRollouts()
     stop = StopOnKL(max_kl, patience, **options)
-    model = tiny_ppo(tiny_vector_env(12, kl_coef=1e-6), n_steps=16, batch_size=64, n_epochs=10, learning_rate=1e-2)
+    model = tiny_ppo(tiny_vector_env(12, kl_coef=1e-6), n_steps=16, batch_size=96, n_epochs=4, learning_rate=1e-2)
     logs = logs_of_learning(model, ROLLOUT * rollouts, callback=[keep, stop])
     return model, keep, stop, logs
 
