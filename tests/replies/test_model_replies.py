@@ -115,12 +115,23 @@ def test_a_template_that_wants_the_user_to_begin_keeps_all_that_was_said(family,
         "<start_of_turn>model\n",
         "mistral": "[INST] {} [/INST]hi<|endoftext|>[INST] well [/INST]why<|endoftext|>[INST] so [/INST]",
     }[family]
-    assert reply.view("hi", talk).row.prompt == expected.format(system or "")
+    asked = [{"role": "user", "content": "hi"}]
+    assert reply.view("hi", talk, asked).row.prompt == expected.format(system or "")
+
+
+def test_a_prompt_that_is_a_plain_text_begins_the_first_turn(tmp_path):
+    save_chat_model(tmp_path, chat_tokenizer())
+    talk = [said(" is good"), {"role": "user", "content": "why"}, said(" so")]
+    user = {"role": "user", "content": "the film is good"}
+    messages = [user, {"role": "assistant", "content": "why"}, {"role": "user", "content": " so"}]
+    tokenizer = load_language_model(tmp_path).tokenizer
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert LanguageModelReply(tmp_path).view("the film", talk).row.prompt == expected
 
 
 def test_a_template_that_refuses_every_view_is_named(tmp_path):
     save_chat_model(tmp_path, chat_tokenizer(template="{{ raise_exception('never') }}"))
-    with pytest.raises(ValueError, match=r"refuses a conversation of assistant, user \(.*never"):
+    with pytest.raises(ValueError, match=r"refuses a conversation of user \(.*never"):
         LanguageModelReply(tmp_path).view("hi", [said("well")])
 
 

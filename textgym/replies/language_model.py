@@ -27,9 +27,9 @@ class LanguageModelReply(Reply):
     """A language model says what follows each turn. Its weights are not trained by what it says.
 
     A model with a chat template takes part in a conversation: it is the assistant in its own view, and what the policy
-    says is what its user says. Where its template wants a user to begin, one does, with ``system`` or without a word.
-    Systems of the prompts are the policy's, and not seen. A model without a template goes on with the text: prompt,
-    turns and replies, one after the other.
+    says is what its user says. A prompt that is a plain text begins the policy's first turn. Where its template wants a
+    user to begin, one does, with ``system`` or without a word. Systems of the prompts are the policy's, and not seen. A
+    model without a template goes on with the text: prompt, turns and replies, one after the other.
 
     Each row has a place in a cache of the model's own, so that a turn costs the tokens that are new in it. What the
     model said is read again where the text that it said has other tokens than those that were sampled, or was cut.
@@ -105,7 +105,9 @@ class LanguageModelReply(Reply):
         :raises ValueError: if its chat template refuses the conversation, or its headers alone are too long
         """
         if has_template(self.model.tokenizer):
-            row = self._conversation([*(messages or [{"role": "user", "content": prompt}]), *transcript])
+            first, *rest = transcript
+            begun = [*messages, first] if messages else [{**first, "content": prompt + first["content"]}]
+            row = self._conversation([*begun, *rest])
         else:
             row = PromptRow(prompt + "".join(str(message["content"]) for message in transcript))
         limit, most = self.model.vocabulary.context_limit, self.sampling.max_prompt_tokens

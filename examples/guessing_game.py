@@ -1,0 +1,64 @@
+"""A guessing game: the reply says higher or lower, and the policy learns to search.
+
+python examples/guessing_game.py 120000          # tokens to train on
+"""
+
+import math
+import random
+import sys
+
+import gymnasium as gym
+
+from textgym.agents import PPO, warm_start
+from textgym.replies import ReplyResult
+from textgym.small_model import small_model
+
+GUESSES = [f" {number}." for number in range(16)]
+
+
+def hint(turn, secret):
+    guess = GUESSES.index(turn) if turn in GUESSES else -1
+    return " right." if guess == secret else " higher." if guess < secret else " lower."
+
+
+def game(transcripts, secret):
+    hints = [hint(talk[-1]["content"], number) for talk, number in zip(transcripts, secret, strict=True)]
+    return [ReplyResult(text, done=text == " right.") for text in hints]
+
+
+def knowledge(transcripts):
+    """Minus the bits that are left to find (how many numbers explain all hints?) and 0.1 for each guess."""
+    texts = [[message["content"] for message in talk] for talk in transcripts]
+    talks = [list(zip(some[::2], some[1::2], strict=False)) for some in texts]
+    left = [sum(all(hint(turn, n) == said for turn, said in talk) for n in range(16)) for talk in talks]
+    return [-math.log2(n) - 0.1 * len(talk) for n, talk in zip(left, talks, strict=True)]
+
+
+def random_game():
+    *before, last = random.choices(GUESSES, k=random.randint(1, 6))
+    secret = random.randrange(16)
+    return {"prompt": "guess:" + "".join(turn + hint(turn, secret) for turn in before), "completion": last}
+
+
+def beginner():
+    random.seed(0)
+    model = small_model([*(turn[:-1] for turn in GUESSES), ".", "guess:", " right.", " higher.", " lower."])
+    return warm_start(model, [random_game() for _ in range(2000)], learning_rate=2e-3, batch_size=64).language_model
+
+
+def environment(model, **options):
+    games = [{"prompt": "guess:", "secret": secret} for secret in range(16)]
+    rules = {"reply": game, "max_turns": 10, "max_new_tokens": 2, "max_reply_tokens": 1, "stop": ".", **options}
+    return gym.make_vec(
+        "TextGen-v0", num_envs=64, language_model=model, prompts=games, reward=knowledge, kl_coef=0.0, **rules
+    )
+
+
+if __name__ == "__main__":
+    model = PPO(
+        "LanguageModelPolicy", environment(beginner()), n_steps=32, batch_size=1024, learning_rate=2e-3, gae_lambda=0.7
+    )
+    for _ in range(10):
+        model.learn(int(sys.argv[1]) // 10, reset_num_timesteps=False)
+        games = [episode["completion"].split("\n") for episode in model.finished_episodes]
+        print(f"{model.num_timesteps} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
