@@ -37,7 +37,7 @@ PPO = {
     "guess": {"n_steps": 32, "learning_rate": 2e-3, "gae_lambda": 0.7},
     "calculator": {"n_steps": 64, "learning_rate": 5e-4},
 }
-GRPO = {"guess": {"group_size": 16, "learning_rate": 1e-3}, "calculator": {"group_size": 16, "learning_rate": 1e-3}}
+GRPO = {"guess": {"group_size": 16, "learning_rate": 1e-3}, "calculator": {"group_size": 16, "learning_rate": 5e-4}}
 GROUPS = {"episodes": 128, "n_epochs": 4, "batch_size": 512}
 CONTENDERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "PPO, each turn": ("PPO", {}, {"reward_every": "turn"}),

@@ -43,15 +43,19 @@ def beginner():
 
 def environment(model, **options):
     talk = {"reply": ToolReply({"calculate": calculate}), "max_turns": 3, "max_new_tokens": 12, "max_reply_tokens": 40}
-    return gym.make_vec(
-        "TextGen-v0", num_envs=64, language_model=model, prompts=questions(3000, seed=2), reward=right, kl_coef=0.0,
-        stop=[".", TAGS[1]], **{**talk, **options},
-    )  # fmt: skip
+    talk |= {"stop": [".", TAGS[1]], "kl_coef": 0.05}
+    options = {"num_envs": 64, "prompts": questions(3000, seed=2), "reward": right, **talk, **options}
+    return gym.make_vec("TextGen-v0", language_model=model, **options)
+
+
+def main(tokens):
+    model = PPO("LanguageModelPolicy", environment(beginner()), n_steps=64, batch_size=1024, learning_rate=5e-4, seed=0)
+    for _ in range(10):
+        model.learn(tokens // 10, reset_num_timesteps=False)
+        sums = model.finished_episodes
+        share, last = sum(s["score"] for s in sums) / len(sums), sums[-1]["completion"].split("\n")
+        print(f"{model.num_timesteps} tokens: {share:.0%} right, such as {sums[-1]['prompt']}", *last)
 
 
 if __name__ == "__main__":
-    model = PPO("LanguageModelPolicy", environment(beginner()), n_steps=64, batch_size=1024, learning_rate=5e-4)
-    for _ in range(10):
-        model.learn(int(sys.argv[1]) // 10, reset_num_timesteps=False)
-        last = model.finished_episodes
-        print(f"{model.num_timesteps} tokens: {sum(e['score'] for e in last) / len(last):.0%} right, such as", last[-1])
+    main(int(sys.argv[1]))

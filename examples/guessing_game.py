@@ -48,17 +48,19 @@ def beginner():
 
 def environment(model, **options):
     games = [{"prompt": "guess:", "secret": secret} for secret in range(16)]
-    rules = {"reply": game, "max_turns": 10, "max_new_tokens": 2, "max_reply_tokens": 1, "stop": ".", **options}
-    return gym.make_vec(
-        "TextGen-v0", num_envs=64, language_model=model, prompts=games, reward=knowledge, kl_coef=0.0, **rules
-    )
+    rules = {"reply": game, "max_turns": 10, "max_new_tokens": 2, "max_reply_tokens": 1, "stop": ".", "kl_coef": 0.0}
+    options = {"num_envs": 64, "prompts": games, "reward": knowledge, **rules, **options}
+    return gym.make_vec("TextGen-v0", language_model=model, **options)
+
+
+def main(tokens):
+    envs = environment(beginner())
+    model = PPO("LanguageModelPolicy", envs, n_steps=32, batch_size=1024, learning_rate=2e-3, gae_lambda=0.7, seed=0)
+    for _ in range(10):
+        model.learn(tokens // 10, reset_num_timesteps=False)
+        games = [episode["completion"].split("\n") for episode in model.finished_episodes]
+        print(f"{model.num_timesteps} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
 
 
 if __name__ == "__main__":
-    model = PPO(
-        "LanguageModelPolicy", environment(beginner()), n_steps=32, batch_size=1024, learning_rate=2e-3, gae_lambda=0.7
-    )
-    for _ in range(10):
-        model.learn(int(sys.argv[1]) // 10, reset_num_timesteps=False)
-        games = [episode["completion"].split("\n") for episode in model.finished_episodes]
-        print(f"{model.num_timesteps} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
+    main(int(sys.argv[1]))

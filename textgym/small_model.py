@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import Unigram
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from textgym.checks import check_int, check_seed
+from textgym.checks import check_int, check_seed, check_texts
 from textgym.language_model import LanguageModel
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -42,12 +42,13 @@ def small_model(
     :param seed: of its weights
     :raises ValueError: if pieces repeat or are empty, or a size is impossible
     """
-    texts = [pieces] if isinstance(pieces, str) else list(pieces)
-    wrong = [piece for piece in texts if not isinstance(piece, str) or not piece or piece in SPECIAL]
-    if wrong or len(set(texts)) < len(texts) or len(texts) < 2 or isinstance(pieces, str):
+    texts = check_texts("pieces", pieces, least=2)
+    repeated = [piece for i, piece in enumerate(texts) if piece in texts[:i]]
+    wrong = [piece for piece in texts if not piece or piece in SPECIAL]
+    if wrong or repeated:
         raise ValueError(
-            f"pieces must be two or more different texts, none of them empty or one of {', '.join(SPECIAL)}; "
-            f"got {pieces!r:.80}"
+            f"pieces must be different texts, none of them empty or one of {', '.join(SPECIAL)}; "
+            f"{(wrong or repeated)[0]!r} is {'one of these' if wrong else 'there twice'}"
         )
     check_int("hidden_size", hidden_size, 1)
     check_int("layers", layers, 1)
