@@ -78,6 +78,6 @@ def test_they_train_from_start_to_end(
     environment, agent = module.environment, module.PPO
     monkeypatch.setattr(module, "beginner", lambda: small_model(pieces, hidden_size=8, heads=1))
     monkeypatch.setattr(module, "environment", lambda model: environment(model, num_envs=4))
-    monkeypatch.setattr(module, "PPO", lambda *a, **options: agent(*a, **{**options, "n_steps": 12, "batch_size": 24}))
+    monkeypatch.setattr(module, "PPO", lambda *a, **options: agent(*a, **{**options, "n_steps": 40, "batch_size": 80}))
     module.main(640)
     assert capsys.readouterr().out.count(" tokens: ") == 10
