@@ -32,12 +32,12 @@ from separate_runs import keep, kept_result, path_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
-BUDGET = {"guess": 98_304, "calculator": 65_536}
+BUDGET = {"guess": 131_072, "calculator": 65_536}
 PPO = {
     "guess": {"n_steps": 32, "learning_rate": 2e-3, "gae_lambda": 0.7},
-    "calculator": {"n_steps": 64, "learning_rate": 5e-4},
+    "calculator": {"n_steps": 64, "learning_rate": 2e-4},
 }
-GRPO = {"guess": {"group_size": 16, "learning_rate": 1e-3}, "calculator": {"group_size": 16, "learning_rate": 5e-4}}
+GRPO = {"guess": {"group_size": 16, "learning_rate": 1e-3}, "calculator": {"group_size": 16, "learning_rate": 2e-4}}
 GROUPS = {"episodes": 128, "n_epochs": 4, "batch_size": 512}
 CONTENDERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "PPO, each turn": ("PPO", {}, {"reward_every": "turn"}),

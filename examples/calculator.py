@@ -49,7 +49,7 @@ def environment(model, **options):
 
 
 def main(tokens):
-    model = PPO("LanguageModelPolicy", environment(beginner()), n_steps=64, batch_size=1024, learning_rate=5e-4, seed=0)
+    model = PPO("LanguageModelPolicy", environment(beginner()), n_steps=64, batch_size=1024, learning_rate=2e-4, seed=0)
     for _ in range(10):
         model.learn(tokens // 10, reset_num_timesteps=False)
         sums = model.finished_episodes

@@ -27,11 +27,12 @@ def game(transcripts, secret):
 
 
 def knowledge(transcripts):
-    """Minus the bits that are left to find (how many numbers explain all hints?) and 0.1 for each guess."""
+    """Minus the bits that are left to find (how many numbers explain all hints?); 1 for the number, -0.1 a guess."""
     texts = [[message["content"] for message in talk] for talk in transcripts]
     talks = [list(zip(some[::2], some[1::2], strict=False)) for some in texts]
     left = [sum(all(hint(turn, n) == said for turn, said in talk) for n in range(16)) for talk in talks]
-    return [-math.log2(n) - 0.1 * len(talk) for n, talk in zip(left, talks, strict=True)]
+    found = [bool(talk) and talk[-1][1] == " right." for talk in talks]
+    return [won - math.log2(n) - 0.1 * len(talk) for won, n, talk in zip(found, left, talks, strict=True)]
 
 
 def random_game():
