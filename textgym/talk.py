@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from textgym.texts import Texts, token_texts
 MOST_TOKENS = 4096  # of a conversation, with a model that takes more
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True)
+class Answer:
     """A turn of the model.
 
     :param tokens: S of them as text; ``"".join(tokens)`` is the answer
