@@ -16,7 +16,7 @@ from textgym.episode_rules import DEFAULT_MAX_PROMPT_TOKENS, EpisodeRules, promp
 from textgym.kl import KL_ESTIMATORS
 from textgym.prompts.fitting import all_chat
 from textgym.prompts.rows import PromptRows
-from textgym.sampling import SamplingSettings
+from textgym.sampling import SamplingSettings, check_turn_limits
 from textgym.vocabulary import Vocabulary
 
 RENDER_MODES = ("ansi", "human", "rgb_array")
@@ -85,12 +85,7 @@ class TextGenOptions:
             check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
         check_choice("prompt_overflow", self.prompt_overflow, ("truncate", "error"))
         check_choice("reply_overflow", self.reply_overflow, ("truncate", "error"))
-        for name in ("max_turns", "max_reply_tokens", "max_total_tokens"):
-            value = getattr(self, name)
-            if value is not None:
-                check_int(name, value, low=1)
-                if self.reply is None:
-                    raise ValueError(f"{name}={value} is of episodes in which somebody replies: give a reply, too")
+        check_turn_limits(self.reply, self.max_turns, self.max_reply_tokens, self.max_total_tokens)
         if not isinstance(self.stop, str | list | tuple | None):
             raise TypeError(f"stop={self.stop!r} must be a string or a list of strings")
         for text in self.stop_strings:

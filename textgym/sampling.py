@@ -18,6 +18,21 @@ DEFAULT_MAX_REPLY_TOKENS = 32
 _OF_TURNS = ("max_turns", "max_reply_tokens", "max_total_tokens")
 
 
+def check_turn_limits(reply: Any, *limits: int | None) -> None:
+    """Check options of episodes in which somebody replies.
+
+    :param reply: who does; None for nobody
+    :param limits: ``max_turns``, ``max_reply_tokens`` and ``max_total_tokens``, each None where it is not given
+    :raises TypeError: if one is not a whole number
+    :raises ValueError: if one is less than 1, or given where nobody replies
+    """
+    for name, value in zip(_OF_TURNS, limits, strict=True):
+        if value is not None:
+            check_int(name, value, low=1)
+            if reply is None:
+                raise ValueError(f"{name}={value} is of episodes in which somebody replies: give a reply, too")
+
+
 @dataclass(frozen=True)
 class TurnLimits:
     """Limits of texts in which somebody replies.

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from textgym.checks import check_choice, check_int, check_number, check_seed, shown
-from textgym.sampling import DEFAULT_MAX_TURNS
+from textgym.sampling import DEFAULT_MAX_TURNS, check_turn_limits
 
 
 def _option(default: Any, section: str, text: str) -> Any:
@@ -298,12 +298,7 @@ class RunConfig:
         every = self.reward_every
         if every not in ("turn", "end") and not (every.isdigit() and int(every) >= 1):
             raise ValueError(f"reward_every={every!r} must be a whole number of at least 1, 'turn' or 'end'")
-        for name in ("max_turns", "max_reply_tokens", "max_total_tokens"):
-            value = getattr(self, name)
-            if value is not None:
-                check_int(name, value, low=1)
-                if self.reply is None:
-                    raise ValueError(f"{name}={value} is of episodes in which somebody replies: give a reply, too")
+        check_turn_limits(self.reply, self.max_turns, self.max_reply_tokens, self.max_total_tokens)
 
         self.template_arguments()  # wrong ones are errors now
         self.agent_arguments()

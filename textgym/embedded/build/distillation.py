@@ -33,6 +33,7 @@ from .language_model import (
     training_text,
 )
 from .sources import CACHE, movie_snippets
+from .steps import run_processes, take_step
 from .text import words
 
 FOLDER = CACHE / "soft_labels"
@@ -141,12 +142,7 @@ def build(processes: int = 2) -> None:
                                                   for name in ("real", "sampled")],))
         for i in range(processes)
     ]  # fmt: skip
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise RuntimeError(f"a labelling process failed: exit codes {[worker.exitcode for worker in workers]}")
+    run_processes(workers, "labelling")
     temporary.rename(FOLDER)
 
 
@@ -233,10 +229,7 @@ def distil(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = soft_nats(model, [text for text, _ in batch], torch.tensor([hard for _, hard in batch]))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            take_step(loss, model, optimizer)
             running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
             step += 1
             if step > total // 4:

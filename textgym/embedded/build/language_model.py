@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from . import teacher, tokenizer
 from .forward import hidden_states
 from .sources import CACHE, brown_sentences, movie_snippets
+from .steps import take_step
 from .teacher import length_sorted_batches, padded
 from .text import words
 
@@ -171,10 +172,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = nats(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(loss, model, optimizer)
         seen += sum(len(row) for row in batch)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if time.time() - reported > 30:

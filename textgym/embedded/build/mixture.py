@@ -37,6 +37,7 @@ from .distillation import save
 from .language_model import encode, general_text, held_out_nats, real_snippets
 from .sampling import KnownWords, sample
 from .sources import CACHE, movie_snippets
+from .steps import take_step
 from .teacher import length_sorted_batches, padded
 from .text import words
 
@@ -167,10 +168,7 @@ def build(steps: int, batch_size: int = 80, learning_rate: float = 2e-3) -> None
                 group["lr"] = rate
             wanted, _ = mixture.next_pieces(batch)
             loss = divergence(student, batch, wanted)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(new_layer.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            take_step(loss, new_layer, optimizer)
             running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
             step += 1
             if time.time() - reported > 60:

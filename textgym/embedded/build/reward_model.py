@@ -26,6 +26,7 @@ from . import sentiment_teacher, tokenizer
 from .forward import hidden_states
 from .language_model import MAX_PIECES, encode, fit, new_model, parameter_groups, training_text
 from .sources import CACHE, Snippet, movie_snippets
+from .steps import take_step
 from .text import words
 
 FOLDER = CACHE / "reward_model"
@@ -189,10 +190,7 @@ class Trainer:
                 model.train()
                 scores = position_scores(model, ids)  # [B, L]
                 loss = ((scores - targets).pow(2) * weights).sum() / weights.sum()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                take_step(loss, model, optimizer)
                 step += 1
             if time.time() - reported > 30:
                 reported = time.time()

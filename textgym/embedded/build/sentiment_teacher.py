@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .sources import CACHE, fetch, movie_snippets
+from .steps import take_step
 
 FOLDER = CACHE / "sentiment_teacher"
 
@@ -47,11 +48,7 @@ def tune(epochs: int = 2, batch_size: int = 48, learning_rate: float = 1e-4) -> 
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 predictions = model(**inputs).logits.squeeze(-1)  # [B]
             loss = (predictions.float() - targets).pow(2).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+            take_step(loss, model, optimizer, schedule)
             step += 1
             if step % 20 == 0:
                 print(f"sentiment teacher: step {step}/{total} loss {loss.item():.4f}", flush=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from .sources import CACHE, brown_sentences, fetch, movie_snippets
+from .steps import run_processes, take_step
 from .text import tidy
 
 FOLDER = CACHE / "teacher"
@@ -132,11 +133,7 @@ def tune(epochs: int = 2, batch_size: int = 64, learning_rate: float = 2e-4, fro
         model.train()
         for batch in length_sorted_batches(rows["train"], batch_size, rng):
             loss = loss_of(batch, "mean")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+            take_step(loss, model, optimizer, schedule)
             step += 1
             if step % 10 == 0:
                 seconds = time.time() - started
@@ -286,12 +283,7 @@ def write_samples(shards: int, rows: int = 1024, processes: int = 2) -> None:
     missing = [shard for shard in range(shards) if not (FOLDER / "samples" / f"{shard:04d}.json").exists()]
     context = torch.multiprocessing.get_context("fork")
     workers = [context.Process(target=_write_shards, args=(missing[i::processes], rows, 1)) for i in range(processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise RuntimeError(f"a sampling process failed: exit codes {[worker.exitcode for worker in workers]}")
+    run_processes(workers, "sampling")
 
 
 def samples(files: int | None = None) -> list[str]:
