@@ -19,8 +19,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.common.arguments import RoundArguments
-from textgym.agents.common.exploration import Exploration
+from textgym.agents.common.arguments import ChosenArguments
 from textgym.agents.common.losses import Loss, preference_loss
 from textgym.agents.common.ranking import best_and_worst, rewards_without_kl
 from textgym.agents.common.text_environment import TextEnv, TextEnvironment
@@ -79,10 +78,8 @@ class DPO(TextEpisodeAlgorithm):
         label_smoothing: float = 0.0,
         offline: bool = True,
         min_margin: float = 1e-4,
-        batch_size: int | None = None,
         n_epochs: int = 1,
-        exploration: Exploration | None = None,
-        **arguments: Unpack[RoundArguments],
+        **arguments: Unpack[ChosenArguments],
     ) -> None:
         check_int("group_size", group_size, low=2)
         check_number("beta", beta, low=0.0, open_low=True)
@@ -95,6 +92,7 @@ class DPO(TextEpisodeAlgorithm):
                 f"rollout_dtype={acting!r} is what the policy acts in, and with offline=True it does not act: leave it "
                 "out, or pass offline=False"
             )
+        exploration = arguments.get("exploration")
         if offline and exploration is not None:
             raise ValueError(
                 f"exploration={exploration} changes what the policy draws, and with offline=True the reference draws: "
@@ -108,9 +106,7 @@ class DPO(TextEpisodeAlgorithm):
             policy,
             env,
             group_size=group_size,
-            batch_size=batch_size,
             n_epochs=n_epochs,
-            exploration=exploration,
             importance_cap=None,  # pairs are pairs, whoever wrote them
             **arguments,
         )

@@ -15,8 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.common.arguments import RoundArguments
-from textgym.agents.common.exploration import Exploration
+from textgym.agents.common.arguments import ChosenArguments
 from textgym.agents.common.losses import Loss
 from textgym.agents.common.ranking import best_of_groups
 from textgym.agents.common.text_environment import TextEnv
@@ -56,10 +55,8 @@ class ExpertIteration(TextEpisodeAlgorithm):
         keep: int = 1,
         threshold: float | None = None,
         quantile: float | None = None,
-        batch_size: int | None = None,
         n_epochs: int = 4,
-        exploration: Exploration | None = None,
-        **arguments: Unpack[RoundArguments],
+        **arguments: Unpack[ChosenArguments],
     ) -> None:
         check_int("group_size", group_size, low=1)
         check_int("keep", keep, low=1)
@@ -76,9 +73,7 @@ class ExpertIteration(TextEpisodeAlgorithm):
             policy,
             env,
             group_size=group_size,
-            batch_size=batch_size,
             n_epochs=n_epochs,
-            exploration=exploration,
             importance_cap=None,  # targets are targets, whoever wrote them
             **arguments,
         )

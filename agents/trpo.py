@@ -21,8 +21,10 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import Unpack
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
+from textgym.agents.common.arguments import CriticArguments
 from textgym.agents.common.finite import check_gradients, check_loss
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.common.text_environment import TextEnv
@@ -48,8 +50,8 @@ class TRPO(TextOnPolicyAlgorithm):
     """sb3-contrib's TRPO for text environments; needs ``pip install "textgym[contrib]"``.
 
     The transformer moves by natural gradients, the value head alone by Adam: the value loss does not reach the
-    transformer. Arguments have the names and the meaning they have there; those that are missing here are those of
-    :class:`~textgym.agents.common.on_policy.TextOnPolicyAlgorithm`. ::
+    transformer. Arguments have the names and the meaning they have there; further ones are those of
+    :class:`~textgym.agents.common.on_policy.TextOnPolicyAlgorithm`; ``batch_size`` is of the value head's updates. ::
 
         >>> import gymnasium as gym, textgym
         >>> from textgym.agents.trpo import TRPO
@@ -59,8 +61,6 @@ class TRPO(TextOnPolicyAlgorithm):
         True
 
     :param learning_rate: of the value head
-    :param n_steps: tokens per row and rollout, T
-    :param batch_size: tokens per minibatch of the value head's updates; None for the whole rollout
     :param target_kl: most nats per token, averaged over the states of the rollout, that one update may move the policy
     :param cg_max_steps: iterations of conjugate gradients
     :param cg_damping: added to the Fisher matrix's diagonal
@@ -77,29 +77,17 @@ class TRPO(TextOnPolicyAlgorithm):
         self,
         policy: str | type[LanguageModelPolicy],
         env: TextEnv | None,
+        *,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 32,
-        batch_size: int | None = None,
-        gamma: float = 1.0,
         cg_max_steps: int = 15,
         cg_damping: float = 0.1,
         line_search_shrinking_factor: float = 0.8,
         line_search_max_iter: int = 10,
         n_critic_updates: int = 10,
-        gae_lambda: float = 0.95,
         normalize_advantage: bool = True,
         target_kl: float = 0.01,
         sub_sampling_factor: int = 1,
-        whiten_rewards: bool = False,
-        bootstrap_truncated: bool = False,
-        scoring: str = "auto",
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Unpack[CriticArguments],
     ) -> None:
         _stock()
         check_int("cg_max_steps", cg_max_steps, low=1)
@@ -120,23 +108,10 @@ class TRPO(TextOnPolicyAlgorithm):
             policy,
             env,
             learning_rate=learning_rate,
-            n_steps=n_steps,
-            batch_size=batch_size,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
             normalize_advantage=normalize_advantage,
             target_kl=target_kl,
-            whiten_rewards=whiten_rewards,
-            bootstrap_truncated=bootstrap_truncated,
-            scoring=scoring,
             importance_cap=None,  # sb3-contrib's objective has no place for such weights
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            **arguments,
         )
 
     def _setup_model(self) -> None:

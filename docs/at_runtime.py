@@ -14,10 +14,11 @@ from typing import Any
 import griffe
 
 import textgym.agents
+from textgym.handed_on import takers
 
 
 class AtRuntime(griffe.Extension):
-    """Put in the place of ``**arguments`` what the base classes' constructors say about each, and of a computed
+    """Put in the place of ``**arguments`` what the constructors that take them say about each, and of a computed
     ``__all__`` its names."""
 
     def on_package(self, *, pkg: griffe.Module, **arguments: Any) -> None:
@@ -44,12 +45,13 @@ def constructors(module: griffe.Module) -> Iterator[tuple[griffe.Class, griffe.F
 
 
 def expanded(cls: griffe.Class) -> Iterator[griffe.Parameter]:
-    """The parameters of a constructor, first its own and then those of its base classes that it takes."""
-    lines = [cls, *cls.mro()]
-    stated = [list(c.members["__init__"].parameters) for c in lines if "__init__" in c.members]
+    """The parameters of a constructor, first its own and then those of other classes that it takes."""
+    package, at_runtime = cls.package, pydoc.locate(cls.path)
+    paths = [f"{taker.__module__}.{taker.__qualname__}".split(".") for taker in takers(at_runtime)]
+    stated = [list(package[path[1:]].members["__init__"].parameters) for path in paths if path[0] == package.name]
     yield from (p for p in stated[0] if p.kind is not griffe.ParameterKind.var_keyword)
     own = {p.name for p in stated[0]}
-    for name in inspect.signature(pydoc.locate(cls.path)).parameters:
+    for name in inspect.signature(at_runtime).parameters:
         if name not in own:
             found = next(p for parameters in stated for p in parameters if p.name == name)
             yield griffe.Parameter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import html
 import importlib.util
 import inspect
 import json
@@ -21,6 +22,7 @@ from places import ROOT
 import textgym.agents
 from textgym.agents import PPO
 from textgym.agents.runs import Run, RunConfig
+from textgym.rewards import ClassifierReward, LogProbReward, RemoteReward
 
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
@@ -218,11 +220,29 @@ def test_names_in_docstrings_are_links_also_without_their_path_and_where_they_ar
 @NEEDS_MKDOCS
 @pytest.mark.slow
 def test_an_agents_page_lists_the_arguments_that_it_hands_on(site):
-    for page, cls in {"grpo": "GRPO", "nlpo": "NLPO", "soft_q_learning": "SoftQLearning"}.items():
+    for page, cls in {"grpo": "GRPO", "nlpo": "NLPO", "soft_q_learning": "SoftQLearning", "trpo": "TRPO"}.items():
         text = re.sub(r"<[^>]+>", "", (site / "agents" / f"{page}.html").read_text(encoding="utf-8"))
         for name in inspect.signature(getattr(textgym.agents, cls)).parameters:
             assert re.search(rf"\b{name}\b", text), name
         assert "**arguments" not in text
+
+
+@NEEDS_MKDOCS
+@pytest.mark.slow
+def test_a_rewards_page_lists_the_arguments_that_it_hands_on_and_says_what_they_mean(site):
+    source = (site / "api" / "rewards.html").read_text(encoding="utf-8")
+    text = html.unescape(re.sub(r"<[^>]+>", "", source))
+    assert "**arguments" not in text
+    for reward in (RemoteReward, ClassifierReward, LogProbReward):
+        signature = re.search(rf"\b{reward.__name__}\(\n(.*?)\n\)\n", text, re.DOTALL)[1]
+        for name, parameter in inspect.signature(reward).parameters.items():
+            assert re.search(rf"\b{name}: ", signature), name
+            default = parameter.default
+            if isinstance(default, int | float) and default < 1000:
+                assert re.search(rf"\b{name}: .* = {default}\b", signature), name
+    for taker in ("json_client.JsonClient", "rewards.models.text_forward.TextForward"):
+        assert f'id="textgym.{taker}"' in source
+    assert 'href="rewards.html#textgym.json_client.JsonClient"' in (site / "api" / "replies.html").read_text("utf-8")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("griffe") is None, reason="needs griffe, which comes with mkdocstrings")

@@ -40,6 +40,7 @@ FOUNDATIONS = {
     "textgym.divergence",
     "textgym.encodable_text",
     "textgym.extras",
+    "textgym.handed_on",
     "textgym.json_client",
     "textgym.json_server",
     "textgym.named_objects",

@@ -19,12 +19,26 @@ from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from typing_extensions import TypedDict
+
 from textgym.checks import check_int, check_number, check_text
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)  # the server may do better in a moment
 _CHUNK = 1 << 16
 
 T = TypeVar("T")
+
+
+class ClientArguments(TypedDict, total=False):
+    """What a :class:`JsonClient` takes besides its address."""
+
+    concurrency: int
+    timeout: float
+    retries: int
+    pause: float
+    max_pause: float
+    max_bytes: int
+    headers: Mapping[str, str] | None
 
 
 class RemoteError(Exception):

@@ -9,23 +9,18 @@ What an argument means, and its default, stands at the base class that has it
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from stable_baselines3.common.type_aliases import Schedule
-from typing_extensions import TypedDict, get_type_hints
+from typing_extensions import TypedDict
 
 from textgym.agents.common.exploration import Exploration
 
 
-class SharedArguments(TypedDict, total=False):
-    """What every agent takes besides ``policy`` and ``env``."""
+class RunArguments(TypedDict, total=False):
+    """What every agent takes besides ``policy``, ``env`` and ``learning_rate``."""
 
-    learning_rate: float | Schedule
-    max_grad_norm: float
     scoring: str
     stats_window_size: int
     tensorboard_log: str | None
@@ -34,6 +29,24 @@ class SharedArguments(TypedDict, total=False):
     seed: int | None
     device: torch.device | str
     _init_setup_model: bool
+
+
+class CriticArguments(RunArguments, total=False):
+    """Of rollouts that end after so many tokens, with a critic that knows what is left of an episode."""
+
+    n_steps: int
+    batch_size: int | None
+    gamma: float
+    gae_lambda: float
+    whiten_rewards: bool
+    bootstrap_truncated: bool
+
+
+class SharedArguments(RunArguments, total=False):
+    """Of agents with one optimizer for policy and critic, whose gradients are scaled down where they are large."""
+
+    learning_rate: float | Schedule
+    max_grad_norm: float
 
 
 class PolicyGradientArguments(TypedDict, total=False):
@@ -64,6 +77,13 @@ class RoundArguments(SharedArguments, total=False):
     episodes: int | None
 
 
+class ChosenArguments(RoundArguments, total=False):
+    """Of agents that learn from completions chosen among those of a round, whoever wrote them."""
+
+    batch_size: int | None
+    exploration: Exploration | None
+
+
 class RoundGradientArguments(RoundArguments, PolicyGradientArguments, total=False):
     """Of policy gradients from whole episodes."""
 
@@ -83,51 +103,3 @@ class ReplayArguments(RoundArguments, total=False):
     gamma: float
     tau: float
     target_update_interval: int
-
-
-def constructor_parameters(agent: type[Any]) -> dict[str, inspect.Parameter]:
-    """The arguments that an agent's constructor takes by name, those that it hands on as ``**arguments`` included.
-
-    With ``**arguments: Unpack[...]`` these are the keys of a ``TypedDict``; without, all that the base class takes.
-    """
-    parameters: dict[str, inspect.Parameter] = {}
-    handed_on: set[str] | None = None  # None for all
-    for cls in agent.__mro__:
-        init = vars(cls).get("__init__")
-        if init is None:
-            continue
-        own = list(inspect.signature(init).parameters.values())[1:]  # without self
-        rest, by_name_alone = None, bool(parameters)  # what is handed on is
-        for parameter in own:
-            if parameter.kind is parameter.VAR_KEYWORD:
-                rest = parameter
-            elif parameter.name not in parameters and (handed_on is None or parameter.name in handed_on):
-                kind = parameter.KEYWORD_ONLY if by_name_alone else parameter.kind
-                parameters[parameter.name] = parameter.replace(kind=kind)
-        if rest is None:
-            break
-        keys = _keys(init, rest)
-        if keys is not None:
-            handed_on = keys if handed_on is None else handed_on & keys
-    return parameters
-
-
-def _keys(init: Any, rest: inspect.Parameter) -> set[str] | None:
-    """The keys of the ``TypedDict`` that ``**rest`` is annotated with; None where it isn't."""
-    if "Unpack" not in str(rest.annotation):
-        return None
-    hints = get_type_hints(SimpleNamespace(__annotations__={"rest": rest.annotation}), init.__globals__)
-    return set(get_type_hints(get_args(hints["rest"])[0]))
-
-
-def check_arguments(agent: type[Any], given: dict[str, Any]) -> None:
-    """:raises TypeError: if a constructor is given by name what it doesn't take"""
-    known = constructor_parameters(agent)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known)
-            public = [other for other in known if not other.startswith("_")]
-            hint = f"did you mean {close[0]!r}? It" if close else "it"
-            raise TypeError(
-                f"{agent.__name__} got an unexpected keyword argument {name!r}; {hint} takes {', '.join(public)}"
-            )

@@ -16,7 +16,6 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 
 from textgym.agents.buffers.episode_buffer import EpisodeBuffer, SegmentSamples
-from textgym.agents.common.arguments import check_arguments, constructor_parameters
 from textgym.agents.common.episode_figures import rollout_figures
 from textgym.agents.common.exploration import Exploration, check_exploration
 from textgym.agents.common.finite import check_policy
@@ -30,6 +29,7 @@ from textgym.agents.policy.language_model_policy import LanguageModelPolicy
 from textgym.checks import check_bool, check_choice, check_int, check_mapping, check_number, check_schedule, check_seed
 from textgym.engine.freed_memory import keep_freed_memory
 from textgym.envs.segments import Segment
+from textgym.handed_on import check_arguments, constructor_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -18,8 +18,8 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
-from textgym.agents.common.arguments import constructor_parameters
 from textgym.agents.common.exploration import Exploration
+from textgym.handed_on import constructor_parameters
 from textgym.sampling import SamplingSettings
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Any
 
 import textgym.agents
 from textgym.agents import names
-from textgym.agents.common.arguments import constructor_parameters
 from textgym.agents.common.on_policy import TextOnPolicyAlgorithm
 from textgym.agents.runs.config import ALGORITHM, RunConfig, sections
 from textgym.checks import shown
+from textgym.handed_on import constructor_parameters
 from textgym.named_objects import object_named
 from textgym.rewards.code_names import names_code
 

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from textgym.checks import check_int, check_text, check_texts
-from textgym.json_client import JsonClient, RemoteError, as_json, quoted
+from textgym.handed_on import hands_on
+from textgym.json_client import ClientArguments, JsonClient, RemoteError, as_json, quoted
 from textgym.replies.base import Reply, ReplyResult, Transcript
 from textgym.replies.errors import ReplyError
 
 _FIELDS = {"text", "reward", "done"}
 
 
+@hands_on(JsonClient)
 class RemoteReply(Reply):
     """Replies from a server, in JSON.
 
@@ -28,8 +31,8 @@ class RemoteReply(Reply):
     the transcript is as long as before.
 
     Turns go out in batches, several at once. A server that is busy or can't be reached is asked again, as
-    :class:`~textgym.rewards.RemoteReward` does it; one that stays away raises :class:`ReplyError`, and the step can be
-    taken again.
+    :class:`~textgym.json_client.JsonClient` does it, which also says what the further arguments mean; one that stays
+    away raises :class:`ReplyError`, and the step can be taken again.
 
         >>> from textgym.replies import ReplyServer
         >>> with ReplyServer(lambda transcripts: [t[-1]["content"].upper() for t in transcripts]) as server:
@@ -41,13 +44,6 @@ class RemoteReply(Reply):
     :param columns: names of the columns of the prompt rows that are sent
     :param role: whose message a reply is in a chat template
     :param batch_size: turns in a request
-    :param concurrency: requests at once
-    :param timeout: for one attempt, in seconds
-    :param retries: attempts after the first
-    :param pause: before the second attempt, in seconds; it doubles each time
-    :param max_pause: longest pause, in seconds
-    :param max_bytes: longest answer that is read
-    :param headers: further headers, such as ``{"Authorization": "Bearer ..."}``
     :raises ValueError: if an argument is impossible
     """
 
@@ -58,27 +54,12 @@ class RemoteReply(Reply):
         role: str = "user",
         *,
         batch_size: int = 64,
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        retries: int = 4,
-        pause: float = 0.5,
-        max_pause: float = 30.0,
-        max_bytes: int = 1 << 24,
-        headers: Mapping[str, str] | None = None,
+        **arguments: Unpack[ClientArguments],
     ) -> None:
         self.columns = check_texts("columns", columns)
         self.role = check_text("role", role, empty=False)
         self.batch_size = check_int("batch_size", batch_size, low=1)
-        self._client = JsonClient(
-            url,
-            concurrency=concurrency,
-            timeout=timeout,
-            retries=retries,
-            pause=pause,
-            max_pause=max_pause,
-            max_bytes=max_bytes,
-            headers=headers,
-        )
+        self._client = JsonClient(url, **arguments)
         self._episodes: dict[int, str] = {}  # of the rows
 
     @property

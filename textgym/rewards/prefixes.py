@@ -52,6 +52,10 @@ class PrefixBatch:
         """``(B,)`` tokens after each prompt so far, the policy's and others'."""
         return self.lengths - self.prompt_lengths
 
+    def origin(self, prefix: int) -> tuple[int, str]:
+        """The environment row that a prefix comes from, and its completion: what errors name."""
+        return int(self.rows[prefix]), self.completions[prefix]
+
     @cached_property
     def completion_ids(self) -> list[list[int]]:
         """B lists of the token ids that the policy wrote."""

@@ -10,9 +10,9 @@ from tiny_agents import tiny_ppo, tiny_vector_env
 from typing_extensions import get_type_hints
 
 import textgym.agents
-from textgym.agents import A2C, GRPO, NLPO, PPO, SARSA, TRPO, TextEpisodeAlgorithm, TextOnPolicyAlgorithm
-from textgym.agents.common.arguments import constructor_parameters
+from textgym.agents import A2C, GRPO, NLPO, PPO, SARSA, TextEpisodeAlgorithm, TextOnPolicyAlgorithm
 from textgym.agents.names import AGENTS
+from textgym.handed_on import constructor_parameters
 
 CLASSES = [getattr(textgym.agents, name) for name in AGENTS.values()]
 
@@ -21,7 +21,7 @@ CLASSES = [getattr(textgym.agents, name) for name in AGENTS.values()]
 def test_an_argument_that_is_handed_on_has_the_type_that_the_base_class_gives_it(agent):
     rest = inspect.signature(agent.__init__).parameters.get("arguments")
     if rest is None:
-        assert agent in (A2C, PPO, TRPO)  # the lists of Stable-Baselines3 and sb3-contrib
+        assert agent in (A2C, PPO)  # the lists of Stable-Baselines3
         return
     handed_on = get_type_hints(get_args(get_type_hints(agent.__init__)["arguments"])[0])
     base = agent.__mro__[1]

@@ -167,17 +167,13 @@ class CausalRewardModel(Reward):
         :raises RewardError: if a prefix is empty or longer than the model's context, or its score is not
             finite
         """
-
-        def origin(i: int) -> tuple[int, str]:
-            return int(batch.rows[i]), batch.completions[i]
-
         if len(batch) == 0:
             return np.zeros(0)
         if not self._reads_tokens_of(batch):
             prompts = self._template.prompts(batch.prompts, batch.columns)
-            return self._score_texts(prompts, batch.completions, batch.finished, origin)
+            return self._score_texts(prompts, batch.completions, batch.finished, batch.origin)
         lengths = batch.lengths - self._unread(batch.finished)
-        self._check_lengths(lengths, origin)
+        self._check_lengths(lengths, batch.origin)
         read = self._read(batch)
         if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
             positions = list(lengths[:, None] - 1)
@@ -186,7 +182,7 @@ class CausalRewardModel(Reward):
             self.model.eval()
             machine = self._machine(int(lengths.max()))
             scores = self._head(machine.last_hidden(read, lengths, batch.rows, batch.prompt_lengths))
-        return self._checked(scores, origin)
+        return self._checked(scores, batch.origin)
 
     def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Φ of many prefixes of each row, from one pass over it.

@@ -16,19 +16,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from typing_extensions import Unpack
 
 from textgym.chat.chat_prompts import MESSAGES
 from textgym.chat.messages import is_conversation
 from textgym.checks import check_choice
 from textgym.encodable_text import well_formed
 from textgym.engine.exactness import SteppedModel, Stepping
-from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
+from textgym.engine.micro_batches import micro_batches
+from textgym.handed_on import hands_on
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 from textgym.rewards.models.causal import ACTIVATIONS
 from textgym.rewards.models.own_template import OwnTemplate
 from textgym.rewards.models.same_tokens import SameTokens
-from textgym.rewards.models.text_forward import Side, TextForward, open_pretrained
+from textgym.rewards.models.text_forward import ForwardArguments, TextForward, open_pretrained
 from textgym.rewards.prefixes import PrefixBatch
 from textgym.rewards.scores import wanted_per_row
 from textgym.vocabulary import is_encoder_decoder
@@ -37,6 +39,7 @@ Output = Literal["logit", "probability", "activation"]
 Reads = Literal["text", "completion", "pair", "chat"]
 
 
+@hands_on(TextForward)
 class ClassifierReward(Reward):
     """Logit or probability of one label of a sequence classifier, encoder or causal, with any tokenizer.
 
@@ -52,7 +55,7 @@ class ClassifierReward(Reward):
     Texts longer than ``max_length`` tokens are cut on ``truncation_side``: by default on the left, which keeps what was
     written last; of a pair the longer text is cut. Rows are filled up with the ``pad_token_id`` of the model's
     configuration, so a tokenizer without PAD does no harm; a model whose configuration has none reads one text at a
-    time.
+    time. Further arguments are those of :class:`~textgym.rewards.models.text_forward.TextForward`.
 
     :param model: for example from ``AutoModelForSequenceClassification``; put in evaluation mode
     :param tokenizer: the model's tokenizer
@@ -63,11 +66,6 @@ class ClassifierReward(Reward):
         the two segments of a pair) or ``"chat"`` (in the tokenizer's chat template: the conversation and the completion
         as the assistant's answer where the prompt rows have a column ``messages``, as prompts that are conversations
         do, else a user's message and the answer)
-    :param device: where to move the model; by default it stays where it is
-    :param dtype: what to convert the weights to; by default they stay as they are
-    :param max_length: most tokens of a text; by default what the model can read
-    :param truncation_side: which end of a text that is too long is cut off, ``"left"`` or ``"right"``
-    :param max_batch_tokens: most tokens, padding included, that are forwarded at once: what bounds the memory
     :raises ValueError: if there is no such label, with those there are, or another parameter is out of range
 
     >>> from textgym.embedded import REWARD_MODEL
@@ -86,11 +84,7 @@ class ClassifierReward(Reward):
         label: str | int | None = None,
         output: Output = "logit",
         reads: Reads = "text",
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        max_length: int | None = None,
-        truncation_side: Side = "left",
-        max_batch_tokens: int = BATCH_TOKENS,
+        **arguments: Unpack[ForwardArguments],
     ) -> None:
         check_choice("output", output, ("logit", "probability", "activation"))
         if output == "activation" and (activation_of(model) not in ACTIVATIONS):
@@ -100,15 +94,7 @@ class ClassifierReward(Reward):
         if reads == "chat" and not getattr(tokenizer, "chat_template", None):
             raise ValueError("reads='chat' needs a tokenizer with a chat template, this one has none")
         self.label = label_index(model, label)
-        self.reader = TextForward(
-            model,
-            tokenizer,
-            device=device,
-            dtype=dtype,
-            max_length=max_length,
-            truncation_side=truncation_side,
-            max_batch_tokens=max_batch_tokens,
-        )
+        self.reader = TextForward(model, tokenizer, **arguments)
         self.output = output
         self.reads = reads
         self._fitting = np.inf if self.reader.max_length is None else self.reader.max_length

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from textgym.checks import check_bool
+from textgym.handed_on import hands_on
 from textgym.rewards.base import Reward
 from textgym.rewards.models.embedding import Encoder, open_encoder, unit_vectors
-from textgym.rewards.models.likelihood import ModelSpec, TextLikelihood
+from textgym.rewards.models.likelihood import LikelihoodArguments, ModelSpec, TextLikelihood
 from textgym.text_units import clauses_of, sentences_of
 
 
@@ -48,6 +50,7 @@ class EmbeddingCoherence(Reward):
         return _means(cosines, rows, len(completions))
 
 
+@hands_on(TextLikelihood)
 class LikelihoodCoherence(Reward):
     """How much likelier a sentence is after the one before it than by itself, in nats a token, without limits.
 
@@ -55,11 +58,10 @@ class LikelihoodCoherence(Reward):
     is the prompt's last sentence and the completion's first; 0.0 without a pair. It is the pointwise mutual information
     of neighbours under the model, per token (Li et al., "A Diversity-Promoting Objective Function for Neural
     Conversation Models", 2016, equation 6 with λ = 1): above 0 where the first sentence helps to foresee the second.
+    Further arguments are those of :class:`~textgym.rewards.models.likelihood.TextLikelihood`.
 
     :param model: a causal language model, as in :func:`~textgym.language_model.load_language_model`
     :param with_prompt: whether the prompt's last sentence counts as the first
-    :param options: ``tokenizer``, ``device``, ``dtype`` and ``max_batch_tokens`` as in
-        :class:`~textgym.rewards.LogProbReward`
 
     >>> reward = LikelihoodCoherence("embedded")
     >>> same, other, none = reward(prompts=["I liked the plot."] * 3, completions=[" I liked the plot.", " Zz q.", ""])
@@ -67,8 +69,10 @@ class LikelihoodCoherence(Reward):
     (True, 0.0)
     """
 
-    def __init__(self, model: ModelSpec = "embedded", *, with_prompt: bool = True, **options: Any) -> None:
-        self.likelihood = TextLikelihood(model, **options)
+    def __init__(
+        self, model: ModelSpec = "embedded", *, with_prompt: bool = True, **arguments: Unpack[LikelihoodArguments]
+    ) -> None:
+        self.likelihood = TextLikelihood(model, **arguments)
         self.with_prompt = check_bool("with_prompt", with_prompt)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:

@@ -9,31 +9,35 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
 from textgym.checks import check_text
 from textgym.engine.micro_batches import BATCH_TOKENS
+from textgym.handed_on import hands_on
 from textgym.rewards.base import Reward
 from textgym.rewards.columns import texts_of
-from textgym.rewards.models.text_forward import Side, TextForward, open_pretrained
+from textgym.rewards.models.text_forward import ForwardArguments, Side, TextForward, open_pretrained
 
 Encoder: TypeAlias = Callable[[list[str]], np.ndarray]
 """What turns N texts into N vectors ``(N, D)``: a :class:`SentenceEncoder`, or any function that does."""
 
 
+@hands_on(TextForward)
 class SentenceEncoder:
     """Embeds texts: the mean of an encoder's last hidden states over a text's tokens, scaled to length 1.
 
     That is what sentence-transformers computes for all-MiniLM-L6-v2 and most of its models (Reimers and Gurevych,
-    "Sentence-BERT", 2019). The order and the number of texts change nothing but the last digits.
+    "Sentence-BERT", 2019). The order and the number of texts change nothing but the last digits. Further arguments are
+    those of :class:`~textgym.rewards.models.text_forward.TextForward`.
 
     :param model: an encoder without a head, for example from ``AutoModel``
     :param tokenizer: its tokenizer
-    :param options: ``device``, ``dtype``, ``max_length``, ``truncation_side`` and ``max_batch_tokens`` as in
-        :class:`~textgym.rewards.ClassifierReward`
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-        self.reader = TextForward(model, tokenizer, **options)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **arguments: Unpack[ForwardArguments]
+    ) -> None:
+        self.reader = TextForward(model, tokenizer, **arguments)
 
     @classmethod
     def from_pretrained(

@@ -11,15 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
 from textgym.checks import check_choice, check_number, check_text, shown
 from textgym.engine.cached_model import WeightsVersion
-from textgym.engine.micro_batches import BATCH_TOKENS
+from textgym.handed_on import hands_on
 from textgym.language_model import load_vocabulary
 from textgym.rewards.base import Reward
 from textgym.rewards.columns import column_of, texts_of
 from textgym.rewards.errors import RewardError
-from textgym.rewards.models.likelihood import ModelSpec, Origin, TextLikelihood, check_finite
+from textgym.rewards.models.likelihood import LikelihoodArguments, ModelSpec, Origin, TextLikelihood, check_finite
 from textgym.rewards.models.own_template import OwnTemplate
 from textgym.rewards.models.same_tokens import SameTokens
 from textgym.rewards.prefixes import PrefixBatch
@@ -29,6 +30,13 @@ from textgym.text_units import sentences_of
 Normalize = Literal["mean", "sum"]
 
 
+class CompletionArguments(LikelihoodArguments, total=False):
+    """What a :class:`CompletionLikelihood` takes besides the model."""
+
+    append_eos: bool
+
+
+@hands_on(TextLikelihood)
 class CompletionLikelihood(Reward):
     """Φ made of the sum of a completion's log-probabilities and of how many tokens it has.
 
@@ -36,28 +44,21 @@ class CompletionLikelihood(Reward):
     (:meth:`potentials`), or all prefixes of a text in one teacher-forced pass (:meth:`prefix_potentials`), with the
     same result. With another tokenizer it reads decoded text, and conversations in the chat template of its own.
 
+    Further arguments are those of :class:`~textgym.rewards.models.likelihood.TextLikelihood`.
+
     :param model: a causal language model, as in :func:`~textgym.language_model.load_language_model`
-    :param tokenizer: needed where ``model`` is a ``PreTrainedModel``
     :param append_eos: whether the end-of-sequence token is part of a completion that ended by itself. Where it is not,
         stopping costs nothing, and with sums the empty completion is the best
-    :param device: for a model that is opened here; ``"auto"`` is the GPU where there is one
-    :param dtype: for a model that is opened here
-    :param max_batch_tokens: most tokens, padding included, that are forwarded at once
     """
 
     def __init__(
         self,
         model: ModelSpec = "embedded",
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         append_eos: bool = True,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "float32",
-        max_batch_tokens: int = BATCH_TOKENS,
+        **arguments: Unpack[LikelihoodArguments],
     ) -> None:
-        self.likelihood = TextLikelihood(
-            model, tokenizer=tokenizer, device=device, dtype=dtype, max_batch_tokens=max_batch_tokens
-        )
+        self.likelihood = TextLikelihood(model, **arguments)
         self.append_eos = append_eos
         lm = self.likelihood.language_model
         self._same_tokens = SameTokens(lm.tokenizer, lm.vocab_size)
@@ -86,20 +87,16 @@ class CompletionLikelihood(Reward):
         :return: ``(B,)`` float64
         :raises RewardError: if a prefix is longer than the model's context, or its value is not finite
         """
-
-        def origin(i: int) -> tuple[int, str]:
-            return int(batch.rows[i]), batch.completions[i]
-
         if len(batch) == 0:
             return np.zeros(0)
         if not self._reads_tokens_of(batch):
             prompts = self._template.prompts(batch.prompts, batch.columns)
-            return self._score_texts(prompts, batch.completions, batch.finished, origin)
+            return self._score_texts(prompts, batch.completions, batch.finished, batch.origin)
         ids, starts = self._tokens_of(batch)
         if len(np.unique(batch.rows)) < len(batch):  # several prefixes of one row can't share its slot
-            sums = np.array([row.sum() for row in self._log_probs(ids, starts, origin)])
+            sums = np.array([row.sum() for row in self._log_probs(ids, starts, batch.origin)])
         else:
-            sums = self._stepped_sums(ids, starts, batch.rows, origin)
+            sums = self._stepped_sums(ids, starts, batch.rows, batch.origin)
         return self._value(sums, np.array([len(row) for row in ids]) - starts)
 
     def prefix_potentials(self, batch: PrefixBatch, at: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -198,6 +195,7 @@ class CompletionLikelihood(Reward):
         return self.likelihood.log_probs(self.name, ids, starts.tolist(), origin)
 
 
+@hands_on()
 class LogProbReward(CompletionLikelihood):
     """Log-probability of the completion given the prompt, in nats: at most 0, without a lower limit.
 
@@ -208,7 +206,7 @@ class LogProbReward(CompletionLikelihood):
 
     :param normalize: ``"mean"`` per token, or ``"sum"``
 
-    Other parameters as in :class:`CompletionLikelihood`.
+    Further arguments are those of :class:`CompletionLikelihood`.
 
     >>> reward = LogProbReward("embedded", normalize="sum", append_eos=False)
     >>> scores = reward(prompts=["the film is"] * 2, completions=[" a good film", " film a good"])
@@ -223,15 +221,18 @@ class LogProbReward(CompletionLikelihood):
     True
     """
 
-    def __init__(self, model: ModelSpec = "embedded", *, normalize: Normalize = "mean", **options: Any) -> None:
+    def __init__(
+        self, model: ModelSpec = "embedded", *, normalize: Normalize = "mean", **arguments: Unpack[CompletionArguments]
+    ) -> None:
         check_choice("normalize", normalize, ("mean", "sum"))
-        super().__init__(model, **options)
+        super().__init__(model, **arguments)
         self.normalize = normalize
 
     def _value(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
         return sums if self.normalize == "sum" else sums / np.maximum(counts, 1)
 
 
+@hands_on()
 class Fluency(CompletionLikelihood):
     """How far the completion's perplexity lies below that of guessing, from 0 to 1.
 
@@ -241,7 +242,7 @@ class Fluency(CompletionLikelihood):
 
     :param worst: W, the perplexity that earns nothing; by default the size of the vocabulary, which is that of guessing
 
-    Other parameters as in :class:`CompletionLikelihood`.
+    Further arguments are those of :class:`CompletionLikelihood`.
 
     >>> reward = Fluency("embedded", worst=1000.0, append_eos=False)
     >>> fluent, guessed, empty = reward(prompts=["the film is"] * 3, completions=[" a good film", " zz qq xx", ""])
@@ -250,10 +251,12 @@ class Fluency(CompletionLikelihood):
     (True, True, 0.0)
     """
 
-    def __init__(self, model: ModelSpec = "embedded", *, worst: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: ModelSpec = "embedded", *, worst: float | None = None, **arguments: Unpack[CompletionArguments]
+    ) -> None:
         if worst is not None:
             check_number("worst", worst, low=1.0, open_low=True)
-        super().__init__(model, **options)
+        super().__init__(model, **arguments)
         self.worst = float(self.likelihood.language_model.vocab_size if worst is None else worst)
 
     def _value(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -261,6 +264,7 @@ class Fluency(CompletionLikelihood):
         return np.where(counts > 0, scores, 0.0)
 
 
+@hands_on(Fluency)
 class SentenceFluency(Reward):
     """Mean fluency of the completion's sentences, each read by itself: a language model's view of grammar, 0 to 1.
 
@@ -268,7 +272,7 @@ class SentenceFluency(Reward):
     "MeanLP" of Lau, Clark and Lappin, "Grammaticality, Acceptability, and Probability" (2017), on another scale. 0.0
     without a sentence.
 
-    Parameters as in :class:`Fluency`, without ``append_eos``.
+    Arguments are those of :class:`Fluency`, without ``append_eos``.
 
     >>> reward = SentenceFluency("embedded")
     >>> good, bad = reward(prompts=["p"] * 2, completions=["This is a good film.", "This good is film a."])
@@ -279,8 +283,10 @@ class SentenceFluency(Reward):
     True
     """
 
-    def __init__(self, model: ModelSpec = "embedded", *, worst: float | None = None, **options: Any) -> None:
-        self._sentence = Fluency(model, worst=worst, append_eos=False, **options)
+    def __init__(
+        self, model: ModelSpec = "embedded", *, worst: float | None = None, **arguments: Unpack[LikelihoodArguments]
+    ) -> None:
+        self._sentence = Fluency(model, worst=worst, append_eos=False, **arguments)
 
     def __call__(self, /, *, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         sentences = [sentences_of(completion) for completion in completions]
@@ -295,6 +301,7 @@ class SentenceFluency(Reward):
         return list((np.bincount(rows, scores, minlength=len(sentences)) / np.maximum(counts, 1)).tolist())
 
 
+@hands_on(TextLikelihood)
 class TargetLikelihood(Reward):
     """How well the completion prepares a target text from a column, per token of the target.
 
@@ -305,12 +312,12 @@ class TargetLikelihood(Reward):
     described in Zhou et al., "Reinforcing General Reasoning without Verifiers" (2025).
 
     It reads text, with one forward for each prefix, and works with any tokenizer. None where the column has None.
+    Further arguments are those of :class:`~textgym.rewards.models.likelihood.TextLikelihood`.
 
     :param model: as in :func:`~textgym.language_model.load_language_model`
     :param column: the column with the targets
     :param before: text between completion and target, such as ``"\\nAnswer:"``; a target usually begins with a space
     :param measure: ``"log_prob"`` or ``"match"``
-    :param options: ``tokenizer``, ``device``, ``dtype`` and ``max_batch_tokens`` as in :class:`CompletionLikelihood`
 
     >>> reward = TargetLikelihood("embedded", column="target")
     >>> completions, targets = [" a very", " the of"], [" good film."] * 2
@@ -326,12 +333,12 @@ class TargetLikelihood(Reward):
         column: str = "target",
         before: str = "",
         measure: Literal["log_prob", "match"] = "log_prob",
-        **options: Any,
+        **arguments: Unpack[LikelihoodArguments],
     ) -> None:
         check_choice("measure", measure, ("log_prob", "match"))
         check_text("column", column, empty=False)
         check_text("before", before)
-        self.likelihood = TextLikelihood(model, **options)
+        self.likelihood = TextLikelihood(model, **arguments)
         self.column = column
         self.before = before
         self.measure = measure

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from textgym.encodable_text import well_formed
 from textgym.engine.cached_model import CachedModel
@@ -23,12 +24,21 @@ Origin = Callable[[int], tuple[int, str]]  # the row and the completion that tex
 ModelSpec: TypeAlias = str | Path | PreTrainedModel | LanguageModel
 
 
+class LikelihoodArguments(TypedDict, total=False):
+    """What a :class:`TextLikelihood` takes besides the model."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    device: str | torch.device
+    dtype: str | torch.dtype
+    max_batch_tokens: int
+
+
 class TextLikelihood:
     """Reads texts with a causal language model and says how likely their tokens are.
 
-    :param model: as in :func:`~textgym.language_model.load_language_model`
+    :param model: a causal language model, as in :func:`~textgym.language_model.load_language_model`
     :param tokenizer: needed where ``model`` is a ``PreTrainedModel``
-    :param device: for a model that is opened here
+    :param device: for a model that is opened here; ``"auto"`` is the GPU where there is one
     :param dtype: for a model that is opened here
     :param max_batch_tokens: most tokens, padding included, that are forwarded at once
     """

@@ -9,13 +9,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
 from textgym.checks import check_choice, check_text
+from textgym.handed_on import hands_on
 from textgym.rewards.base import Reward
 from textgym.rewards.models.classifier import Output, check_score, label_index, label_values
-from textgym.rewards.models.text_forward import TextForward, open_pretrained
+from textgym.rewards.models.text_forward import ReadingArguments, TextForward, open_pretrained
 
 
+@hands_on(TextForward)
 class ProcessReward(Reward):
     """Scores of a text's steps by a token classifier (a process reward model), put together to one number.
 
@@ -23,7 +26,8 @@ class ProcessReward(Reward):
     the last, the smallest or the product of these scores ("Let's Verify Step by Step", Lightman et al. 2023, takes the
     product or the minimum of probabilities). Probabilities lie between 0 and 1, and so does Φ; logits have no limits.
     0.0 for a completion without a step. The last step counts though it may be unfinished. Of texts longer than
-    ``max_length`` the beginning is cut off, with the steps in it.
+    ``max_length`` the beginning is cut off, with the steps in it. Further arguments are those of
+    :class:`~textgym.rewards.models.text_forward.TextForward`.
 
     :param model: for example from ``AutoModelForTokenClassification``; put in evaluation mode
     :param tokenizer: the model's tokenizer, a fast one: it has to say which characters a token stands for
@@ -31,9 +35,6 @@ class ProcessReward(Reward):
     :param output: ``"logit"`` or ``"probability"``: σ(z) of a model with one output, else softmax(z)_k
     :param reduce: ``"mean"``, ``"last"``, ``"min"`` or ``"product"``
     :param separator: what comes between steps; it belongs to the step before it
-    :param device: where to move the model; by default it stays where it is
-    :param dtype: what to convert the weights to; by default they stay as they are
-    :param options: ``max_length`` and ``max_batch_tokens`` as in :class:`ClassifierReward`
     :raises ValueError: if there is no such label, with those there are, the tokenizer is a slow one, or another
         parameter is out of range
 
@@ -57,9 +58,7 @@ class ProcessReward(Reward):
         output: Output = "probability",
         reduce: Literal["mean", "last", "min", "product"] = "mean",
         separator: str = "\n",
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        **options: Any,
+        **arguments: Unpack[ReadingArguments],
     ) -> None:
         check_choice("output", output, ("logit", "probability"))
         check_choice("reduce", reduce, tuple(_REDUCTIONS))
@@ -69,7 +68,7 @@ class ProcessReward(Reward):
                 f"{type(tokenizer).__name__} can't say which characters a token stands for; use a fast one"
             )
         self.label = label_index(model, label)
-        self.reader = TextForward(model, tokenizer, device=device, dtype=dtype, truncation_side="left", **options)
+        self.reader = TextForward(model, tokenizer, truncation_side="left", **arguments)
         self.output = output
         self.reduce = reduce
         self.separator = separator

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from textgym.chat.turns import TurnTokens
 from textgym.encodable_text import well_formed
@@ -24,6 +25,21 @@ from textgym.rewards.models.adapters import base_of_adapter, open_adapted, token
 from textgym.vocabulary import position_limit
 
 Side = Literal["left", "right"]
+
+
+class ReadingArguments(TypedDict, total=False):
+    """What a :class:`TextForward` takes besides model, tokenizer and ``truncation_side``."""
+
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    max_length: int | None
+    max_batch_tokens: int
+
+
+class ForwardArguments(ReadingArguments, total=False):
+    """What a :class:`TextForward` takes besides model and tokenizer."""
+
+    truncation_side: Side
 
 
 class TextForward:
@@ -38,8 +54,8 @@ class TextForward:
     :param device: where to move the model; by default it stays where it is
     :param dtype: what to convert the weights to; by default they stay as they are
     :param max_length: most tokens of a text; longer ones are cut. By default what model and tokenizer can read
-    :param truncation_side: which end of a text that is too long is cut off
-    :param max_batch_tokens: most tokens, padding included, that are forwarded at once
+    :param truncation_side: which end of a text that is too long is cut off, ``"left"`` or ``"right"``
+    :param max_batch_tokens: most tokens, padding included, that are forwarded at once: what bounds the memory
     :raises ValueError: if a parameter is out of range or ``max_length`` is more than the model can read
     """
 

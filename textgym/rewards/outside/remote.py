@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from typing_extensions import Unpack
+
 from textgym.checks import check_choice, check_int
-from textgym.json_client import JsonClient, RemoteError, as_json, quoted
+from textgym.handed_on import hands_on
+from textgym.json_client import ClientArguments, JsonClient, RemoteError, as_json, quoted
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
 
 Protocol = Literal["openrlhf", "vllm"]
 
 
+@hands_on(JsonClient)
 class RemoteReward(Reward):
     """Scores from a server, over one of two JSON protocols.
 
@@ -24,11 +27,10 @@ class RemoteReward(Reward):
     ``"vllm"``: vLLM's ``/classify``. POST ``{"model": ..., "input": [prompt and completion together]}``, answered by
     ``{"data": [{"index": 0, "probs": [...]}, ...]}``. Φ is the probability of class ``label``.
 
-    Texts go out in batches, several at once. What may be better in a moment (no connection, a timeout, statuses 408,
-    425, 429, 500, 502, 503 and 504) is tried again after a pause that doubles each time and is shortened at random by
-    up to half, so that many clients do not come back together; a server's Retry-After is honoured up to ``max_pause``.
-    Anything else that is not one finite number (or null) for each text raises :class:`RewardError`, and so does a
-    server that stays away; training state is untouched by that, and scoring can be tried again.
+    Texts go out in batches, several at once. A server that is busy or can't be reached is asked again, as
+    :class:`~textgym.json_client.JsonClient` does it, which also says what the further arguments mean. Anything else
+    that is not one finite number (or null) for each text raises :class:`RewardError`, and so does a server that stays
+    away; training state is untouched by that, and scoring can be tried again.
 
     Range: whatever is served; [0, 1] for ``"vllm"``.
 
@@ -45,13 +47,6 @@ class RemoteReward(Reward):
     :param model: ``"vllm"``: the name of the served model; None leaves it out
     :param label: ``"vllm"``: which class
     :param batch_size: texts per request
-    :param concurrency: requests at once
-    :param timeout: for one attempt, in seconds
-    :param retries: attempts after the first
-    :param pause: before the second attempt, in seconds
-    :param max_pause: longest pause, in seconds
-    :param max_bytes: longest answer that is read
-    :param headers: further headers, such as ``{"Authorization": "Bearer ..."}``
     :raises ValueError: if an argument is impossible
     """
 
@@ -64,13 +59,7 @@ class RemoteReward(Reward):
         model: str | None = None,
         label: int = 1,
         batch_size: int = 64,
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        retries: int = 4,
-        pause: float = 0.5,
-        max_pause: float = 30.0,
-        max_bytes: int = 1 << 24,
-        headers: Mapping[str, str] | None = None,
+        **arguments: Unpack[ClientArguments],
     ) -> None:
         check_choice("protocol", protocol, get_args(Protocol))
         self.protocol = protocol
@@ -78,16 +67,7 @@ class RemoteReward(Reward):
         self.model = model
         self.label = check_int("label", label, low=0)
         self.batch_size = check_int("batch_size", batch_size, low=1)
-        self._client = JsonClient(
-            url,
-            concurrency=concurrency,
-            timeout=timeout,
-            retries=retries,
-            pause=pause,
-            max_pause=max_pause,
-            max_bytes=max_bytes,
-            headers=headers,
-        )
+        self._client = JsonClient(url, **arguments)
         self.url = url
 
     @property
