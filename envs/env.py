@@ -10,17 +10,11 @@ from gymnasium import error
 from gymnasium.vector import AutoresetMode
 
 from textgym.envs.arguments import check_start, log_probabilities, reset_options, seeds_of_rows, token_ids
-from textgym.envs.options import TextGenOptions
-from textgym.envs.sharing import share
+from textgym.envs.asked import AskedByAgents
 from textgym.envs.vector_env import TextGenVectorEnv
-from textgym.language_model import LanguageModel
-from textgym.prompts.rows import PromptSource
-from textgym.replies import Reply
-from textgym.sampling import SamplingSettings
-from textgym.vocabulary import Vocabulary
 
 
-class TextGenEnv(gym.Env):
+class TextGenEnv(AskedByAgents, gym.Env):
     """Text generation as a Markov decision process: each action appends one token to a prompt.
 
     ## Description
@@ -136,24 +130,10 @@ class TextGenEnv(gym.Env):
         if "autoreset_mode" in options:
             raise TypeError("autoreset_mode is an option of vector environments; a single one is reset by its user")
         self._rows = TextGenVectorEnv(1, **options, autoreset_mode=AutoresetMode.DISABLED)
+        self._process = self._rows._process
         self.observation_space = self._rows.single_observation_space
         self.action_space = self._rows.single_action_space
         self.render_mode = self._rows.render_mode
-
-    @property
-    def options(self) -> TextGenOptions:
-        """The options, validated."""
-        return self._rows.options
-
-    @property
-    def tokenizer(self) -> Any:
-        """The language model's tokenizer."""
-        return self._rows.tokenizer
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The language model's tokens."""
-        return self._rows.vocabulary
 
     @property
     def token_ids(self) -> list[int]:
@@ -164,68 +144,6 @@ class TextGenEnv(gym.Env):
     def transcript(self) -> list[dict[str, Any]]:
         """The messages after the prompt so far: the policy's have the role ``"assistant"``."""
         return self._rows._episodes.texts.batch(np.zeros(1, dtype=np.int64)).transcripts[0]
-
-    @property
-    def temperature(self) -> float:
-        """Divides the logits of reference and policy alike."""
-        return self._rows.temperature
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Budget of a turn, in tokens."""
-        return self._rows.max_new_tokens
-
-    @property
-    def max_actions(self) -> int:
-        """Most tokens that a policy writes in an episode."""
-        return self._rows.max_actions
-
-    @property
-    def reply(self) -> Reply | None:
-        """Who speaks after each turn; None where an episode is one turn."""
-        return self._rows.reply
-
-    @property
-    def sampling(self) -> SamplingSettings:
-        """How an agent samples here: what else samples from its policy does so, too."""
-        return self._rows.sampling
-
-    @property
-    def prompts(self) -> PromptSource:
-        """What prompts are drawn from."""
-        return self._rows.prompts
-
-    @property
-    def masking(self) -> bool:
-        """Whether :meth:`action_masks` restricts the actions."""
-        return self._rows.masking
-
-    @property
-    def kl_coef(self) -> float:
-        """β, the weight of the KL penalty; may be changed at any time."""
-        return self._rows.kl_coef
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        self._rows.kl_coef = value
-
-    @property
-    def spec(self) -> Any:
-        """The specification that makes this environment again; models in it are shared, not copied."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: Any) -> None:
-        if spec is not None:
-            spec.kwargs = {name: share(value) for name, value in spec.kwargs.items()}
-        self._spec = spec
-
-    _spec: Any = None
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether a reference model is loaded, so that infos have ``kl`` and ``ref_log_prob``."""
-        return self._rows._episodes.scorer.reference is not None
 
     def action_masks(self) -> np.ndarray:
         """Which actions the current state allows, ``(V,)`` bool.
@@ -240,18 +158,6 @@ class TextGenEnv(gym.Env):
         :raises ValueError: if it is not a log-probability
         """
         self._rows.report_log_probs(log_probabilities("log_prob", log_prob, ())[None])
-
-    def policy_language_model(self, device: Any = None) -> LanguageModel:
-        """A trainable copy of the environment's language model."""
-        return self._rows.policy_language_model(device)
-
-    def reference_language_model(self) -> LanguageModel:
-        """The frozen model that the KL is measured against; opened now if nothing has needed it yet."""
-        return self._rows.reference_language_model()
-
-    def forget_cached(self) -> None:
-        """Drop what the models have cached; see :meth:`TextGenVectorEnv.forget_cached`."""
-        self._rows.forget_cached()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

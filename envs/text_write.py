@@ -112,12 +112,12 @@ class TextWriteEnv(TextGenEnv):
 
     def __init__(self, *, end_of_turn: bool | None = None, **options: Any) -> None:
         tokens = TextGenEnv(**options)
-        self._rows = tokens._rows
+        self._rows, self._process = tokens._rows, tokens._process
         self._actions = TextActions(tokens, end_of_turn=end_of_turn)
         self._text = TextObservations(self._actions)
         self.action_space = self._actions.action_space
         self.observation_space = self._text.observation_space
-        limits = self._rows._rules.turns
+        limits = self._process.rules.turns
         if limits is not None:
             said = limits.max_reply_tokens * longest_token(tokens.vocabulary)
             self.observation_space = UnicodeText(max(self._text.observation_space.max_length, said))
@@ -200,10 +200,10 @@ class TextWriteVectorEnv(SyncVectorEnv):
         rows = first._rows
         reply = rows.reply
         # The model is opened once; what belongs to opening it isn't asked for again.
-        if rows._language_model.held is not None:
+        if rows._process.language_model.held is not None:
             options.pop("tokenizer", None)
-            options["language_model"] = rows._language_model.held
-        options["reward"] = rows._reward
+            options["language_model"] = rows._process.language_model.held
+        options["reward"] = rows.reward
 
         limit = None if max_episode_steps == -1 else max_episode_steps  # -1 is Gymnasium's word for no limit
         seed = options.get("seed")

@@ -13,34 +13,22 @@ import numpy as np
 from gymnasium import error, spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from transformers import PreTrainedTokenizerBase
 
-from textgym.action_masks import ActionMasks
-from textgym.chat.between_turns import BetweenTurns
-from textgym.checks import check_int, check_number
+from textgym.checks import check_int
 from textgym.envs.arguments import log_probabilities, reset_mask, reset_options, seeds_of_rows, token_ids
-from textgym.envs.calibration import calibrate
-from textgym.envs.environment_model import EnvironmentModel
-from textgym.envs.episodes import Episodes
+from textgym.envs.asked import AskedByAgents
+from textgym.envs.decision_process import DecisionProcess
 from textgym.envs.infos import VectorInfos
 from textgym.envs.options import TextGenOptions
-from textgym.envs.prompt_stream import PromptStream
 from textgym.envs.rendering import render_ansi, render_rgb
-from textgym.envs.scoring import RolloutScores, Scorer
-from textgym.envs.sharing import share
-from textgym.envs.texts import EpisodeTexts
-from textgym.language_model import LanguageModel
-from textgym.prompts.opening import as_prompt_source
-from textgym.prompts.rows import PromptRow, PromptSource
-from textgym.replies import Reply, as_reply
-from textgym.rewards import Reward, as_reward
-from textgym.sampling import SamplingSettings
+from textgym.envs.scoring import RolloutScores
+from textgym.prompts.rows import PromptRow
 
 ENDS = ("eos", "stop", "reply")  # the reasons with which an episode has terminated
 CUTS = ("length", "turns")  # and those with which it was truncated
 
 
-class TextGenVectorEnv(VectorEnv):
+class TextGenVectorEnv(AskedByAgents, VectorEnv):
     """N independent text-generation episodes, with one batched forward of each model per step.
 
     Spaces, rewards and options are those of :class:`~textgym.envs.env.TextGenEnv`, batched as Gymnasium does; row i
@@ -63,49 +51,23 @@ class TextGenVectorEnv(VectorEnv):
     """
 
     def __init__(self, num_envs: int = 1, max_episode_steps: int | None = None, **options: Any) -> None:
-        self.options = TextGenOptions.from_keywords(options)
+        checked = TextGenOptions.from_keywords(options)
         check_int("num_envs", num_envs, low=1)
         max_actions: int | None = None
         if max_episode_steps is not None and max_episode_steps != -1:  # -1 is Gymnasium's word for no limit
             check_int("max_episode_steps", max_episode_steps, low=1)
             max_actions = max_episode_steps
         self.num_envs = num_envs
+        self._process = DecisionProcess(checked, num_envs, max_actions)
+        self._stream, self._episodes = self._process.stream, self._process.episodes
         self.render_mode = self.options.render_mode
         self.metadata = {
             "render_modes": ["ansi", "human", "rgb_array"],
             "render_fps": 10,
             "autoreset_mode": self.options.autoreset_mode,
         }
-        self._reward = as_reward(self.options.reward)
-        self._language_model = EnvironmentModel(self.options)
-        self.vocabulary = self._language_model.vocabulary()
-        self.tokenizer: PreTrainedTokenizerBase = self.vocabulary.tokenizer
         self.vocab_size = self.vocabulary.size
-        source = as_prompt_source(self.options.prompts, tokenizer=self.tokenizer)
-        self._rules = self.options.episode_rules(self.vocabulary, source.rows, max_actions)
-        turns = self._rules.turns
-        budget = self.options.max_new_tokens if turns is None else turns.max_total_tokens
-        self.context = self.max_prompt_tokens + budget
-        reply = None if self.options.reply is None else as_reply(self.options.reply)
-        if reply is not None and self.sampling.chat:
-            BetweenTurns(self.vocabulary.turns).check(reply.role)
-        told_long = source.rows is not None and self._rules.judge(source.rows, self.options.prompt_overflow)
-        self._stream = PromptStream(source, self._rules, self.options.prompt_overflow, told_long, num_envs)
-        kl_coef, held = float(self.options.kl_coef), self._language_model.held
-        self._episodes = Episodes(
-            EpisodeTexts(num_envs, self.context, self._rules, budget, float(self.options.missing_eos_penalty), reply),
-            Scorer(
-                self._reward,
-                self.options.reward_every,
-                held if kl_coef > 0 else None,
-                self.options.kl_estimator,
-                self.temperature,
-                self.context,
-                num_envs,
-            ),
-            ActionMasks(self.sampling, self.vocabulary, held) if self.masking else None,
-            kl_coef,
-        )
+        self.context = self._process.context
         self._reported: np.ndarray | None = None
 
         self.single_observation_space = self._episodes.texts.observation_space()
@@ -122,55 +84,6 @@ class TextGenVectorEnv(VectorEnv):
         assert isinstance(mode, AutoresetMode)
         return mode
 
-    @property
-    def sampling(self) -> SamplingSettings:
-        """How an agent samples here: what else samples from its policy does so, too."""
-        return self._rules.sampling
-
-    @property
-    def temperature(self) -> float:
-        """Divides the logits of reference and policy alike."""
-        return self.sampling.temperature
-
-    @property
-    def max_new_tokens(self) -> int:
-        """After how many tokens a turn is cut off."""
-        return self.sampling.max_new_tokens
-
-    @property
-    def max_actions(self) -> int:
-        """Most tokens that a policy writes in an episode."""
-        return self._rules.max_actions
-
-    @property
-    def reply(self) -> Reply | None:
-        """Who speaks after each turn; None where an episode is one turn."""
-        return self._episodes.texts.reply
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Most tokens of a prompt; longer ones are cut."""
-        limit = self.sampling.max_prompt_tokens
-        assert limit is not None
-        return limit
-
-    @property
-    def masking(self) -> bool:
-        """Whether :meth:`action_masks` restricts the actions."""
-        return self.options.action_masking
-
-    @property
-    def kl_coef(self) -> float:
-        """β, the weight of the KL penalty; may be changed at any time."""
-        return self._episodes.kl_coef
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        check_number("kl_coef", value, low=0.0)
-        self._episodes.kl_coef = float(value)
-        if value > 0 and self._episodes.scorer.reference is None:
-            self._episodes.scorer.reference = self._language_model.hold()
-
     def action_masks(self) -> np.ndarray:
         """Which actions the current states allow, ``(N, V)`` bool.
 
@@ -180,19 +93,6 @@ class TextGenVectorEnv(VectorEnv):
             raise ValueError("this environment doesn't mask actions; make it with action_masking=True")
         self._check_ready("action_masks")
         return self._episodes.allowed.copy()
-
-    @property
-    def reward(self) -> Reward:
-        """Φ, what texts are scored with."""
-        return self._reward
-
-    def reference_language_model(self) -> LanguageModel:
-        """The frozen model that the KL is measured against; opened now if nothing has needed it yet."""
-        return self._language_model.hold()
-
-    def policy_language_model(self, device: Any = None) -> LanguageModel:
-        """A trainable copy of the environment's language model: where a policy starts, at KL 0 to the reference."""
-        return self._language_model.trainable_copy(device)
 
     def observation(self) -> dict[str, np.ndarray]:
         """The current observation, as ``reset`` and ``step`` return it."""
@@ -237,18 +137,10 @@ class TextGenVectorEnv(VectorEnv):
         self._reported = None
         # The option seeds the first reset.
         self._stream.seed(seeds, rows, seeds_of_rows(self.options.seed, self.num_envs))
-        if self._reward.needs_calibration:
-            calibrate(
-                self._reward,
-                self._language_model.open(),
-                self._stream.source,
-                self.sampling,
-                self._stream.fit,
-                self.reply,
-            )
+        self._process.calibrate()
         fixed = self._stream.read(prompt, rows)
         self._episodes.scorer.forget(rows)
-        self._begin(rows, fixed)
+        self._process.begin(rows, fixed)
         self._episodes.note_starts()
         self._episodes.drop_recorded()  # of episodes that are given up
         infos = VectorInfos(self.num_envs)
@@ -304,11 +196,11 @@ class TextGenVectorEnv(VectorEnv):
             infos.move_to_final(finished, [texts.observation(row) for row in finished.tolist()])
             begun = finished if self._stream.round is None else finished[: self._stream.round.left]
             if len(begun):
-                self._begin(begun)
+                self._process.begin(begun)
                 self._add_reset_info(infos, begun)
         elif mode == AutoresetMode.NEXT_STEP and waiting.any():
             rows = np.flatnonzero(waiting)
-            self._begin(rows)
+            self._process.begin(rows)
             self._add_reset_info(infos, rows)
         self._add_mask_info(infos, np.arange(self.num_envs))
         return texts.observation(), reward, terminated, truncated, infos.values
@@ -325,21 +217,7 @@ class TextGenVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Let go of the models."""
-        self._language_model.held = None
-        self._episodes.scorer.reference = None
-
-    @property
-    def spec(self) -> Any:
-        """The specification that makes this environment again; models in it are shared, not copied."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: Any) -> None:
-        if spec is not None:
-            spec.kwargs = {name: share(value) for name, value in spec.kwargs.items()}
-        self._spec = spec
-
-    _spec: Any = None
+        self._process.let_go()
 
     # ------------------------------------------------------------------ rounds of episodes
 
@@ -366,7 +244,7 @@ class TextGenVectorEnv(VectorEnv):
         self._reported = None
         rows = np.arange(self.num_envs)
         self._episodes.scorer.forget(rows)
-        self._begin(rows)
+        self._process.begin(rows)
         return self._episodes.texts.observation()
 
     def end_round(self) -> None:
@@ -379,11 +257,6 @@ class TextGenVectorEnv(VectorEnv):
         self._check_ready("token_ids")
         ids, lengths = self._episodes.texts.ids, self._episodes.texts.lengths.tolist()
         return tuple(row[:length].tolist() for row, length in zip(ids, lengths, strict=True))
-
-    @property
-    def prompts(self) -> PromptSource:
-        """What prompts are drawn from."""
-        return self._stream.source
 
     @property
     def episode_lengths(self) -> np.ndarray:
@@ -459,14 +332,6 @@ class TextGenVectorEnv(VectorEnv):
 
     # ------------------------------------------------------------------ the state, for checkpoints
 
-    def forget_cached(self) -> None:
-        """Drop what the models have cached of all rows, so that what comes does not depend, in its last bits, on when.
-
-        An agent does this before each rollout: then a run that is resumed from any rollout's beginning, with nothing
-        cached, computes the same as one that was never stopped.
-        """
-        self._episodes.forget_cached()
-
     def state_dict(self) -> dict[str, Any]:
         """Where every episode stands, the random state and β, as arrays and plain data.
 
@@ -479,7 +344,7 @@ class TextGenVectorEnv(VectorEnv):
         return {
             **self._episodes.state_dict(),
             **self._stream.state_dict(),
-            "reward": self._reward.state_dict(),
+            "reward": self.reward.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -491,18 +356,11 @@ class TextGenVectorEnv(VectorEnv):
         self._episodes.load_state_dict(state)
         self.kl_coef = state["kl_coef"]
         self._stream.load_state_dict(state)
-        self._reward.load_state_dict(state["reward"])
+        self.reward.load_state_dict(state["reward"])
         self._reported = None
         self.forget_cached()
 
     # ------------------------------------------------------------------ parts of reset and step
-
-    def _begin(self, rows: np.ndarray, fixed: list[PromptRow | None] | None = None) -> None:
-        """Start an episode in each of the rows, from the next prompt of each or from one that was asked for."""
-        prompts = fixed or [None] * len(rows)
-        self._episodes.begin(
-            rows, [self._stream.take(row, prompt) for row, prompt in zip(rows.tolist(), prompts, strict=True)]
-        )
 
     def _add_reset_info(self, infos: VectorInfos, rows: np.ndarray) -> None:
         infos.put("prompt", rows, [self._episodes.texts.prompts[row].prompt for row in rows], object)

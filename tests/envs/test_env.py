@@ -601,7 +601,7 @@ def test_models_in_a_spec_are_shared_and_not_copied(wrap):
         assert isinstance(again, TextGenEnv)
         for name, value in kwargs.items():
             assert getattr(again.options, name) is value, name
-        assert again._rows._language_model.held.model is model
+        assert again._process.language_model.held.model is model
 
 
 def test_gymnasium_wrappers_work_around_it():
@@ -967,7 +967,7 @@ def test_with_nothing_given_an_episode_pays_what_the_embedded_reward_model_says(
     tokenizer = env.unwrapped.tokenizer
     texts = env.unwrapped._rows._episodes.texts
     prompt = texts.ids[0, : texts.prompt_lengths[0]].tolist()
-    assert prompt == LanguageModel.encode(env.unwrapped._rows._language_model.held, start["prompt"])
+    assert prompt == LanguageModel.encode(env.unwrapped._process.language_model.held, start["prompt"])
     model = reward.model
     scores = []
     for n in (len(prompt), len(prompt) + 6):

@@ -387,8 +387,8 @@ def test_rows_share_one_language_model_and_one_reward():
     envs = gym.make_vec("TextWrite-v0", num_envs=3, autoreset_mode="Disabled")
     assert isinstance(envs, TextWriteVectorEnv)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED
-    assert len({id(env._rows._language_model.held) for env in envs.envs}) == 1
-    assert len({id(env._rows._reward) for env in envs.envs}) == 1
+    assert len({id(env._process.language_model.held) for env in envs.envs}) == 1
+    assert len({id(env.reward) for env in envs.envs}) == 1
     assert all(type(env) is TextWriteEnv for env in envs.envs)
 
 

@@ -271,7 +271,7 @@ def test_a_spec_makes_the_vector_environment_again_and_shares_its_models():
     envs = make_vec(2, language_model=model, tokenizer=TOKENIZER)
     again = gym.make_vec(envs.spec)
     assert again.options.language_model is model
-    assert again._language_model.held.model is model
+    assert again._process.language_model.held.model is model
     assert prompts(again, seed=3) == prompts(envs, seed=3)
 
 
