@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,14 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textgym.action_masks import masks_of
 from textgym.agents.buffers.episode_buffer import SegmentSamples
 from textgym.agents.policy.acting_copy import ActingCopy
 from textgym.agents.policy.blueprint import LanguageModelBlueprint
-from textgym.agents.policy.completions import complete_prompts
 from textgym.agents.policy.gradient_checkpointing import check_checkpointable, checkpointed
 from textgym.agents.policy.observations import Observation, as_mask, check_keys, check_model, check_spaces, read_tokens
 from textgym.agents.policy.optimizer_arguments import optimizer_arguments
 from textgym.agents.policy.precision import PLAIN_ATTENTION, autocast, autocast_name, dtype_name
+from textgym.agents.policy.text_writer import TextWriter
 from textgym.agents.policy.value_head import VALUE_HEADS, VALUE_TRUNKS, new_value_net
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.engine.cached_model import CachedModel
@@ -41,16 +40,11 @@ from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
 from textgym.model_sources import resolve_dtype
-from textgym.replies.base import Reply, Transcript
-from textgym.replies.opening import as_reply
-from textgym.rewards import PrefixBatch
 from textgym.sampling import SamplingSettings
 from textgym.vocabulary import is_encoder_decoder
 
-TRAINED_WITH = "trained"  # the reply of the environment that a policy was trained in
 
-
-class LanguageModelPolicy(ActorCriticPolicy):
+class LanguageModelPolicy(TextWriter, ActorCriticPolicy):
     """A language model with a value head on its last hidden states.
 
     Observations are the environment's: ``input_ids`` ``(B, L)`` right-padded and ``attention_mask`` ``(B,
@@ -143,8 +137,6 @@ class LanguageModelPolicy(ActorCriticPolicy):
         if not isinstance(sampling, SamplingSettings):
             sampling = SamplingSettings.from_dict({} if sampling is None else sampling)
         self.sampling = dataclasses.replace(sampling, temperature=self.temperature)
-        self.reference: LanguageModel | None = None  # whose likeliest tokens are sampled, where that is so
-        self.reply: Reply | None = None  # who speaks after each turn of what it generates
         self.value_head = value_head
         self.value_trunk = value_trunk
         super().__init__(
@@ -294,87 +286,6 @@ class LanguageModelPolicy(ActorCriticPolicy):
         else:
             log_probs = self._log_distribution(self.acting_model, self._cached_hidden(obs), action_masks)
         return distribution.proba_distribution(log_probs)
-
-    def generate(
-        self,
-        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
-        max_new_tokens: int | None = None,
-        deterministic: bool = False,
-        temperature: float | None = None,
-        seed: int | None = None,
-        min_new_tokens: int | None = None,
-        reference: LanguageModel | None = None,
-        reply: Any = TRAINED_WITH,
-        **settings: Any,
-    ) -> list[str]:
-        """Complete prompts as the policy was trained to: each until a token that ends a turn, or a stop string.
-
-        What isn't given is as in :attr:`sampling`: masks, stop strings and limits of the environment trained in. Where
-        somebody replied there, they do so here, too, until a text ends as an episode does.
-
-        :param prompts: B texts or conversations. Where the environment's prompts were conversations, a plain text is
-            what a user says (``chat=False`` leaves it as it is)
-        :param max_new_tokens: most tokens written for each, in a turn
-        :param deterministic: whether to take the most likely token every time
-        :param temperature: divides the logits
-        :param seed: for reproducible sampling; default the global torch random state
-        :param min_new_tokens: no text ends before so many tokens
-        :param reference: whose likeliest tokens top-k and top-p are; default the environment's reference model
-        :param reply: who speaks after each turn; default the environment's ``reply``, None for texts of one turn
-        :param settings: further ones of :class:`~textgym.sampling.SamplingSettings`, such as ``stop``, ``top_k`` or
-            ``max_turns``
-        :return: B completions: what the policy wrote. Where somebody replies, a line for each turn;
-            :meth:`converse` says who said what
-        :raises ValueError: if a prompt is empty or does not fit the model's context with its completion, a setting is
-            impossible, top-k or top-p is set and there is no reference, or the policy was trained with a reply that
-            isn't at hand
-        """
-        named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "min_new_tokens": min_new_tokens}
-        settings |= {name: value for name, value in named.items() if value is not None}
-        texts = self._written(prompts, deterministic, seed, reference, reply, settings)
-        return [] if texts is None else texts.completions
-
-    def converse(
-        self,
-        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
-        deterministic: bool = False,
-        seed: int | None = None,
-        reference: LanguageModel | None = None,
-        reply: Any = TRAINED_WITH,
-        **settings: Any,
-    ) -> list[Transcript]:
-        """The same texts as of :meth:`generate`, as conversations.
-
-        :return: B lists of messages after the prompts, ``{"role": ..., "content": ...}``; the policy's are the
-            assistant's
-
-        The parameters and what is raised: as for :meth:`generate`.
-        """
-        texts = self._written(prompts, deterministic, seed, reference, reply, settings)
-        return [] if texts is None else texts.transcripts
-
-    @torch.no_grad()
-    def _written(
-        self,
-        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
-        deterministic: bool,
-        seed: int | None,
-        reference: LanguageModel | None,
-        reply: Any,
-        settings: dict[str, Any],
-    ) -> PrefixBatch | None:
-        speaker = self.reply
-        if not (isinstance(reply, str) and reply == TRAINED_WITH):
-            speaker = None if reply is None else as_reply(reply)
-        elif speaker is None and self.sampling.in_turns:
-            raise ValueError(
-                "the policy was trained in texts in which somebody replies, and they are not saved with it: give "
-                "reply=..., or reply=None for texts of one turn"
-            )
-        base = self.sampling.one_turn() if speaker is None else self.sampling
-        sampling = base.changed(**settings)
-        masks = masks_of(sampling, self.language_model, self.reference if reference is None else reference)
-        return complete_prompts(self.language_model, prompts, sampling, masks, deterministic, seed, speaker)
 
     # Learning
 
