@@ -63,12 +63,32 @@ class _Collector(KVWriter):
         pass
 
 
-def logs_of_learning(model: PPO, timesteps: int, **arguments: Any) -> list[dict[str, Any]]:
-    """Learn, and return what was logged: one dictionary per rollout, and one of what the last update left."""
+class _EndsAbove(BaseCallback):
+    """Ends a training when a figure, in the mean of the last three rollouts, is above what a test asks for."""
+
+    def __init__(self, logs: list[dict[str, Any]], key: str, wanted: float) -> None:
+        super().__init__()
+        self.logs, self.key, self.wanted = logs, key, wanted
+
+    def _on_step(self) -> bool:
+        last = values_of(self.logs, self.key)[-3:]
+        return len(last) < 3 or np.mean(last) <= self.wanted
+
+
+def logs_of_learning(
+    model: PPO, timesteps: int, until: tuple[str, float] | None = None, callback: Any = (), **arguments: Any
+) -> list[dict[str, Any]]:
+    """Learn, and return what was logged: one dictionary per rollout, and one of what the last update left.
+
+    :param until: a figure, and above which mean over the last three rollouts it is enough; then training ends
+    """
     collector = _Collector()
     logger = Logger(None, [collector])
     model.set_logger(logger)
-    model.learn(timesteps, **arguments)
+    callbacks = [*(callback if isinstance(callback, list | tuple) else [callback])]
+    if until is not None:
+        callbacks.append(_EndsAbove(collector.rows, *until))
+    model.learn(timesteps, callback=callbacks or None, **arguments)
     return [*collector.rows, dict(logger.name_to_value)]
 
 
