@@ -345,7 +345,7 @@ def test_action_masks_of_the_reference_are_those_of_its_plain_forward():
         masks, texts = env.action_masks(), env._episodes.texts
         for row, length in enumerate(texts.lengths.tolist()):
             logits = plain_logits(
-                env._process.language_model.held.model, texts.ids[row, :length], int(texts.prompt_lengths[row])
+                env.reference_language_model().model, texts.ids[row, :length], int(texts.prompt_lengths[row])
             )[-1]
             logits[env.vocabulary.special_token_ids] = -torch.inf
             assert set(np.flatnonzero(masks[row])) == set(logits.topk(5).indices.tolist())
@@ -361,7 +361,7 @@ def test_the_reference_reads_prompts_with_its_encoder():
         actions = np.where(rng.random(3) < 0.2, EOS, rng.integers(4, len(VOCABULARY), 3))
         info = env.step(actions)[-1]
         for row, (ids, prompt) in enumerate(before):
-            expected = plain_logits(env._process.language_model.held.model, ids, prompt)[-1].log_softmax(-1)[actions[row]]
+            expected = plain_logits(env.reference_language_model().model, ids, prompt)[-1].log_softmax(-1)[actions[row]]
             infos = info["final_info"] if texts.taken[row] == 0 else info
             assert infos["ref_log_prob"][row] == pytest.approx(float(expected), abs=1e-4)
 
