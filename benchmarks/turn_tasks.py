@@ -33,12 +33,9 @@ from separate_runs import keep, kept_result, path_of
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 BUDGET = {"guess": 131_072, "calculator": 65_536}
-PPO = {
-    "guess": {"n_steps": 32, "learning_rate": 2e-3, "gae_lambda": 0.7},
-    "calculator": {"n_steps": 64, "learning_rate": 2e-4},
-}
-GRPO = {"guess": {"group_size": 16, "learning_rate": 1e-3}, "calculator": {"group_size": 16, "learning_rate": 2e-4}}
-GROUPS = {"episodes": 128, "n_epochs": 4, "batch_size": 512}
+RATES = {"guess": {"PPO": 3e-3, "GRPO": 1.5e-3}, "calculator": {"PPO": 4e-4, "GRPO": 4e-4}}  # fall linearly to 0
+PPO = {"guess": {"n_steps": 32, "gae_lambda": 0.7}, "calculator": {"n_steps": 64}}
+GROUPS = {"group_size": 16, "episodes": 128, "n_epochs": 4, "batch_size": 512}
 CONTENDERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "PPO, each turn": ("PPO", {}, {"reward_every": "turn"}),
     "PPO, at the end": ("PPO", {"gae_lambda": 1.0}, {"reward_every": "end"}),
@@ -70,10 +67,10 @@ def train(task: str, contender: str, seed: int, work: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     algorithm, arguments, options = CONTENDERS[contender]
     envs = example(task).environment(work / f"beginner-{task}", **options)
-    settings = {**PPO[task], "batch_size": 1024} if algorithm == "PPO" else {**GRPO[task], **GROUPS}
-    agent = getattr(textgym.agents, algorithm)(
-        "LanguageModelPolicy", envs, seed=seed, device="cpu", **{**settings, **arguments}
-    )
+    rate = RATES[task][algorithm]
+    settings = {"batch_size": 1024, **PPO[task]} if algorithm == "PPO" else GROUPS
+    settings = {"learning_rate": lambda left: left * rate, **settings, **arguments}
+    agent = getattr(textgym.agents, algorithm)("LanguageModelPolicy", envs, seed=seed, device="cpu", **settings)
     name = MEASURES[task][0]
 
     def value(completions: list[str], scores: list[float]) -> float:
