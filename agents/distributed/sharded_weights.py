@@ -61,6 +61,7 @@ class ShardedWeights:
         for module in self.modules:
             module.set_gradient_divide_factor(1.0)  # sums: each process weighs its loss by its transitions
             module.set_force_sum_reduction_for_comms(True)
+        self._fix_order_of_backward()
         self.parts: dict[str, DTensor] = dict(policy.named_parameters())  # type: ignore[arg-type]
         self._hand_over(policy.optimizer, names)
 
@@ -78,6 +79,18 @@ class ShardedWeights:
             for key in set(table) - hooks[id(table)]:
                 del table[key]
         self.end_update()
+
+    def _fix_order_of_backward(self) -> None:
+        """Say which weights are gathered beside each backward, so that all processes gather in one order.
+
+        Left to itself FSDP2 gathers what was called before in the last forward; for the first module of an update that
+        is the last one of acting, where processes with unlike rows call more or less. Then one waits in a gather for
+        the other, which waits in a reduce-scatter.
+        """
+        *layers, value_net = self.layers
+        order: list[FSDPModule] = [self.modules[-1], value_net, *layers]
+        for module, following in zip(order, [*order[1:], order[0]], strict=True):
+            module.set_modules_to_backward_prefetch([following])
 
     def begin_update(self) -> None:
         """Cut the weights into parts.

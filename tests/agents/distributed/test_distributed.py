@@ -106,6 +106,21 @@ class ReportKL(BaseCallback):
             episode["kl"] = self.kl
 
 
+class ValuesInOneProcess(BaseCallback):
+    """Calls the policy's modules once more in the second process than in the first, as unequal rows may."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.rank == 1:
+            self.model.policy.predict_values(self.model._last_obs)
+
+
 class Plain(torch.optim.Optimizer):
     """An optimizer that isn't torch's."""
 
@@ -301,12 +316,15 @@ def sharded(processes: Processes, folder: Path) -> dict[str, Any]:
         model.learn(180 - model.num_timesteps, callback=callback, reset_num_timesteps=on_from is None)
         return model
 
+    unequal = tiny_ppo(tiny_vector_env(2), **options)
+    unequal.learn(48, callback=ValuesInOneProcess(processes.rank))
     model = trained(None)
     resumed = trained(folder / "sharded-checkpoints" / "checkpoint-000000000120")
     parts = [part for group in model.policy.optimizer.param_groups for part in group["params"]]
     moments = [t for state in model.policy.optimizer.state.values() for t in state.values() if t.ndim]
     found: dict[str, Any] = {
         "weights": digest(model),
+        "unequal": digest(unequal),
         "resumed": digest(resumed),
         "ratio_first": model.logger.name_to_value["train/ratio_first"],
         "all_bytes": sum(p.numel() * p.element_size() for p in model.policy.parameters()),
@@ -456,6 +474,11 @@ def test_sharded_training_keeps_one_set_of_weights_that_act_and_learn_alike(two:
     found = two.found["sharded"]
     assert found["weights"][0] == found["weights"][1]
     assert max(found["ratio_first"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_sharded_processes_that_act_unequally_learn_together(two: Two) -> None:
+    assert len(set(two.found["sharded"]["unequal"])) == 1
 
 
 @pytest.mark.slow
