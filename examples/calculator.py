@@ -1,6 +1,6 @@
 """A tool: the policy learns to ask a calculator, and to say what it reads there.
 
-python examples/calculator.py 80000          # tokens to train on
+python examples/calculator.py 65536          # tokens to train on
 """
 
 import random
@@ -49,12 +49,13 @@ def environment(model, **options):
 
 
 def main(tokens):
-    model = PPO("LanguageModelPolicy", environment(beginner()), n_steps=64, batch_size=1024, learning_rate=2e-4, seed=0)
-    for _ in range(10):
-        model.learn(tokens // 10, reset_num_timesteps=False)
+    settings = {"n_steps": 64, "batch_size": 1024, "learning_rate": lambda left: 4e-4 * left}
+    model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
+    for budget in (4096, tokens):
+        model.learn(budget, progress_bar=True)
         sums = model.finished_episodes
         share, last = sum(s["score"] for s in sums) / len(sums), sums[-1]["completion"].split("\n")
-        print(f"{model.num_timesteps} tokens: {share:.0%} right, such as {sums[-1]['prompt']}", *last)
+        print(f"{budget} tokens: {share:.0%} right, such as {sums[-1]['prompt']}", *last)
 
 
 if __name__ == "__main__":

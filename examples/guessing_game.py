@@ -1,6 +1,6 @@
 """A guessing game: the reply says higher or lower, and the policy learns to search.
 
-python examples/guessing_game.py 120000          # tokens to train on
+python examples/guessing_game.py 131072          # tokens to train on
 """
 
 import math
@@ -55,12 +55,12 @@ def environment(model, **options):
 
 
 def main(tokens):
-    envs = environment(beginner())
-    model = PPO("LanguageModelPolicy", envs, n_steps=32, batch_size=1024, learning_rate=2e-3, gae_lambda=0.7, seed=0)
-    for _ in range(10):
-        model.learn(tokens // 10, reset_num_timesteps=False)
+    settings = {"n_steps": 32, "batch_size": 1024, "learning_rate": lambda left: 3e-3 * left, "gae_lambda": 0.7}
+    model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
+    for budget in (2048, tokens):
+        model.learn(budget, progress_bar=True)
         games = [episode["completion"].split("\n") for episode in model.finished_episodes]
-        print(f"{model.num_timesteps} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
+        print(f"{budget} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
 
 
 if __name__ == "__main__":
