@@ -77,7 +77,7 @@ def move_away(model: Any, scale: float = 0.02) -> None:
 @every_agent
 def test_it_learns(name):
     model = make_agent(name)
-    scores = values_of(logs_of_learning(model, 4500), "rollout/score_mean")
+    scores = values_of(logs_of_learning(model, 4500, until=("rollout/score_mean", 0.75)), "rollout/score_mean")
     assert np.mean(scores[:3]) < 0.25
     assert np.mean(scores[-3:]) > 0.5
     text = " ".join(model.policy.generate(["the film is"] * 20, max_new_tokens=8, seed=0)).split()

@@ -156,7 +156,7 @@ def test_it_learns():
     model = tiny_nlpo(
         env, n_steps=16, batch_size=128, n_epochs=2, learning_rate=5e-3, mask_top_p=0.95, mask_update_every=2
     )
-    logs = logs_of_learning(model, 16 * 16 * 10)
+    logs = logs_of_learning(model, 16 * 16 * 10, until=("rollout/score_mean", 1.2))
     scores = values_of(logs, "rollout/score_mean")
     assert scores[0] < 0.6
     assert scores[-1] > scores[0] + 0.5

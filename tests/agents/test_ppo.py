@@ -54,7 +54,7 @@ def mean_liked(model: PPO) -> float:
 def test_it_learns_a_programmatic_reward():
     model = learner()
     assert mean_liked(model) < 0.2
-    model.learn(16 * 16 * 16)
+    logs_of_learning(model, 16 * 16 * 16, until=("rollout/score_mean", 1.5))
     assert mean_liked(model) > 0.7
 
 
@@ -390,6 +390,6 @@ def test_what_is_no_text_agent_is_refused():
 def test_ending_a_text_is_learned_like_any_other_token():
     env = tiny_vector_env(16, reward=lambda prompts, completions, **_: [-len(c.split()) for c in completions])
     model = tiny_ppo(env, n_steps=16, batch_size=64, learning_rate=5e-3)
-    rates = values_of(logs_of_learning(model, 16 * 16 * 15), "rollout/eos_rate")
+    rates = values_of(logs_of_learning(model, 16 * 16 * 15, until=("rollout/eos_rate", 0.95)), "rollout/eos_rate")
     assert rates[0] < 0.5 < 0.9 < rates[-1]
     assert EOS in model.rollout_buffer.actions

@@ -103,7 +103,7 @@ def test_an_exploring_agent_learns():
     exploration = Exploration(LinearSchedule(1.5, 1.0, 1.0), 0.1)
     arguments = {"n_steps": 16, "batch_size": 128, "n_epochs": 4, "learning_rate": 1e-2, "exploration": exploration}
     model = tiny_ppo(tiny_vector_env(16, kl_coef=0.05), **arguments)
-    scores = values_of(logs_of_learning(model, 16 * 16 * 10), "rollout/score_mean")
+    scores = values_of(logs_of_learning(model, 16 * 16 * 10, until=("rollout/score_mean", 0.6)), "rollout/score_mean")
     assert scores[0] < 0.25
     assert scores[-1] > 0.5
 

@@ -140,7 +140,7 @@ def _bfloat16() -> Any:
 def test_it_learns_in_bfloat16():
     env = tiny_vector_env(16, kl_coef=0.0, action_masking=True)
     model = agent(FAST, env, n_steps=16, batch_size=128, n_epochs=4, learning_rate=1e-2)
-    scores = values_of(logs_of_learning(model, 16 * 16 * 10), "rollout/score_mean")
+    scores = values_of(logs_of_learning(model, 16 * 16 * 10, until=("rollout/score_mean", 1.0)), "rollout/score_mean")
     assert np.mean(scores[:2]) < 0.5
     assert np.mean(scores[-3:]) > 1.0
 
@@ -204,11 +204,17 @@ def test_checkpointed_gradients_are_the_same_and_keep_less(lora):
         torch.testing.assert_close(plain_one, checkpointed_one)
 
 
+def one_layer() -> LlamaForCausalLM:
+    config = tiny_model("llama").config
+    config.num_hidden_layers = 1
+    return LlamaForCausalLM(config).eval()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_compiled_steps_compute_the_same():
-    lm = tiny_language_model()
-    eager, compiled = CachedModel(lm.model, 24), CachedModel(lm.model, 24, compile=True)
-    ids = np.random.default_rng(0).integers(4, lm.vocab_size, (3, 24))
+    model = one_layer()  # a second one doubles what is translated into C++
+    eager, compiled = CachedModel(model, 24), CachedModel(model, 24, compile=True)
+    ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (3, 24))
     lengths = np.array([2, 5, 3])
     for step in range(6):
         if step == 4:
@@ -223,11 +229,9 @@ def test_compiled_steps_compute_the_same():
 def test_compiled_learning_computes_the_same_gradients(monkeypatch):
     # Traced and differentiated as always, but not translated into C++, which takes a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    config = tiny_model("llama").config
-    config.num_hidden_layers = 1
-    model = LlamaForCausalLM(config).eval()
+    model = one_layer()
     eager, compiled = CachedModel(model, 24), CachedModel(model, 24, compile_learning=True)
-    ids = np.random.default_rng(0).integers(4, config.vocab_size, (5, 24))
+    ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (5, 24))
     weights = list(model.base_model.parameters())
     # Rows as long as each other, then very different ones, which are packed, in another width.
     for lengths in (np.full(5, 12), np.array([17, 3, 4, 2, 5])):
