@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from tiny_models import tiny_causal_reward_model, tiny_model, tiny_tokenizer
 
@@ -128,3 +129,26 @@ def random_actions(
     if envs.masking:
         weights *= envs.action_masks()
     return weights.argmax(1), -3 * rng.random(envs.num_envs)
+
+
+COLUMNS = [{"prompt": prompt, "answer": float(i)} for i, prompt in enumerate(PROMPTS)]
+
+
+def graded(prompts: list[str], completions: list[str], answer: list[float], **columns: Any) -> list[float]:
+    """A reward that reads the column of :data:`COLUMNS`."""
+    return [a * len(c) / 10 for a, c in zip(answer, completions, strict=True)]
+
+
+# Options that exercise everything a step does, in a few combinations.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"reward": REWARDS["causal"]},
+    "composed, every 3": {"reward": REWARDS["composed"], "reward_every": 3, "kl_estimator": "k3"},
+    "at the end": {"reward": REWARDS["composed"], "reward_every": "end", "missing_eos_penalty": 0.4},
+    "masked": {"reward": REWARDS["causal"], **MASKING, "temperature": 0.7, "kl_estimator": "k2"},
+    "stopping": {"stop": ["!", "e f"], "min_new_tokens": 2, "missing_eos_penalty": 0.4, "reward_every": 2},
+    "no reference": {"kl_coef": 0},
+    "columns": {"prompts": COLUMNS, "reward": graded},
+    "short": {"max_new_tokens": 1},
+}
+every_setting = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)

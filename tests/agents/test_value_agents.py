@@ -70,7 +70,7 @@ def test_it_learns(name: str) -> None:
     model = make_agent(name, stats_window_size=24, **options)
     logs = logs_of_learning(model, 1600 if options else 1000, until=("rollout/score_mean", 0.45))
     scores = values_of(logs, "rollout/score_mean")
-    assert scores[0] < 0.15
+    assert scores[0] < 0.25
     assert scores[-1] > 0.4
     assert {"train/td_error", "train/q_mean", "train/target_mean", "train/value_mean"} <= set(logs[-1])
 
