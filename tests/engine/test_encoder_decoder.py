@@ -7,6 +7,7 @@ completion as ``decoder_input_ids``, one row at a time, without a cache and with
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,13 @@ KINDS = {"t5": CachedEncoderDecoder, "t5 1.1": CachedEncoderDecoder, "bart": Gro
 
 
 def opened(name: str = "t5", seed: int = 0) -> LanguageModel:
-    return LanguageModel(tiny_encoder_decoder(name, seed), ending_tokenizer(), "mine")
+    """How an architecture is stepped is found out once, which takes longer than what many a test does with it."""
+    return LanguageModel(tiny_encoder_decoder(name, seed), ending_tokenizer(), "mine", like=_first_of(name))
+
+
+@cache
+def _first_of(name: str) -> LanguageModel:
+    return LanguageModel(tiny_encoder_decoder(name), ending_tokenizer(), "mine")
 
 
 @torch.no_grad()
@@ -223,7 +230,7 @@ def test_a_decoder_that_no_cache_can_serve_is_stepped_by_whole_prefixes_with_a_w
         raise ValueError("no cache today")
 
     monkeypatch.setattr("textgym.engine.encoder_decoder.EncoderDecoderCache", refuse)
-    lm = opened()
+    lm = LanguageModel(tiny_encoder_decoder(), ending_tokenizer(), "mine")
     assert fast_machine(lm._stepping._stepped)[0] is EncoderDecoder
     with pytest.warns(UserWarning, match="exact but slow: a cache .* can't drive it .*no cache today"):
         machine = lm.cached(16)
