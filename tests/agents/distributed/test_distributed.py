@@ -58,7 +58,7 @@ PROMPTS += [f"they {prompt}" for prompt in PROMPTS]  # 40
 
 RUN: dict[str, Any] = {
     "rows": 2, "max_new_tokens": 6, "timesteps": 240, "eval_every": 96, "eval_prompts": 4, "samples": 2,
-    "checkpoint_every": 48, "kl_target": 2.0, "threads": 1, "device": "cpu", "process_timeout": 600.0,
+    "checkpoint_every": 48, "kl_target": 2.0, "threads": 1, "device": "cpu", "process_timeout": 60.0,
     "reward_every": "end",
 }  # fmt: skip
 
