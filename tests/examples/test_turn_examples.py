@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 from places import EXAMPLES
 
+from textgym.replies import LanguageModelReply
 from textgym.small_model import small_model
 
 
@@ -80,4 +81,29 @@ def test_they_train_from_start_to_end(
     monkeypatch.setattr(module, "environment", lambda model: environment(model, num_envs=4))
     monkeypatch.setattr(module, "PPO", lambda *a, **options: agent(*a, **{**options, "n_steps": 40, "batch_size": 80}))
     module.main(640)
-    assert capsys.readouterr().out.count(" tokens: ") == 10
+    assert capsys.readouterr().out.count(" tokens: ") == 2
+
+
+def test_a_mood_is_that_of_the_other_ones_words_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = opened("cheer_up", monkeypatch)
+    said = ["What a warm, funny delight", "How dull and boring"]
+    own = ["a dull mess", "a delight"]
+    talks = [talk(*both) for both in zip(own, said, strict=True)]
+    wanted = module.liking(prompts=["", ""], completions=[text.lower() for text in said])
+    assert module.mood([talks[0], talk("a delight"), [], talks[1]]) == pytest.approx([wanted[0], 0.0, 0.0, wanted[1]])
+    assert wanted[0] > 0 > wanted[1]
+
+
+def test_cheering_up_shows_what_is_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = opened("cheer_up", monkeypatch)
+    agent, environment = module.GRPO, module.environment
+    small = {"episodes": 8, "group_size": 4, "batch_size": 64}
+    monkeypatch.setattr(module, "other", lambda: LanguageModelReply("embedded", max_new_tokens=4))
+    monkeypatch.setattr(module, "environment", lambda reply: environment(reply, num_envs=8))
+    monkeypatch.setattr(module, "GRPO", lambda *a, **options: agent(*a, **{**options, **small}))
+    module.main(64)
+    shown = capsys.readouterr().out.splitlines()
+    assert sum("; held-out openings" in line for line in shown) == 2
+    assert sum(" | " in line for line in shown) == 10

