@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROWS, NEW_TOKENS, GROUP, EVERY = 64, 24, 8, 2.0
+ROWS, NEW_TOKENS, GROUP, EVERY = 64, 24, 8, 3.0
 FOREVER = 100_000  # the learning rate falls to 0 over so many steps: here it hardly does
 
 

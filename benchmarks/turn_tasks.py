@@ -189,13 +189,20 @@ def draw(task: str, runs_of: dict[str, list[dict[str, Any]]], before: float, pat
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    ends = {}
     for number, (name, runs) in enumerate(runs_of.items()):
         grid = np.linspace(0, min(run["curve"][-1]["tokens"] for run in runs), 80)[1:]
         rows = np.stack([np.interp(grid, *_smoothed(run["curve"], MEASURES[task][0])) for run in runs])
         colour = "#888888" if "rate 0" in name else plt.get_cmap("tab10")(number)
         axes.plot(grid, rows.mean(0), color=colour, linewidth=1.8)
         axes.fill_between(grid, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
-        axes.annotate(f" {name}", (grid[-1], rows.mean(0)[-1]), color=colour, va="center", annotation_clip=False)
+        ends[name] = (rows.mean(0)[-1], grid[-1], colour)
+    # Names stand at the ends of their lines, from below, and no nearer to each other than they are high.
+    low, high = axes.get_ylim()
+    place = -np.inf
+    for name, (value, last, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+        place = max(value, place + 0.055 * (high - low))
+        axes.annotate(f" {name}", (last, place), color=colour, va="center", annotation_clip=False)
     if task == "guess":
         axes.axhline(BINARY_SEARCH, color="black", linewidth=0.8, linestyle=":")
         axes.annotate("binary search", (0, BINARY_SEARCH), va="bottom")

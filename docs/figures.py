@@ -266,6 +266,18 @@ def processes() -> list[Row]:
     ]
 
 
+def turn_tasks() -> list[Row]:
+    """The guessing game and the calculator by contender, after training: mean and standard deviation of the seeds."""
+    games, sums = (result("turns")[task]["contenders"] for task in ("guess", "calculator"))
+    return [
+        [
+            f"{games[name]['after'][0]:.2f} ± {games[name]['after'][1]:.2f}",
+            f"{sums[name]['after'][0]:.1%} ± {sums[name]['after'][1]:.1%}".replace("%", " %"),
+        ]
+        for name in games
+    ]
+
+
 MEASURED = ["rollout", "score", "update", "memory", "of textgym", "of floor"]
 RAGGED = ["rollout", "score", "update", "tokens", "memory", "of textgym", "of floor"]
 SMALL = ["textgym", "textgym-compiled", "floor-fp32", "trl-ppo", "generate"]
@@ -301,6 +313,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "smollm2": smollm2,
     "smollm2 kl": smollm2_kl,
     "processes": processes,
+    "turn tasks": turn_tasks,
 }
 
 
