@@ -133,7 +133,7 @@ def test_sub_sampling_looks_at_every_so_manyth_token():
 def test_it_learns():
     env = tiny_vector_env(16, kl_coef=0.0, action_masking=True)
     model = tiny_trpo(env, n_steps=16, cg_max_steps=4, n_critic_updates=4, target_kl=0.05)
-    scores = values_of(logs_of_learning(model, 16 * 16 * 10, until=("rollout/score_mean", 0.8)), "rollout/score_mean")
+    scores = values_of(logs_of_learning(model, 16 * 16 * 20, until=("rollout/score_mean", 0.8)), "rollout/score_mean")
     assert scores[0] < 0.4
     assert scores[-1] > scores[0] + 0.3
 
