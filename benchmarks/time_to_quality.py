@@ -37,10 +37,11 @@ LEAST_DISTINCT = 0.75  # of the reference's distinct-2
 EVERY = 3.0  # CPU seconds from snapshot to snapshot; TRL's take as long as an iteration
 PPO = {"n_steps": NEW_TOKENS, "batch_size": 512}
 GROUPS = {"episodes": ROWS, "group_size": 8, "batch_size": 512, "credit": "token"}
-# The agent (or TRL's trainer), its settings, the learning rates that are tried, and the CPU seconds that it gets.
+# The agent (or TRL's trainer), its settings and the rows that it writes side by side, the learning rates that are tried,
+# and the CPU seconds that it gets.
 CONTENDERS: dict[str, tuple[str, dict[str, Any], tuple[float, ...], float]] = {
-    "PPO": ("PPO", {**PPO, "gae_lambda": 0.7, "n_epochs": 2}, (4e-4, 6e-4), 40),
-    "PPO, λ 0.95": ("PPO", {**PPO, "n_epochs": 4}, (2e-4, 4e-4), 90),
+    "PPO": ("PPO", {"rows": 32, **PPO, "batch_size": 256, "gae_lambda": 0.7, "n_epochs": 1}, (3e-4, 4e-4), 40),
+    "PPO, defaults": ("PPO", {**PPO, "n_epochs": 4}, (2e-4, 4e-4), 90),
     "GRPO, token": ("GRPO", GROUPS, (4e-4, 6e-4), 40),
     "GRPO, completion": ("GRPO", {**GROUPS, "credit": "completion"}, (4e-4, 6e-4), 60),
     "RLOO, token": ("RLOO", GROUPS, (4e-4, 1e-3), 45),
@@ -92,7 +93,9 @@ def train(contender: str, rate: float, seed: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     algorithm, settings, _, limit = CONTENDERS[contender]
-    envs = gym.make_vec("TextGen-v0", num_envs=ROWS, prompts="train", max_new_tokens=NEW_TOKENS, kl_coef=0.05)
+    settings = {"rows": ROWS, **settings}
+    rows = settings.pop("rows")
+    envs = gym.make_vec("TextGen-v0", num_envs=rows, prompts="train", max_new_tokens=NEW_TOKENS, kl_coef=0.05)
     agent = getattr(textgym.agents, algorithm)(
         "LanguageModelPolicy", envs, learning_rate=rate, seed=seed, device="cpu", **settings
     )
