@@ -37,7 +37,7 @@ LEAST_DISTINCT = 0.75  # of the reference's distinct-2
 EVERY = 3.0  # CPU seconds from snapshot to snapshot; TRL's take as long as an iteration
 PPO = {"n_steps": NEW_TOKENS, "batch_size": 512}
 GROUPS = {"episodes": ROWS, "group_size": 8, "batch_size": 512, "credit": "token"}
-# The agent (or TRL's trainer), its settings and the rows that it writes side by side, the learning rates that are tried,
+# The agent or TRL's trainer, its settings and the rows that it writes side by side, the learning rates that are tried,
 # and the CPU seconds that it gets.
 CONTENDERS: dict[str, tuple[str, dict[str, Any], tuple[float, ...], float]] = {
     "PPO": ("PPO", {"rows": 32, **PPO, "batch_size": 256, "gae_lambda": 0.7, "n_epochs": 1}, (3e-4, 4e-4), 40),
