@@ -34,7 +34,7 @@ from textgym.rewards import as_reward
 
 matplotlib.use("Agg")
 
-ROWS = 64
+ROWS = 32
 MAX_NEW_TOKENS = 24
 MIN_NEW_TOKENS = 8  # short praise scores high; the agent is to write sentences
 
@@ -58,14 +58,14 @@ class LearningCurve(BaseCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--timesteps", type=int, default=49_152, help="tokens to train on (default %(default)s)")
+    parser.add_argument("--timesteps", type=int, default=30_720, help="tokens to train on (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for what it leaves behind")
     arguments = parser.parse_args()
     console = Console()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    # The environment: 64 texts are written side by side, each step adds a token to every one of them.
+    # The environment: 32 texts are written side by side, each step adds a token to every one of them.
     envs = gym.make_vec(
         "TextGen-v0",
         num_envs=ROWS,
@@ -74,9 +74,17 @@ def main() -> None:
         min_new_tokens=MIN_NEW_TOKENS,
         kl_coef=0.05,
     )
-    # The agent: PPO as in Stable-Baselines3; its policy starts as a copy of the environment's language model.
+    # The agent: PPO as in Stable-Baselines3; its policy starts as a copy of the environment's language model. Each
+    # token is paid at once, so that credit need not reach far (gae_lambda), and one pass over fresh texts is enough.
     model = PPO(
-        "LanguageModelPolicy", envs, n_steps=MAX_NEW_TOKENS, batch_size=512, learning_rate=2e-4, seed=arguments.seed
+        "LanguageModelPolicy",
+        envs,
+        n_steps=MAX_NEW_TOKENS,
+        batch_size=256,
+        n_epochs=1,
+        learning_rate=4e-4,
+        gae_lambda=0.7,
+        seed=arguments.seed,
     )
     model.set_logger(configure(str(arguments.output), ["tensorboard", "csv"]))
 
