@@ -1,4 +1,4 @@
-"""Teach a small language model to write positive film reviews, and show what changed. 3 to 7 minutes on two cores.
+"""Teach a small language model to write positive film reviews, and show what changed. 1 to 3 minutes on two cores.
 
 Everything comes with textgym: the language model, the reward model (the sentiment that people read in film reviews,
 predicted for every prefix), and prompts that neither has seen. The reward of a token is the change of predicted
@@ -82,7 +82,7 @@ def main() -> None:
         n_steps=MAX_NEW_TOKENS,
         batch_size=256,
         n_epochs=1,
-        learning_rate=4e-4,
+        learning_rate=lambda left: 8e-4 * left,  # falls to 0 with the tokens that are left
         gae_lambda=0.7,
         seed=arguments.seed,
     )
