@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from measures import Clock
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, StaticCache
-from workload import EOS, PAD, Workload, language_model, prompt_ids, real_tokens, scalar_model
+from workload import EOS, GROUP, PAD, Workload, language_model, prompt_ids, real_tokens, scalar_model
 
 from textgym.engine.freed_memory import keep_freed_memory
 
@@ -136,25 +137,84 @@ class Floor:
                 self.trained_tokens += len(losses)
 
 
+class GroupFloor(Floor):
+    """The matrix work of an iteration with groups of completions: each prompt is read once in every pass.
+
+    A teacher-forced pass has a row for each group, the prompt and the completions after it, with a mask.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload, "float32")
+        prompt, new, group = workload.prompt_tokens, self.length, math.gcd(GROUP, workload.rows)
+        count = len(self.ids) // group  # G
+        self.group = group
+        prompts = self.ids[::group, :prompt]  # (G, P)
+        self.ids[:, :prompt] = prompts.repeat_interleave(group, 0)
+        completions = self.ids[:, prompt:].unflatten(0, (count, group))  # (G, K, T)
+        self.targets = completions.flatten(1)  # (G, KT)
+        # The last token of a completion is predicted, never read.
+        self.rows = torch.cat([prompts, completions[:, :, :-1].flatten(1)], 1)  # (G, W)
+        own = torch.arange(group, device=self.ids.device).repeat_interleave(new - 1)
+        owners = torch.cat([own.new_full((prompt,), -1), own])  # (W,)
+        after = prompt + torch.arange(new - 1, device=self.ids.device)
+        self.positions = torch.cat([torch.arange(prompt, device=self.ids.device), after.repeat(group)])  # (W,)
+        visible = (self.positions <= self.positions[:, None]) & ((owners == owners[:, None]) | (owners < 0))
+        self.visible = visible[None, None]
+        # From where each token is predicted: the first of a completion from the prompt's end.
+        begins = torch.full((group, 1), prompt - 1, device=self.ids.device)
+        places = torch.arange(prompt, len(owners), device=self.ids.device).view(group, new - 1)
+        self.places = torch.cat([begins, places], 1).flatten()  # (KT,)
+        self.advantages = self.advantages.reshape(count, -1)
+        self.decode = functools.partial(decode, group=group)
+
+    def read(self, trunk: Any, rows: Tensor) -> Tensor:
+        """Hidden states ``(g, W, H)`` of some groups."""
+        mask = self.visible.expand(len(rows), -1, -1, -1)
+        positions = self.positions.expand(len(rows), -1)
+        return trunk(input_ids=rows, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+    def score(self) -> None:
+        """See :class:`Floor`."""
+        hidden = self.read(self.reference.model, self.rows)
+        token_losses(self.reference.lm_head(hidden[:, self.places]), self.targets)
+        self.reward.score(self.read(self.reward.model, self.rows))
+
+    def update(self) -> None:
+        """See :class:`Floor`."""
+        share = max(1, len(self.rows) // self.workload.minibatches)
+        for _ in range(self.workload.epochs):
+            for chosen in torch.randperm(len(self.rows)).to(self.ids.device).split(share):
+                hidden = self.read(self.policy.model, self.rows[chosen])
+                losses = token_losses(self.policy.lm_head(hidden[:, self.places]), self.targets[chosen])
+                self.optimizer.zero_grad()
+                (losses * self.advantages[chosen].flatten()).mean().backward()
+                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+                self.optimizer.step()
+                self.trained_tokens += len(losses)
+
+
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-probabilities ``(B * T,)`` of tokens ``(B, T)`` under logits ``(B, T, V)``."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
 
 
-def decode(model: Any, ids: Tensor, prompt_tokens: int) -> None:
+def decode(model: Any, ids: Tensor, prompt_tokens: int, group: int = 1) -> None:
     """Logits of every completion token: the prompts in one forward, then a token of all rows at a time.
 
     :param ids: ``(B, P + T)``, prompts and what follows them
+    :param group: how many rows in succession have the same prompt, which is read once
     """
     cache = DynamicCache(config=model.config)
-    new = slice(0, prompt_tokens)
+    new, rows = slice(0, prompt_tokens), ids[::group]
     for end in range(prompt_tokens, ids.shape[1]):
-        positions = torch.arange(new.start, end, device=ids.device).expand(len(ids), -1)
+        positions = torch.arange(new.start, end, device=ids.device).expand(len(rows), -1)
         output = model.model(
-            input_ids=ids[:, new], position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=rows[:, new], position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         model.lm_head(output[:, -1])  # (B, V)
-        new = slice(end, end + 1)
+        if new.start == 0 and group > 1:
+            cache.batch_repeat_interleave(group)
+        new, rows = slice(end, end + 1), ids
 
 
 def compiled_decode(model: Any, ids: Tensor, prompt_tokens: int) -> None:
@@ -192,4 +252,5 @@ CONTENDERS: dict[str, Callable[[Workload], Any]] = {
     "generate-bf16": functools.partial(Generate, dtype="bfloat16"),
     "floor-fp32": functools.partial(Floor, precision="float32"),
     "floor-bf16": functools.partial(Floor, precision="bfloat16"),
+    "floor-groups": GroupFloor,
 }

@@ -13,7 +13,9 @@ compare within one run.
 - ``textgym``: its PPO, fp32, deferred scoring; ``textgym-compiled``: the same through ``torch.compile``;
   ``textgym-fast``: the fastest setting (``fastest`` in ``ours.py``); ``textgym-instant``: rollouts that score each
   token before the next
-- ``floor-fp32``, ``floor-bf16``: the same matrix work and nothing else (``bare_model.py``)
+- ``textgym-grpo``: its GRPO, groups of 8 completions of a prompt
+- ``floor-fp32``, ``floor-bf16``: the same matrix work and nothing else (``bare_model.py``); ``floor-groups``: that of
+  groups, fp32
 - ``generate``, ``generate-bf16``: sampling with transformers
 - ``trl-ppo``, ``trl-grpo``, ``trl-rloo``: TRL's trainers (``trl_peers.py``), installed into ``.cache/peers`` when asked
   for
@@ -45,8 +47,10 @@ CONTENDERS = (
     "textgym-compiled",
     "textgym-fast",
     "textgym-instant",
+    "textgym-grpo",
     "floor-fp32",
     "floor-bf16",
+    "floor-groups",
     "generate",
     "generate-bf16",
     "trl-ppo",
@@ -55,9 +59,10 @@ CONTENDERS = (
     "sb3",
 )
 DEFAULT_CONTENDERS = {
-    "small": tuple(name for name in CONTENDERS if name != "generate-bf16"),
+    "small": tuple(name for name in CONTENDERS if name not in ("generate-bf16", "textgym-grpo", "floor-groups")),
     "135m": ("textgym", "textgym-fast", "floor-fp32", "floor-bf16", "generate", "trl-ppo"),  # minutes each
 }
+BEFORE = "-before"
 LOG_LINES = 12  # of a failed worker's log, in the message
 
 
@@ -71,13 +76,14 @@ class Worker:
     :param contender: its name
     :param workload: what it works on
     :param log: file for what it prints
+    :param python: the interpreter, for a contender that is no peer
     :raises WorkerError: if it can't be started
     """
 
-    def __init__(self, contender: str, workload: Workload, log: Path) -> None:
+    def __init__(self, contender: str, workload: Workload, log: Path, python: str = sys.executable) -> None:
         self.contender, self.log = contender, log
         try:
-            python, *arguments = peers.command_of(contender) if peers.is_peer(contender) else [sys.executable]
+            python, *arguments = peers.command_of(contender) if peers.is_peer(contender) else [python]
         except peers.PeerError as e:
             raise WorkerError(f"{contender} can't be installed: {e}") from e
         script = [str(FOLDER / "worker.py"), "--contender", contender, "--workload", workload.to_json()]
@@ -153,13 +159,19 @@ def _environment(workload: Workload) -> dict[str, str]:
 
 
 def measure(
-    workload: Workload, contenders: Sequence[str], rounds: int, logs: Path, alone: bool = False
+    workload: Workload,
+    contenders: Sequence[str],
+    rounds: int,
+    logs: Path,
+    alone: bool = False,
+    before: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Let contenders take turns.
 
     :param rounds: that count; one more, the first, does not
     :param logs: folder for what they print
     :param alone: whether each begins anew, and warms up, for each of its turns, so that only one is in memory
+    :param before: an interpreter with an older build, on which ``NAME-before`` is what ``NAME`` is on this one
     :return: for each contender what it said when it was ready, ``rounds``, its answers, and ``memory``; or ``failed``
     """
     results: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in contenders}
@@ -167,7 +179,11 @@ def measure(
     logs.mkdir(parents=True, exist_ok=True)
 
     def start(name: str) -> None:  # one after the other, for loading is work, too
-        workers[name] = Worker(name, workload, logs / f"{workload.name}-{name}.log")
+        contender, python = name.removesuffix(BEFORE), sys.executable
+        if name != contender:
+            assert before is not None
+            python = before
+        workers[name] = Worker(contender, workload, logs / f"{workload.name}-{name}.log", python)
         results[name].update(workers[name].facts)
 
     def stop(name: str) -> None:

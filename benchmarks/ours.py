@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from measures import Clock
 from stable_baselines3.common.logger import Logger
 from transformers import PreTrainedModel
-from workload import Workload, language_model, prompt_texts, scalar_model, tokenizer
+from workload import GROUP, Workload, language_model, prompt_texts, scalar_model, tokenizer
 
-from textgym.agents import PPO, LanguageModelPolicy
+from textgym.agents import GRPO, PPO, LanguageModelPolicy, TextOnPolicyAlgorithm
 from textgym.envs import TextGenVectorEnv
 from textgym.language_model import LanguageModel
 from textgym.rewards import CausalRewardModel
@@ -94,21 +95,24 @@ class Textgym:
             min_new_tokens=0 if workload.ragged else workload.new_tokens,
             **options,
         )
-        self.model = PPO(
-            "LanguageModelPolicy",
-            self.envs,
-            learning_rate=workload.lr,
-            n_steps=workload.rollout_steps,
-            batch_size=workload.minibatch_tokens,
-            n_epochs=workload.epochs,
-            whole_episodes=whole_episodes and workload.rollout_steps >= workload.new_tokens,
-            scoring=scoring,
-            seed=0,
-            device=workload.device,
-            policy_kwargs=policy,
-        )
+        arguments = {
+            "learning_rate": workload.lr,
+            "batch_size": workload.minibatch_tokens,
+            "n_epochs": workload.epochs,
+            "scoring": scoring,
+            "seed": 0,
+            "device": workload.device,
+            "policy_kwargs": policy,
+        }
+        self.model = self.agent(whole_episodes, arguments)
         self.model.set_logger(Logger(None, []))
         self.callback = self.model._setup_learn(10**9)[1]
+
+    def agent(self, whole_episodes: bool, arguments: dict[str, Any]) -> TextOnPolicyAlgorithm:
+        """What learns."""
+        steps = self.workload.rollout_steps
+        whole_episodes = whole_episodes and steps >= self.workload.new_tokens
+        return PPO("LanguageModelPolicy", self.envs, n_steps=steps, whole_episodes=whole_episodes, **arguments)
 
     def iterate(self, clock: Clock) -> dict[str, Any]:
         self.collect(clock)
@@ -136,6 +140,18 @@ class Textgym:
         self.envs.scores = timed_score  # type: ignore[method-assign]
         self.model.collect_rollouts(self.model.env, self.callback, self.model.rollout_buffer, self.model.n_steps)
         clock.lap("rollout")
+
+
+class TextgymGroups(Textgym):
+    """The same of GRPO: groups of completions for each prompt, and no critic."""
+
+    def agent(self, whole_episodes: bool, arguments: dict[str, Any]) -> TextOnPolicyAlgorithm:
+        group = math.gcd(GROUP, self.workload.rows)
+        return GRPO("LanguageModelPolicy", self.envs, group_size=group, **arguments)
+
+    def iterate(self, clock: Clock) -> dict[str, Any]:
+        answer = super().iterate(clock)
+        return {**answer, "tokens": sum(answer["completion_lengths"])}
 
 
 class StableBaselines3:
@@ -188,6 +204,7 @@ CONTENDERS: dict[str, Callable[[Workload], Any]] = {
     "textgym": Textgym,
     "textgym-compiled": lambda workload: Textgym(workload, Setting({"compile": True})),
     "textgym-fast": lambda workload: Textgym(workload, fastest(workload)),
+    "textgym-grpo": TextgymGroups,
     "textgym-instant": functools.partial(Textgym, scoring="instant"),
     "sb3": StableBaselines3,
 }

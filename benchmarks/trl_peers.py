@@ -18,11 +18,10 @@ import transformers
 from datasets import Dataset
 from measures import Channel, Clock
 from transformers import TrainerCallback
-from workload import Workload, language_model, prompt_ids, prompt_texts, real_tokens, scalar_model, tokenizer
+from workload import GROUP, Workload, language_model, prompt_ids, prompt_texts, real_tokens, scalar_model, tokenizer
 
 ITERATIONS = 100_000  # more than anybody asks for; the learning rate falls to 0 over them
 PROMPTS = 256
-GROUP = 8  # completions of a prompt
 
 
 class Stopped(Exception):

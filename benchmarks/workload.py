@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
 
 PAD, EOS, BOS, UNK = range(4)
+GROUP = 8  # completions of a prompt, where they are compared with each other
 RAGGED_SHARE = 4  # a ragged completion has on average the budget divided by this
 END_WIDTH = 10.0  # length of the bias that makes all hidden states alike; without it they are about 0.5 long
 

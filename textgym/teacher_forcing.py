@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from textgym.engine.micro_batches import micro_batches
 from textgym.language_model import LanguageModel
 
 FORWARD_TOKENS = 16_384  # most padded tokens in one pass; bounds memory, not results
@@ -47,7 +46,8 @@ def forced_log_probs(
     ends = np.cumsum(counts)
     machine = model.cached(context)
     most = max(1, MASK_ELEMENTS // model.vocab_size) if allowed is not None else max(1, len(tokens))
-    for part in micro_batches(np.where(counts > 0, lengths, 0), FORWARD_TOKENS):
+    read = [row[:length] for row, length in zip(ids, np.where(counts > 0, lengths, 0), strict=True)]
+    for part in machine.passes(read, FORWARD_TOKENS):
         at = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in part])  # (m,)
         width = int(lengths[part].max())
         of = np.repeat(np.arange(len(part)), counts[part])

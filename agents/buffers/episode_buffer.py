@@ -13,7 +13,7 @@ then not among the segments, and come first, before T new steps, in the next rol
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from torch import Tensor
 
-from textgym.engine.micro_batches import micro_batches
 from textgym.envs.segments import Segment
 
 # Per step: what there is of a held episode. Advantages, returns and importance are computed when it has ended.
@@ -358,16 +357,6 @@ class EpisodeBuffer(RolloutBuffer):
         batches = 1 if batch_size is None else max(1, round(float(sizes.sum()) / batch_size))
         for part in np.split(order, _even_cuts(sizes, batches)):
             yield self.samples([segment for i in part for segment in units[i]])
-
-    def in_order(self, most_tokens: int) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], SegmentSamples]]:
-        """All segments, those of like length together: where their transitions are, and a minibatch of them.
-
-        :param most_tokens: of a forward over one minibatch
-        """
-        segments = self.segments
-        for part in micro_batches([segment.length for segment in segments], most_tokens):
-            chosen = [segments[i] for i in part]
-            yield self.places(chosen), self.samples(chosen)
 
     def places(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Where the arrays ``(T, N)`` have the M transitions of some segments: steps and rows, ``(M,)`` each."""

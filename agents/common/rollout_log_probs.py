@@ -18,8 +18,11 @@ from textgym.teacher_forcing import FORWARD_TOKENS, forced_log_probs
 def evaluate_anew(policy: LanguageModelPolicy, buffer: EpisodeBuffer) -> None:
     """Put the trained weights' log-probabilities and values in the place of those of the copy that acted."""
     buffer.fix_drawn_with()
-    for at, batch in buffer.in_order(FORWARD_TOKENS):
-        values, log_prob, _ = policy.evaluate_segments(batch)
+    segments = buffer.segments
+    for part in policy.passes(segments, FORWARD_TOKENS):
+        chosen = [segments[i] for i in part]
+        at = buffer.places(chosen)
+        values, log_prob, _ = policy.evaluate_segments(buffer.samples(chosen))
         buffer.values[at] = values.flatten().cpu().numpy()
         buffer.log_probs[at] = np.minimum(log_prob.cpu().numpy(), 0.0)  # a sure token may come out at +1e-7
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from textgym.agents.policy.text_writer import TextWriter
 from textgym.agents.policy.value_head import VALUE_HEADS, VALUE_TRUNKS, new_value_net
 from textgym.checks import check_bool, check_choice, check_temperature
 from textgym.engine.cached_model import CachedModel
+from textgym.envs.segments import Segment
 from textgym.generation import sample_tokens
 from textgym.language_model import LanguageModel, load_language_model, log_distribution
 from textgym.lora import Lora, add_lora, lora_options, wants_lora
@@ -319,6 +320,13 @@ class LanguageModelPolicy(TextWriter, ActorCriticPolicy):
         """
         hidden = self.hidden_of(segments)
         return self.evaluate_hidden(hidden, segments.actions, segments.action_masks, entropy_gradient, value_gradient)
+
+    def passes(self, segments: Sequence[Segment], most_tokens: int) -> Iterator[np.ndarray]:
+        """Indices of segments, in groups for an :meth:`evaluate_segments` each: what is cheap to read together is.
+
+        :param most_tokens: of a pass
+        """
+        return self._stepper.passes([segment.ids[: segment.length] for segment in segments], most_tokens)
 
     def hidden_of(self, segments: SegmentSamples) -> Tensor:
         """``(M, H)`` the hidden states that the actions of a minibatch are predicted from."""

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from textgym.engine.cached_model import CachedModel
-from textgym.engine.packing import pack, worth_packing
 from textgym.vocabulary import context_limit
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -110,35 +109,6 @@ def test_rows_that_outgrow_the_context_are_not_read_again():
     got = machine.last_hidden(ids, np.array([20, 6]))
     assert sorted(forwards.take()) == [(1, 1), (1, 12)]
     assert difference(LLAMA, got, ids, np.array([20, 6])) < 1e-4
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_rows_have_the_hidden_states_and_gradients_of_rows_alone(architecture, attention):
-    model = tiny_model(architecture)
-    model.set_attn_implementation(attention)
-    lengths = np.array([30, 4, 11, 1, 17, 9, 26])
-    ids = random_ids(np.random.default_rng(2), len(lengths), 30)
-    assert worth_packing(lengths, 30)
-    assert pack(ids, lengths).input_ids.shape == (4, 32)  # 98 tokens
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    packed = CachedModel(model, 30).hidden_at(ids, lengths, rows, positions)
-    alone = torch.cat([model.base_model(input_ids=torch.as_tensor(ids[i : i + 1, :n])).last_hidden_state[0]
-                       for i, n in enumerate(lengths)])  # fmt: skip
-    assert (packed - alone).abs().max() < 2e-5
-    direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
-    weights = [p for p in model.base_model.parameters() if p.requires_grad]
-    of_packed = torch.autograd.grad((packed * direction).sum(), weights, allow_unused=True)
-    of_alone = torch.autograd.grad((alone * direction).sum(), weights, allow_unused=True)
-    for got, expected in zip(of_packed, of_alone, strict=True):
-        if expected is not None:
-            assert (got - expected).abs().max() < 1e-4 * (1 + expected.abs().max())
-
-
-def test_rows_of_like_length_are_not_packed():
-    assert not worth_packing(np.array([10, 9, 10, 8]), 10)
-    assert not worth_packing(np.array([3]), 10)
 
 
 LLAMA = tiny_model("llama")

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from textgym import language_model as language_model_module
-from textgym.agents import PPO
+from textgym.agents import GRPO, PPO
+from textgym.agents.buffers.episode_buffer import SegmentSamples
 from textgym.language_model import LanguageModel
+from textgym.replies import ScriptedReply
 from textgym.rewards import CausalRewardModel
 
 ROWS, PROMPT = 4, 3
@@ -206,3 +208,75 @@ def test_a_longer_context_than_needed_costs_no_forwards():
             machine.last_hidden(ids, np.array([length, length]))
             machine.last_hidden(ids, np.array([length, length]))  # asked again: nothing to do
     assert forwards.tokens == [8, 2, 2, 2, 2, 2]
+
+
+LONG_PROMPTS = [
+    "the film is a very good movie and we like the story of it but the cast was not so great too , . " * 2,
+    "this was a dull film with a slow plot and cold music , they hate that it was not too moving and fresh . " * 2,
+]
+LONG_PROMPT = 48  # with what follows, packed rows are as wide as they are: a multiple of 8
+GROUP, NEW = 4, 8
+
+
+def group_agent(policy_kwargs: dict[str, Any] | None = None, **options: Any) -> GRPO:
+    """GRPO on two groups of completions of long prompts."""
+    reward = CausalRewardModel(tiny_causal_reward_model(), tiny_tokenizer())
+    env = tiny_vector_env(
+        2 * GROUP, prompts=LONG_PROMPTS, max_new_tokens=NEW, min_new_tokens=NEW, reward=reward, **options
+    )
+    return GRPO(
+        "LanguageModelPolicy", env, group_size=GROUP, n_epochs=2, seed=1, device="cpu", policy_kwargs=policy_kwargs
+    )
+
+
+def test_each_prompt_is_read_once_for_all_its_completions_by_every_model():
+    model = group_agent()
+    once = 2 * (LONG_PROMPT + GROUP * NEW)
+    assert once < 0.6 * 2 * GROUP * (LONG_PROMPT + NEW)
+    rollout = counts(model, collect)
+    assert {len(segment.prefix) for segment in model.rollout_buffer.segments} == {LONG_PROMPT}
+    assert rollout["policy"] == [2 * LONG_PROMPT, *[2 * GROUP] * (NEW - 1)]
+    assert sum(rollout["reference"]) <= once
+    assert sum(rollout["reward"][1:]) <= once, "behind the prompts, when the environment was reset"
+    update = counts(model, lambda m: m.train())
+    assert len(update["policy"]) == 2
+    assert max(update["policy"]) <= once
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["one turn", "turns"])
+@pytest.mark.parametrize("policy_kwargs", [{}, {"gradient_checkpointing": True}, {"lora": {"r": 4}}], ids=str)
+def test_an_update_has_the_gradients_of_rows_that_are_read_apart(policy_kwargs, turns, monkeypatch):
+    if "lora" in policy_kwargs:
+        pytest.importorskip("peft")
+    talk = (
+        {"reply": ScriptedReply([" a great movie", " but not so"]), "max_turns": 2, "max_reply_tokens": 3}
+        if turns
+        else {}
+    )
+    model = group_agent(policy_kwargs, **talk)
+    for weight in model.policy.value_net.parameters():
+        torch.nn.init.normal_(weight)  # at first it is 0, and stops gradients
+    collect(model)
+    batch = next(model.rollout_buffer.get())
+    found = {}
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr("textgym.engine.cached_model.worth_packing", lambda *arguments: False)
+        model.policy.zero_grad()
+        read = counts(model, lambda m: backward(m, batch))["policy"]
+        gradients = {n: p.grad.clone() for n, p in model.policy.named_parameters() if p.grad is not None}
+        found[apart] = sum(read), gradients
+    (tokens, got), (of_rows, expected) = found[False], found[True]
+    assert tokens < 0.7 * of_rows
+    assert {name.split(".")[0] for name in got} == {"transformer", "value_net"}
+    assert got.keys() == expected.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 0.01 * whole), name
+
+
+def backward(model: GRPO, batch: SegmentSamples) -> None:
+    """Of a number into which every log-probability, entropy and value of a minibatch goes with a weight of its own."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.cat([each.flatten() for each in model.policy.evaluate_segments(batch)])  # (3 M,)
+    (outputs * torch.randn(outputs.shape, generator=generator)).sum().backward()

@@ -17,6 +17,7 @@ its first token, together with those of the same length, since padding would cha
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -28,11 +29,14 @@ from transformers import PreTrainedModel
 
 from textgym.engine.layer_types import Reach, attention_reach
 from textgym.engine.micro_batches import micro_batches
-from textgym.engine.packing import pack, worth_packing
+from textgym.engine.packing import PackedRows, pack, passes, worth_packing
 from textgym.engine.slot_cache import SlotCache, has_states
 from textgym.engine.trunk import trunk_of
 from textgym.vocabulary import position_limit
 
+# A block of a transformer that is H wide has some 12 H² weights, and attention to K keys takes 2 H K products: they
+# balance at 6 H keys, which is also what was measured (H = 256 and 576, two cores, forward and backward).
+BALANCE = 6
 SHARED_TOKENS = 4  # fewer are sooner read than copied from another slot
 PREFILL_TOKENS = 16_384  # most tokens forwarded at once when many rows start together; bounds memory, not results
 
@@ -233,7 +237,8 @@ class CachedModel:
     ) -> Tensor:
         """Hidden states at some places of whole rows, from one teacher-forced pass; gradients flow where enabled.
 
-        Where most of the padded rows would be padding they are packed (:mod:`textgym.engine.packing`).
+        Where rows begin alike, or most of the padded rows would be padding, they are packed
+        (:mod:`textgym.engine.packing`).
 
         :param input_ids: ``(B, L)`` right-padded token ids
         :param lengths: ``(B,)`` how many tokens of each row are to be read, at least 1
@@ -242,22 +247,61 @@ class CachedModel:
         :param prompt_lengths: ``(B,)`` tokens of each row's prompt; decoder-only models need not know
         :return: ``(M, H)``
         """
-        width = int(lengths.max())
-        # A state would run on from one packed row into the next, and these masks are for rows of so many tokens.
-        packable = not self._has_states and attention_reach(self.model.config, max(width, self.context)) == self._reach
-        if not packable or not worth_packing(lengths, width):
-            ids = torch.as_tensor(input_ids[:, :width], device=self.device)
-            hidden = self.hidden_states(ids)
-            return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
+        if self._can_pack(lengths):
+            packed = pack(as_numpy(input_ids), lengths, self._balance)
+            if worth_packing(packed, lengths, self._balance):
+                return self._read_packed(packed, rows, positions)
+        hidden = self.hidden_states(torch.as_tensor(input_ids[:, : int(lengths.max())], device=self.device))
+        return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
+
+    def packed_hidden_at(
+        self,
+        input_ids: np.ndarray | Tensor,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        prompt_lengths: np.ndarray | None = None,
+    ) -> Tensor:
+        """:meth:`hidden_at` with rows packed wherever that can be, worth it or not; for trying it out."""
+        if not self._can_pack(lengths):
+            return self.hidden_at(input_ids, lengths, rows, positions, prompt_lengths)
+        return self._read_packed(pack(as_numpy(input_ids), lengths, balance=1e9), rows, positions)
+
+    def _can_pack(self, lengths: np.ndarray) -> bool:
+        """Whether rows of these lengths, ``(B,)``, may be packed; the masks here are for rows up to the context."""
+        return self._packs and attention_reach(self.model.config, max(int(lengths.max()), self.context)) == self._reach
+
+    def _read_packed(self, packed: PackedRows, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Hidden states ``(M, H)`` at some places of packed rows."""
         self._forbid_dropout()
-        packed = pack(as_numpy(input_ids), lengths)
         hidden = self._read(
             torch.as_tensor(packed.input_ids, device=self.device),
             torch.as_tensor(packed.together(), device=self.device),
             torch.as_tensor(packed.positions, device=self.device),
         )  # (R, W, H)
         into = torch.as_tensor(packed.into[rows], device=self.device)
-        return hidden[into, torch.as_tensor(packed.offset[rows] + positions, device=self.device)]
+        return hidden[into, torch.as_tensor(packed.places[rows, positions], device=self.device)]
+
+    @property
+    def _packs(self) -> bool:
+        """Whether rows may stand one after the other: a state would run on from one into the next."""
+        return not self._has_states
+
+    @property
+    def _balance(self) -> float:
+        """See :func:`~textgym.engine.packing.cost`."""
+        return BALANCE * self.model.get_input_embeddings().weight.shape[-1]
+
+    def passes(self, texts: Sequence[np.ndarray], most_tokens: int) -> Iterator[np.ndarray]:
+        """Indices of the rows that have any tokens, in groups for a :meth:`hidden_at` each: what is cheap to read
+        together is.
+
+        :param texts: B rows of token ids
+        :param most_tokens: of a pass, padding included, unless a single row has more
+        """
+        if self._packs:
+            return passes(texts, most_tokens, self._balance)
+        return micro_batches([len(text) for text in texts], most_tokens)
 
     def _read(self, input_ids: Tensor, together: Tensor | None, positions: Tensor) -> Tensor:
         """``(B, L, H)`` from a teacher-forced pass over ``(B, L)`` tokens; see :meth:`_pass`."""

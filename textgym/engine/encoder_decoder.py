@@ -133,6 +133,10 @@ class EncoderDecoder(CachedModel):
     def _has_states(self) -> bool:
         return False  # these decoders keep keys and values
 
+    @property
+    def _packs(self) -> bool:
+        return False  # rows one after the other would share what the encoder says
+
     def widen(self, context: int) -> None:
         """See :meth:`CachedModel.widen`; of rows whose prompts grow nothing cached is of use."""
         self._take(context)
@@ -188,7 +192,7 @@ class EncoderDecoder(CachedModel):
     ) -> Tensor:
         """Hidden states at some places of whole rows, from one teacher-forced pass; see :meth:`CachedModel.hidden_at`.
 
-        Rows are padded and never packed: packed one after the other they would share what the encoder says.
+        Rows are padded and never packed.
 
         :param prompt_lengths: ``(B,)`` tokens of each row that the encoder reads
         :raises ValueError: if they are missing or don't fit, or a place before a prompt's last token is asked for

@@ -38,6 +38,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")  # what confi
 SMALL_WINDOW = 2
 PAD_AT = [5, 4]  # where the rows have a padding token that belongs to the text, as sampling may draw it
 PAD_IN_PROMPT = 1  # and where the first has one that an encoder reads
+PART_AT = 2  # where rows that begin alike part
 FAILURES = (
     TypeError,
     ValueError,
@@ -349,10 +350,12 @@ def _forced(stepper: CachedModel, ids: Tensor, stages: np.ndarray) -> Tensor:
 
 
 def _packed(stepper: CachedModel, ids: Tensor, lengths: np.ndarray) -> Tensor:
-    """Hidden states ``(2, H)`` at the last tokens of the two rows, which are packed after a third."""
-    three = torch.cat([ids, ids[:1]])
-    whole = np.array([*lengths, ids.shape[1]])
-    return stepper.hidden_at(three, whole, np.arange(2), lengths - 1, PROMPT_TOKENS[[0, 1, 0]])
+    """Hidden states ``(2, H)`` at the last tokens of the two rows, packed with others that begin as the first does."""
+    four = torch.cat([ids, ids[:1], ids[:1]])
+    four[3, PART_AT:] = ids[1, PART_AT:]
+    return stepper.packed_hidden_at(
+        four, np.array([*lengths, *four.shape[1:] * 2]), np.arange(2), lengths - 1, PROMPT_TOKENS[[0, 1, 0, 0]]
+    )
 
 
 def _each_alone(model: PreTrainedModel, ids: Tensor, stages: np.ndarray) -> Tensor:

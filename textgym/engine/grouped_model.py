@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,17 +43,9 @@ class GroupedModel(CachedModel):
         self._forbid_dropout()
         return self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def hidden_at(
-        self,
-        input_ids: np.ndarray | Tensor,
-        lengths: np.ndarray,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        prompt_lengths: np.ndarray | None = None,
-    ) -> Tensor:
-        """See :meth:`CachedModel.hidden_at`; such models are not told positions, so nothing is packed."""
-        hidden = self.hidden_states(torch.as_tensor(input_ids[:, : int(lengths.max())], device=self.device))
-        return hidden[torch.as_tensor(rows, device=self.device), torch.as_tensor(positions, device=self.device)]
+    @property
+    def _packs(self) -> bool:
+        return False  # such models are not told positions
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
         assert self._cache is not None

@@ -25,7 +25,7 @@ from transformers import (
 from textgym.chat.turns import TurnTokens
 from textgym.engine.cached_model import CachedModel
 from textgym.engine.exactness import SteppedModel, Stepping
-from textgym.engine.micro_batches import BATCH_TOKENS, micro_batches
+from textgym.engine.micro_batches import BATCH_TOKENS
 from textgym.engine.trunk import trunk_of
 from textgym.model_sources import resolve_device, resolve_dtype
 from textgym.rewards.base import Reward
@@ -260,7 +260,7 @@ class CausalRewardModel(Reward):
     def _score_positions(
         self, ids: list[np.ndarray], prompt_lengths: np.ndarray, positions: list[np.ndarray]
     ) -> list[np.ndarray]:
-        """Φ at given positions of each row, in teacher-forced passes over rows of similar length.
+        """Φ at given positions of each row, in teacher-forced passes over many rows.
 
         :param ids: B rows of token ids, of any lengths
         :param prompt_lengths: ``(B,)`` how many of these an encoder reads; unused without one
@@ -273,7 +273,7 @@ class CausalRewardModel(Reward):
         if self._encoder_decoder:
             needed = np.where(needed > 0, np.maximum(needed, prompt_lengths), 0)
         scores = [np.zeros(len(p)) for p in positions]
-        for part in micro_batches(needed, BATCH_TOKENS):
+        for part in machine.passes([row[:n] for row, n in zip(ids, needed, strict=True)], BATCH_TOKENS):
             width = int(needed[part].max())
             padded = np.zeros((len(part), width), dtype=np.int64)  # (b, L)
             for i, row in enumerate(part):

@@ -23,7 +23,6 @@ from textgym.chat.messages import is_conversation
 from textgym.checks import check_choice
 from textgym.encodable_text import well_formed
 from textgym.engine.exactness import SteppedModel, Stepping
-from textgym.engine.micro_batches import micro_batches
 from textgym.handed_on import hands_on
 from textgym.rewards.base import Reward
 from textgym.rewards.errors import RewardError
@@ -267,11 +266,12 @@ class ClassifierReward(Reward):
         scores = np.zeros(len(owner))
         needed = np.zeros(len(batch), dtype=np.int64)
         np.maximum.at(needed, owner, ends)
-        for part in micro_batches(needed, self.reader.max_batch_tokens):
+        machine = self._stepping.machine(1)
+        read = [row[:length] for row, length in zip(batch.input_ids, needed, strict=True)]
+        for part in machine.passes(read, self.reader.max_batch_tokens):
             chosen = np.flatnonzero(np.isin(owner, part))  # (K',)
             place = np.zeros(len(batch), dtype=np.int64)
             place[part] = np.arange(len(part))
-            machine = self._stepping.machine(1)
             with torch.inference_mode():
                 hidden = machine.hidden_at(
                     batch.input_ids[part], needed[part], place[owner[chosen]], ends[chosen] - 1

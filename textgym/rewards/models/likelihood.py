@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from textgym.encodable_text import well_formed
 from textgym.engine.cached_model import CachedModel
-from textgym.engine.micro_batches import BATCH_TOKENS, check_batch_tokens, micro_batches
+from textgym.engine.micro_batches import BATCH_TOKENS, check_batch_tokens
 from textgym.language_model import HEAD_ELEMENTS, LanguageModel, load_language_model
 from textgym.rewards.errors import RewardError
 from textgym.vocabulary import context_limit, is_encoder_decoder
@@ -149,14 +149,14 @@ class TextLikelihood:
         values = [np.zeros(count) for count in counts]
         # The last token of a row is scored, never read.
         read = np.where(counts > 0, lengths - 1, 0)
-        for part in micro_batches(read, self.max_batch_tokens):
+        machine = self.machine(1)
+        for part in machine.passes([row[:n] for row, n in zip(ids, read, strict=True)], self.max_batch_tokens):
             padded = np.zeros((len(part), int(read[part].max())), dtype=np.int64)  # (b, L)
             for i, row in enumerate(part):
                 padded[i, : read[row]] = ids[row][: read[row]]
             rows = np.repeat(np.arange(len(part)), counts[part])  # (K,)
             at = np.concatenate([np.arange(starts[row], lengths[row]) for row in part])  # (K,)
             tokens = np.concatenate([ids[row][starts[row] :] for row in part])  # (K,)
-            machine = self.machine(1)
             hidden = machine.hidden_at(padded, read[part], rows, at - 1)  # (K, H)
             measured = measure(hidden, torch.as_tensor(tokens, device=hidden.device)).double().cpu().numpy()
             for row, some in zip(part, np.split(measured, np.cumsum(counts[part])[:-1]), strict=True):
