@@ -179,6 +179,19 @@ def speeds(name: str, work: str, contenders: list[str], columns: list[str]) -> l
     ]
 
 
+def shared_prompts(work: str) -> list[Row]:
+    """CPU seconds of GRPO's iterations."""
+    found = result("shared-prompts")["works"][work]
+    return [
+        [
+            *(f"{found[who]['cpu'][phase]:.2f}" for phase in (*PHASES, "iteration")),
+            f"{found[who]['memory']['resident'] / MIB:,.0f}",
+            f"{found[who]['times']['cpu']:.2f}",
+        ]
+        for who in ("textgym-grpo", "floor-groups", "textgym-grpo-before", "trl-grpo")
+    ]
+
+
 def memory() -> list[Row]:
     """MiB of the counted tensors and of the process, by setting."""
     rows = []
@@ -304,6 +317,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "speed, long and ragged": functools.partial(speeds, "speed-long-texts", "ragged", LARGE, RAGGED),
     "speed, large": functools.partial(speeds, "speed-135m", "fixed", LARGE, MEASURED),
     "speed, bf16": functools.partial(speeds, "speed-amx", "fixed", LOW, MEASURED),
+    **{f"shared prompts, {work}": functools.partial(shared_prompts, work) for work in ("one step", "sixteen steps")},
     "memory": memory,
     "vocabularies": vocabularies,
     "overoptimisation": functools.partial(overoptimisation, "one", "ensemble", "diverse"),

@@ -589,3 +589,25 @@ def test_llama_with_grouped_heads_and_scaled_positions_is_exact():
         for row in range(3):
             walk.change(row, "several more")
         assert difference(model, machine.last_hidden(walk.ids, walk.lengths), walk.ids, walk.lengths) < 1e-4
+
+
+def test_rows_that_start_together_under_one_system_prompt_read_it_once():
+    ids, lengths = random_ids(np.random.default_rng(4), 6, 40), np.array([40, 38, 40, 31, 40, 40])
+    ids[:5, :30] = ids[0, :30]
+    ids[4] = ids[2]
+    machine, forwards = CachedModel(LLAMA, 41), Forwards(LLAMA)
+    got = machine.last_hidden(ids, lengths)
+    begun = forwards.take()
+    assert sorted(begun) == [(2, 40), (3, 10)]  # one of them and the last row, then what the others have of their own
+    assert difference(LLAMA, got, ids, lengths) < 1e-4
+    ids = np.concatenate([ids, random_ids(np.random.default_rng(5), 6, 1)], axis=1)
+    ids[np.arange(6), lengths] = 7
+    assert difference(LLAMA, machine.last_hidden(ids, lengths + 1), ids, lengths + 1) < 1e-4
+
+
+def test_rows_that_share_little_are_read_in_one_forward():
+    ids, lengths = random_ids(np.random.default_rng(4), 3, 40), np.array([40, 38, 40])
+    ids[:, :10] = ids[0, :10]
+    machine, forwards = CachedModel(LLAMA, 40), Forwards(LLAMA)
+    machine.last_hidden(ids, lengths)
+    assert forwards.take() == [(3, 40)]

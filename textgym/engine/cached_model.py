@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from textgym.engine.layer_types import Reach, attention_reach
 from textgym.engine.micro_batches import micro_batches
-from textgym.engine.packing import PackedRows, pack, passes, worth_packing
+from textgym.engine.packing import PackedRows, in_order, pack, passes, shared_tokens, worth_packing
 from textgym.engine.slot_cache import SlotCache, has_states
 from textgym.engine.trunk import trunk_of
 from textgym.vocabulary import position_limit
@@ -38,6 +38,7 @@ from textgym.vocabulary import position_limit
 # balance at 6 H keys, which is also what was measured (H = 256 and 576, two cores, forward and backward).
 BALANCE = 6
 SHARED_TOKENS = 4  # fewer are sooner read than copied from another slot
+WORTH_WAITING = 64  # tokens from which on a second forward is less work
 PREFILL_TOKENS = 16_384  # most tokens forwarded at once when many rows start together; bounds memory, not results
 
 
@@ -151,15 +152,20 @@ class CachedModel:
         common = np.where((common == lengths) & ~same, lengths - 1, common)
         if self._has_states:
             common = np.where(same | (common == self._lengths[rows]) & (common == lengths - 1), common, 0)
-        else:
+        elif self._shares:
             common = self._share(rows, ids, lengths, common)
-        new = lengths - common  # (B,) tokens to forward
 
         # Where a forward is interrupted, its rows count as empty and not as computed.
-        self._lengths[rows[new > 0]] = 0
+        self._lengths[rows[lengths > common]] = 0
         self._ids[rows, :longest] = ids[:, :longest]
-        self._compute(rows, ids, lengths, common)
-        self._lengths[rows] = lengths
+        waits = self._can_wait(ids, lengths, common)  # (B,)
+        first, second = np.flatnonzero(~waits), np.flatnonzero(waits)
+        self._compute(rows[first], ids[first], lengths[first], common[first])
+        self._lengths[rows[first]] = lengths[first]
+        if len(second):
+            common[second] = self._share(rows[second], ids[second], lengths[second], common[second])
+            self._compute(rows[second], ids[second], lengths[second], common[second])
+            self._lengths[rows[second]] = lengths[second]
         assert self._hidden is not None
         return self._hidden[torch.as_tensor(rows, device=self._hidden.device)]
 
@@ -169,8 +175,7 @@ class CachedModel:
         :param rows: ``(B,)`` slots, like the other parameters as in :meth:`_compute`
         :return: ``(B,)`` how many tokens of the rows are cached then
         """
-        if self._cache is None:  # nothing is kept but last hidden states
-            return common
+        assert self._cache is not None
         live = np.flatnonzero(self._lengths)
         source, cached = rows.copy(), common.copy()
         for i in np.flatnonzero(lengths - 1 - common >= SHARED_TOKENS) if len(live) else ():
@@ -186,6 +191,30 @@ class CachedModel:
             slots = torch.as_tensor(np.stack([source[taking], rows[taking]]), device=self._cache.device)
             self._cache.copy(slots[0], slots[1], int(cached[taking].max()))
         return cached
+
+    @property
+    def _shares(self) -> bool:
+        """Whether what one row has cached is of use to another that begins as it does."""
+        return not self._has_states and self._cache is not None  # else nothing is kept but last hidden states
+
+    def _can_wait(self, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> np.ndarray:
+        """``(B,)`` bool, which rows are computed after the others, because they begin as one of those does: under the
+        same system prompt, for one. None where that saves too little for a second forward.
+
+        The parameters are as in :meth:`_compute`.
+        """
+        waits, saved = np.zeros(len(ids), dtype=bool), 0
+        starting = np.flatnonzero(lengths - common > SHARED_TOKENS) if self._shares else np.zeros(0, dtype=np.int64)
+        texts = [ids[row, : lengths[row]] for row in starting]
+        first = None
+        for place in in_order(texts):
+            row, shared = starting[place], 0 if first is None else shared_tokens(first, texts[place])
+            gained = min(shared, len(texts[place]) - 1) - common[row]
+            if first is None or gained < SHARED_TOKENS:
+                first = texts[place]
+            elif not shared == len(first) == len(texts[place]):  # the same text is computed once anyway
+                waits[row], saved = True, saved + int(gained)
+        return waits if saved >= WORTH_WAITING else np.zeros_like(waits)
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
         """Bring the last hidden states of rows up to date.

@@ -137,6 +137,10 @@ class EncoderDecoder(CachedModel):
     def _packs(self) -> bool:
         return False  # rows one after the other would share what the encoder says
 
+    @property
+    def _shares(self) -> bool:
+        return False  # completions that begin alike have other states after other prompts
+
     def widen(self, context: int) -> None:
         """See :meth:`CachedModel.widen`; of rows whose prompts grow nothing cached is of use."""
         self._take(context)
@@ -247,9 +251,6 @@ class EncoderDecoder(CachedModel):
 
     def _reserve(self, slots: int) -> None:
         pass  # nothing to keep beyond the last hidden states
-
-    def _share(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> np.ndarray:
-        return common  # completions that begin alike have other states after other prompts
 
     def _compute(self, rows: np.ndarray, ids: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> None:
         for part in micro_batches(np.where(common < lengths, lengths, 0), cached_model.PREFILL_TOKENS):

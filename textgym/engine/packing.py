@@ -100,12 +100,9 @@ def as_trees(texts: Sequence[np.ndarray], balance: float) -> list[Tree]:
     :param texts: B rows of token ids, of any lengths from 1 on
     :param balance: see :func:`cost`
     """
-    # In this order rows with the same first tokens are neighbours, however bytes order tokens, and one that is the
-    # beginning of others comes behind them.
-    keys = [text.astype(np.int64, copy=False).tobytes() + END for text in texts]
-    order = np.array(sorted(range(len(texts)), key=keys.__getitem__), dtype=np.int64)
-    pairs = itertools.pairwise(order)
-    shared = np.array([0, *(alike(texts[before], texts[row]) for before, row in pairs)])[: len(order)]
+    order = in_order(texts)
+    pairs = itertools.pairwise(order.tolist())
+    shared = np.array([0, *(shared_tokens(texts[before], texts[row]) for before, row in pairs)])[: len(order)]
     lengths = np.array([len(texts[row]) for row in order], dtype=np.int64)
 
     # Rows without a token of their own go where the one before them goes; where the D others go is to be decided.
@@ -119,8 +116,8 @@ def as_trees(texts: Sequence[np.ndarray], balance: float) -> list[Tree]:
         first[j] = costs.argmin()
         cheapest[j] = costs[first[j]]
 
-    trees, end = [], len(branches)
     bounds = np.append(branches, len(order))
+    trees, end = [], len(branches)
     while end:
         part = slice(int(bounds[first[end]]), int(bounds[end]))
         inside = shared[part].copy()
@@ -130,7 +127,15 @@ def as_trees(texts: Sequence[np.ndarray], balance: float) -> list[Tree]:
     return trees[::-1]
 
 
-def alike(one: np.ndarray, other: np.ndarray) -> int:
+def in_order(texts: Sequence[np.ndarray]) -> np.ndarray:
+    """Indices of rows ``(B,)`` such that those with the same first tokens are neighbours, and one that is the beginning
+    of others comes behind them."""
+    # However bytes order tokens, the same ones come together.
+    keys = [text.astype(np.int64, copy=False).tobytes() + END for text in texts]
+    return np.array(sorted(range(len(texts)), key=keys.__getitem__), dtype=np.int64)
+
+
+def shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
     """With how many tokens two rows begin alike."""
     length = min(len(one), len(other))
     differs = one[:length] != other[:length]
@@ -145,7 +150,7 @@ def passes(texts: Sequence[np.ndarray], most_tokens: int, balance: float) -> Ite
     :param balance: see :func:`cost`
     """
     rows = np.flatnonzero([len(text) for text in texts])
-    trees = as_trees([texts[row] for row in rows], balance)
+    trees = as_trees([texts[row] for row in rows.tolist()], balance)
     for part in micro_batches([tree.size for tree in trees], most_tokens):
         yield rows[np.concatenate([trees[i].rows for i in part])]
 
