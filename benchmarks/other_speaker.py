@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 TOKENS = 24_000
 PARTS = 6  # evaluations
-RATES = {"GRPO": 4e-4, "GRPO, learning rate 0": 0.0}
+RATES = {"GRPO": 6e-4, "GRPO, learning rate 0": 0.0}  # fall linearly to 0
 HELD_OUT = 128
 
 
@@ -34,6 +34,7 @@ def train(name: str, seed: int) -> dict[str, Any]:
     """One run, in this process."""
     import cheer_up
     import torch
+    from stable_baselines3.common.callbacks import BaseCallback
 
     from textgym.agents import GRPO
     from textgym.embedded import load_prompts
@@ -43,8 +44,10 @@ def train(name: str, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     envs = cheer_up.environment(cheer_up.other(load_language_model("smollm2", dtype="bfloat16")))
-    settings = {"group_size": 8, "episodes": 64, "n_epochs": 2, "batch_size": 512, "learning_rate": RATES[name]}
-    agent = GRPO("LanguageModelPolicy", envs, seed=seed, device="cpu", **settings)
+    settings = {"group_size": 8, "episodes": 64, "n_epochs": 2, "batch_size": 512}
+    agent = GRPO(
+        "LanguageModelPolicy", envs, learning_rate=lambda left: RATES[name] * left, seed=seed, device="cpu", **settings
+    )
     reference, lexicon, prompts = envs.reference_language_model(), SentimentLexicon(), load_prompts("test")[:HELD_OUT]
     curve: list[dict[str, float]] = []
     talks: list[list[str]] = []
@@ -65,12 +68,22 @@ def train(name: str, seed: int) -> dict[str, Any]:
             ]
         )
 
+    class Watch(BaseCallback):
+        def _on_training_start(self) -> None:
+            self.began = time.process_time()
+
+        def _on_rollout_start(self) -> None:
+            nonlocal spent
+            spent += time.process_time() - self.began
+            if self.num_timesteps >= len(curve) * TOKENS // PARTS:
+                measure()
+            self.began = time.process_time()
+
+        def _on_step(self) -> bool:
+            return True
+
+    agent.learn(TOKENS, callback=Watch())
     measure()
-    for _ in range(PARTS):
-        began = time.process_time()
-        agent.learn(TOKENS // PARTS, reset_num_timesteps=False)
-        spent += time.process_time() - began
-        measure()
     return {"name": name, "seed": seed, "curve": curve, "before": talks[0], "after": talks[-1]}
 
 
@@ -99,7 +112,12 @@ def main() -> None:
         for label, end in (("before", 0), ("after", -1)):
             print(f"{name:24}{label:8}" + "  ".join(f"{what} {value:.3f}" for what, value in ends[end].items()))
     result = {
-        name: {"seeds": len(of[name]), "before": ends[0], "after": ends[-1], "talks": of[name][0]["after"]}
+        name: {
+            "seeds": len(of[name]),
+            "before": ends[0],
+            "after": ends[-1],
+            "talks": of[name][0]["after"],
+        }
         for name, ends in summary.items()
     }
     result["talks before"] = runs[0]["before"]

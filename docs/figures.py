@@ -291,6 +291,19 @@ def turn_tasks() -> list[Row]:
     ]
 
 
+def other_speaker() -> list[Row]:
+    """Talks with SmolLM2 about held-out openings, before and after: its mood, what a lexicon says, KL, distinct-2."""
+    learned, still = (result("other-speaker")[name] for name in ("GRPO", "GRPO, learning rate 0"))
+    return [
+        [
+            *(f"{end[name]:+.3f}".replace("-", "−") for name in ("score", "lexicon")),
+            f"{end['kl']:.1f}",
+            f"{end['distinct_2']:.2f}",
+        ]
+        for end in (learned["before"], learned["after"], still["after"])
+    ]
+
+
 MEASURED = ["rollout", "score", "update", "memory", "of textgym", "of floor"]
 RAGGED = ["rollout", "score", "update", "tokens", "memory", "of textgym", "of floor"]
 SMALL = ["textgym", "textgym-compiled", "floor-fp32", "trl-ppo", "generate"]
@@ -328,6 +341,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "smollm2 kl": smollm2_kl,
     "processes": processes,
     "turn tasks": turn_tasks,
+    "other speaker": other_speaker,
 }
 
 

@@ -36,7 +36,8 @@ def environment(reply, **options):
 
 
 def main(tokens):
-    settings = {"group_size": 8, "episodes": 64, "n_epochs": 2, "batch_size": 512, "learning_rate": 4e-4}
+    settings = {"group_size": 8, "episodes": 64, "n_epochs": 2, "batch_size": 512}
+    settings["learning_rate"] = lambda left: 6e-4 * left
     model = GRPO("LanguageModelPolicy", environment(other()), seed=0, **settings)
     for budget in (1, tokens):
         model.learn(budget, progress_bar=True)
