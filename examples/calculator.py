@@ -51,11 +51,11 @@ def environment(model, **options):
 def main(tokens):
     settings = {"n_steps": 64, "batch_size": 1024, "learning_rate": lambda left: 4e-4 * left}
     model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
-    for budget in (4096, tokens):
+    for budget in (1, tokens):
         model.learn(budget, progress_bar=True)
         sums = model.finished_episodes
         share, last = sum(s["score"] for s in sums) / len(sums), sums[-1]["completion"].split("\n")
-        print(f"{budget} tokens: {share:.0%} right, such as {sums[-1]['prompt']}", *last)
+        print(f"{model.num_timesteps} tokens: {share:.0%} right, such as {sums[-1]['prompt']}", *last)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def environment(model, **options):
 def main(tokens):
     settings = {"n_steps": 32, "batch_size": 1024, "learning_rate": lambda left: 3e-3 * left, "gae_lambda": 0.7}
     model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
-    for budget in (2048, tokens):
+    for budget in (1, tokens):
         model.learn(budget, progress_bar=True)
         games = [episode["completion"].split("\n") for episode in model.finished_episodes]
-        print(f"{budget} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
+        print(f"{model.num_timesteps} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
 
 
 if __name__ == "__main__":
