@@ -42,7 +42,7 @@ def main(tokens):
     for budget in (1, tokens):
         model.learn(budget, progress_bar=True)
         scores = [episode["score"] for episode in model.finished_episodes]
-        print(f"{model.num_timesteps} tokens: {sum(scores) / len(scores):+.2f}; held-out openings, and what is answered:")
+        print(f"{model.num_timesteps} tokens: {sum(scores) / len(scores):+.2f}; answers to held-out openings:")
         openings = load_prompts("test")[:5]
         for opening, (said, answer) in zip(openings, model.policy.converse(openings, seed=1), strict=True):
             print(f"  {opening}{said['content']} | {answer['content']}")
