@@ -1,7 +1,4 @@
-"""A tool: the policy learns to ask a calculator, and to say what it reads there.
-
-python examples/calculator.py 65536          # tokens to train on
-"""
+"""A tool: the policy learns to ask a calculator. python examples/calculator.py 65536  # tokens to train on"""
 
 import random
 import sys
@@ -42,18 +39,16 @@ def beginner():
 
 
 def environment(model, **options):
-    talk = {"reply": ToolReply({"calculate": calculate}), "max_turns": 3, "max_new_tokens": 12, "max_reply_tokens": 40}
-    talk |= {"stop": [".", TAGS[1]], "kl_coef": 0.05}
-    options = {"num_envs": 64, "prompts": questions(3000, seed=2), "reward": right, **talk, **options}
-    return gym.make_vec("TextGen-v0", language_model=model, **options)
+    limits = {"max_turns": 3, "max_new_tokens": 12, "max_reply_tokens": 40, "stop": [".", TAGS[1]], "kl_coef": 0.05}
+    talk = {"num_envs": 64, "prompts": questions(3000, seed=2), "reply": ToolReply({"calculate": calculate}), **limits}
+    return gym.make_vec("TextGen-v0", language_model=model, reward=right, **(talk | options))
 
 
 def main(tokens):
     settings = {"n_steps": 64, "batch_size": 1024, "learning_rate": lambda left: 4e-4 * left}
     model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
     for budget in (1, tokens):
-        model.learn(budget, progress_bar=True)
-        sums = model.finished_episodes
+        sums = model.learn(budget, progress_bar=True).finished_episodes
         share, last = sum(s["score"] for s in sums) / len(sums), sums[-1]["completion"].split("\n")
         print(f"{model.num_timesteps} tokens: {share:.0%} right, such as {sums[-1]['prompt']}", *last)
 

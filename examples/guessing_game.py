@@ -1,7 +1,4 @@
-"""A guessing game: the reply says higher or lower, and the policy learns to search.
-
-python examples/guessing_game.py 131072          # tokens to train on
-"""
+"""A guessing game: the player learns to search. python examples/guessing_game.py 131072  # tokens to train on"""
 
 import math
 import random
@@ -22,17 +19,14 @@ def hint(turn, secret):
 
 
 def game(transcripts, secret):
-    hints = [hint(talk[-1]["content"], number) for talk, number in zip(transcripts, secret, strict=True)]
-    return [ReplyResult(text, done=text == " right.") for text in hints]
+    return [ReplyResult(x, done=x == " right.") for x in map(hint, (t[-1]["content"] for t in transcripts), secret)]
 
 
 def knowledge(transcripts):
     """Minus the bits that are left to find (how many numbers explain all hints?); 1 for the number, -0.1 a guess."""
-    texts = [[message["content"] for message in talk] for talk in transcripts]
-    talks = [list(zip(some[::2], some[1::2], strict=False)) for some in texts]
+    talks = [[(a["content"], b["content"]) for a, b in zip(t[::2], t[1::2], strict=False)] for t in transcripts]
     left = [sum(all(hint(turn, n) == said for turn, said in talk) for n in range(16)) for talk in talks]
-    found = [bool(talk) and talk[-1][1] == " right." for talk in talks]
-    return [won - math.log2(n) - 0.1 * len(talk) for won, n, talk in zip(found, left, talks, strict=True)]
+    return [(" right." in dict(t).values()) - math.log2(n) - 0.1 * len(t) for t, n in zip(talks, left, strict=True)]
 
 
 def random_game():
@@ -48,18 +42,16 @@ def beginner():
 
 
 def environment(model, **options):
-    games = [{"prompt": "guess:", "secret": secret} for secret in range(16)]
-    rules = {"reply": game, "max_turns": 10, "max_new_tokens": 2, "max_reply_tokens": 1, "stop": ".", "kl_coef": 0.0}
-    options = {"num_envs": 64, "prompts": games, "reward": knowledge, **rules, **options}
-    return gym.make_vec("TextGen-v0", language_model=model, **options)
+    rules = {"max_turns": 10, "max_new_tokens": 2, "max_reply_tokens": 1, "stop": ".", "kl_coef": 0.0, "num_envs": 64}
+    rules |= {"prompts": [{"prompt": "guess:", "secret": secret} for secret in range(16)], **options}
+    return gym.make_vec("TextGen-v0", language_model=model, reward=knowledge, reply=game, **rules)
 
 
 def main(tokens):
     settings = {"n_steps": 32, "batch_size": 1024, "learning_rate": lambda left: 3e-3 * left, "gae_lambda": 0.7}
     model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
     for budget in (1, tokens):
-        model.learn(budget, progress_bar=True)
-        games = [episode["completion"].split("\n") for episode in model.finished_episodes]
+        games = [e["completion"].split("\n") for e in model.learn(budget, progress_bar=True).finished_episodes]
         print(f"{model.num_timesteps} tokens: {sum(map(len, games)) / len(games):.2f} guesses, such as", *games[-1])
 
 
