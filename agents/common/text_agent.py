@@ -45,6 +45,12 @@ class TextAgent(SavedAgent):
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         return OnPolicyAlgorithm._wrap_env(as_vec_env(env), verbose, monitor_wrapper)
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """The last rollout may have more tokens than are left: SB3's share of what remains, and with it a learning rate
+        in proportion to it, would then be below 0, and the update would unlearn.
+        """
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, LanguageModelPolicy):
             raise ValueError(f"policy={self.policy_class.__name__} must be a LanguageModelPolicy")

@@ -30,7 +30,7 @@ from tiny_agents import (
 )
 from tiny_models import BOS, EOS, PAD, UNK, tiny_causal_reward_model, tiny_tokenizer
 
-from textgym.agents import PPO
+from textgym.agents import GRPO, PPO, QLearning
 from textgym.agents.common.normalisation import whitened
 from textgym.envs.sb3 import TextGenVecEnv, as_vec_env
 from textgym.rewards import CausalRewardModel, RewardError
@@ -49,6 +49,23 @@ def mean_liked(model: PPO) -> float:
     """Mean share of liked words in completions of fresh prompts."""
     texts = model.policy.generate(["the film is", "this"] * 50, max_new_tokens=8, seed=1)
     return float(np.mean([sum(w in LIKED for w in t.split()) / max(1, len(t.split())) for t in texts]))
+
+
+@pytest.mark.parametrize("agent", [PPO, GRPO, QLearning])
+def test_a_rate_that_falls_to_0_stays_there_when_the_last_rollout_is_longer_than_what_is_left(agent):
+    rates = []
+
+    def falling(left):
+        rates.append(1e-3 * left)
+        return rates[-1]
+
+    arguments = {"n_steps": 12} if agent is PPO else {"episodes": 4}
+    arguments |= {"group_size": 2} if agent is GRPO else {}
+    model = agent("LanguageModelPolicy", tiny_vector_env(), learning_rate=falling, seed=0, device="cpu", **arguments)
+    model.learn(1)
+    assert model.num_timesteps > 1
+    assert rates[-1] == model.policy.optimizer.param_groups[0]["lr"] == 0.0
+    assert min(rates) == 0.0
 
 
 def test_it_learns_a_programmatic_reward():
