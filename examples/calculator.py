@@ -45,7 +45,7 @@ def environment(model, **options):
 
 
 def main(tokens):
-    settings = {"n_steps": 64, "batch_size": 1024, "learning_rate": lambda left: 4e-4 * left}
+    settings = {"n_steps": 64, "batch_size": 1024, "learning_rate": lambda left: 2e-4 * left}
     model = PPO("LanguageModelPolicy", environment(beginner()), seed=0, **settings)
     for budget in (1, tokens):
         sums = model.learn(budget, progress_bar=True).finished_episodes
