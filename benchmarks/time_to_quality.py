@@ -1,6 +1,6 @@
 """How long until it is good? CPU seconds of training until a held-out score at a bounded KL, ours beside TRL's.
 
-    python benchmarks/time_to_quality.py                        # some two hours on two cores
+    python benchmarks/time_to_quality.py                        # everything; hours
     python benchmarks/time_to_quality.py --contenders PPO "TRL PPO" --seeds 1
     python benchmarks/time_to_quality.py --report               # the table and the plot of what has been run
 

